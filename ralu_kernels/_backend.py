@@ -1,0 +1,92 @@
+"""Which implementation of an operation runs, and the argument checks every public function shares."""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+INTERPRET = triton is not None and triton.knobs.runtime.interpret
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ELEMENTS = 2**31 - 1
+
+_library = torch.library.Library("ralu_kernels", "DEF")
+
+
+def jit(kernel):
+    """``triton.jit`` where Triton is installed; elsewhere the function is left as it is and never launched."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    if triton is None:
+        return "triton is not installed"
+    if device.type == "cpu" and not INTERPRET:
+        return "on CPU tensors it needs TRITON_INTERPRET=1 set before the import"
+    return None
+
+
+# Backend name -> why it cannot run on a device (None: it can). A backend that joins this table must also be
+# given an implementation in every register() call below the kernels.
+_ABSENT = {"triton": _why_no_triton, "reference": lambda device: None}
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The implementation that runs for ``backend`` on ``device``.
+
+    "auto" is Triton on CUDA (the reference if Triton is not installed) and the reference everywhere else.
+    Raises ``ValueError`` for a backend that is unknown or cannot run on this device.
+    """
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and triton is not None else "reference"
+    reasons = {name: absent(device) for name, absent in _ABSENT.items()}
+    if reasons.get(backend, "unknown") is not None:
+        states = ", ".join(f"{name!r} ({reason or 'available'})" for name, reason in reasons.items())
+        raise ValueError(f"backend must be 'auto' or one available on {device.type}, got {backend!r}: {states}")
+    return backend
+
+
+def register(schema: str, fake, **implementations) -> None:
+    """Define ``ralu_kernels::<schema>``, one opaque op whose last argument, ``str backend``, picks what runs."""
+    name = schema.partition("(")[0]
+
+    def run(*args):
+        return implementations[resolve(args[-1], args[0].device)](*args[:-1])
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ralu_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+
+
+def check(condition: bool, name: str, value, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_values(name: str, x: torch.Tensor, shape: str) -> None:
+    """A tensor of values: rank, dtype, and no gradient, which these forward-only operations would silently drop."""
+    rank = shape.count(",") + 1
+    check(x.dim() == rank, name, tuple(x.shape), f"of shape {shape}")
+    check(x.dtype in DTYPES, f"{name}.dtype", x.dtype, "float32, float16 or bfloat16")
+    check(not (x.requires_grad and torch.is_grad_enabled()), f"{name}.requires_grad", True, "False (forward only)")
+
+
+def check_noise(backend: str, device: torch.device, c: float, elements: int) -> None:
+    """``c`` and the number of output elements in one sample, whose indices must fit one 32-bit counter word."""
+    resolve(backend, device)
+    check(0 <= c <= 0.25, "c", c, "in [0, 1/4]")
+    check(elements <= MAX_ELEMENTS, "the number of output elements of one sample", elements, f"at most {MAX_ELEMENTS}")
+
+
+def seed_tensor(seed: torch.Tensor | int, batch: int, device: torch.device) -> torch.Tensor:
+    """The 64-bit key of every sample, int64 (batch,). An int is every sample's key."""
+    if isinstance(seed, torch.Tensor):
+        check(seed.dtype == torch.int64, "seed.dtype", seed.dtype, "int64")
+        check(tuple(seed.shape) == (batch,), "seed.shape", tuple(seed.shape), f"({batch},), one key for each sample")
+        check(seed.device == device, "seed.device", seed.device, str(device))
+        return seed
+    check(isinstance(seed, int), "seed", repr(seed), "an int64 tensor or an int")
+    check(-(2**63) <= seed < 2**63, "seed", seed, "a 64-bit signed integer")
+    return torch.full((batch,), seed, dtype=torch.int64, device=device)
