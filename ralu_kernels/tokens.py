@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import MAX_ELEMENTS, check, check_noise, check_values, register, resolve, seed_tensor
+from ._backend import MAX_ELEMENTS, check, check_noise, check_values, jit, register, resolve, seed_tensor, tl, triton
+from .upsample import enlarge, normals
 
 GRANULARITIES = ("pixel", "token")
 CARRY_NOISES = ("exact", "release")
@@ -53,6 +54,226 @@ class TokenPlan:
         return TokenPlan(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
 
 
+@jit
+def _sort_key(score):
+    """uint32 in the order of the scores; -0 ties with 0, and NaN is below everything."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, ~bits, bits ^ -0x80000000)
+    return tl.where(score == score, key, 0).to(tl.uint32, bitcast=True)
+
+
+# Loops over a sample are `while`: with NumPy 2.4 the interpreter of Triton <= 3.6 takes no argument as a range bound.
+@jit
+def _count(scores_ptr, limit, size, n, stride_b, stride_n, RANKED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the first ``size`` scores reach ``limit``: a sort key if RANKED, else a score."""
+    count = tl.zeros((BLOCK,), tl.int32)
+    start = 0
+    while start < size:
+        i = start + tl.arange(0, BLOCK)
+        place = (i // n).to(tl.int64) * stride_b + (i % n).to(tl.int64) * stride_n
+        score = tl.load(scores_ptr + place, mask=i < size).to(tl.float32)
+        reached = _sort_key(score) >= limit if RANKED else score >= limit
+        count += (reached & (i < size)).to(tl.int32)
+        start += BLOCK
+    return tl.sum(count)
+
+
+@jit
+def _plan_kernel(
+    scores_ptr, cu_seqlens_ptr, source_ptr, child_ptr, inverse_ptr, positions_ptr,
+    n, width, k, threshold, stride_b, stride_n,
+    RANKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    sample_ptr = scores_ptr + b.to(tl.int64) * stride_b
+    if RANKED:
+        before = b * k
+        # The k-th highest key, bit by bit from the top: the largest value that at least k keys reach.
+        kth = tl.full((), 0, tl.uint32)
+        for bit in range(32):
+            candidate = kth | (tl.full((), 0x80000000, tl.uint32) >> bit)
+            kth = tl.where(_count(sample_ptr, candidate, n, n, stride_b, stride_n, True, BLOCK) >= k, candidate, kth)
+        above = tl.where(kth == 0xFFFFFFFF, 0, _count(sample_ptr, kth + 1, n, n, stride_b, stride_n, True, BLOCK))
+        ties_left = k - above
+    else:
+        before = _count(scores_ptr, threshold, b * n, n, stride_b, stride_n, False, BLOCK)
+
+    # Every sample writes its start and its end, so that the last end needs no special case.
+    tl.store(cu_seqlens_ptr + b, b * n + 3 * before)
+    child = tl.arange(0, 4)[None, :]
+    start = 0
+    while start < n:
+        i = start + tl.arange(0, BLOCK)
+        score = tl.load(sample_ptr + i.to(tl.int64) * stride_n, mask=i < n).to(tl.float32)
+        if RANKED:
+            key = _sort_key(score)
+            tie = ((key == kth) & (i < n)).to(tl.int32)
+            promoted = (key > kth) | ((tie > 0) & (tl.cumsum(tie) <= ties_left))
+            ties_left -= tl.sum(tie)
+        else:
+            promoted = score >= threshold
+        promoted = (promoted & (i < n)).to(tl.int32)
+        first = b * n + i + 3 * (before + tl.cumsum(promoted) - promoted)
+        before += tl.sum(promoted)
+
+        token, first, promoted = i[:, None], first[:, None], promoted[:, None] > 0
+        y, x = token // width, token % width
+        place = tl.where(promoted, child, 0)
+        row = first + place
+        high = (b * 4).to(tl.int64) * n + (2 * y + child // 2) * (2 * width) + 2 * x + child % 2
+        tl.store(inverse_ptr + high, row, mask=token < n)
+        exists = (token < n) & (promoted | (child == 0))
+        tl.store(source_ptr + row, token + tl.zeros_like(child), mask=exists)
+        tl.store(child_ptr + row, tl.where(promoted, child, -1), mask=exists)
+        position_ptr = positions_ptr + row.to(tl.int64) * 2
+        tl.store(position_ptr, y + 0.5 * (place // 2), mask=exists)
+        tl.store(position_ptr + 1, x + 0.5 * (place % 2), mask=exists)
+        start += BLOCK
+    tl.store(cu_seqlens_ptr + b + 1, b * n + n + 3 * before)
+
+
+@jit
+def _element(y, x, channel, height, width, channels, PIXEL: tl.constexpr):
+    """Element index of a token's channel; see reference.py."""
+    if PIXEL:
+        pixel_row = (channel // 4 * height + y) * 2 + channel // 2 % 2
+        element = (pixel_row * width + x) * 2 + channel % 2
+    else:
+        element = (y * width + x) * channels + channel
+    return element
+
+
+@jit
+def _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What both moves start from: a tile of low tokens (BLOCK_N, 1) by channels (1, BLOCK_C) of one sample."""
+    pid = tl.program_id(0)
+    b = (pid // (blocks * channel_blocks)).to(tl.int64)
+    token = pid // channel_blocks % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    channel = pid % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    y, x = token // width, token % width
+    high = b * 4 * n + 4 * y * width + 2 * x
+    first = tl.load(inverse_ptr + high, mask=token < n, other=0)
+    promoted = tl.load(inverse_ptr + high + 1, mask=token < n, other=0) != first
+    return b, token, channel, y, x, first.to(tl.int64), promoted
+
+
+@jit
+def _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL: tl.constexpr):
+    """The four high tokens of a tile (BLOCK_N, BLOCK_C) of low tokens, each of the tile's shape."""
+    o0, o1, o2, o3 = enlarge(value, n0, n1, n2, n3, scale, noise_scale, k)
+    if PIXEL:
+        # Channel (c, py, px) of the low token and child m of its value are channel (c, m) of high token (py, px).
+        rows: tl.constexpr = o0.shape[0]
+        columns: tl.constexpr = o0.shape[1]
+        children = tl.join(tl.join(o0, o2), tl.join(o1, o3)).reshape(rows, columns // 4, 2, 2, 4)
+        left, right = tl.split(children.permute(0, 1, 4, 2, 3))
+        o0, o2 = tl.split(left)
+        o1, o3 = tl.split(right)
+        o0, o1 = o0.reshape(rows, columns), o1.reshape(rows, columns)
+        o2, o3 = o2.reshape(rows, columns), o3.reshape(rows, columns)
+    return o0, o1, o2, o3
+
+
+@jit
+def _promote_kernel(
+    low_ptr, out_ptr, inverse_ptr, seed_ptr, scale, noise_scale, carry_scale, k,
+    height, width, channels, stride_b, stride_n, stride_c, blocks, channel_blocks,
+    STAGE: tl.constexpr, PIXEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n = height * width
+    b, token, channel, y, x, first, promoted = _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N, BLOCK_C)
+    mask = (token < n) & (channel < channels)
+    place = b * stride_b + token.to(tl.int64) * stride_n + channel.to(tl.int64) * stride_c
+    value = tl.load(low_ptr + place, mask=mask).to(tl.float32)
+
+    element = _element(y, x, channel, height, width, channels, PIXEL)
+    n0, n1, n2, n3 = normals(tl.load(seed_ptr + b), element, STAGE, tl.where(promoted, 0, 1))
+    o0, o1, o2, o3 = _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL)
+    carried = scale * value + carry_scale * n0
+
+    out = out_ptr + first * channels + channel
+    tl.store(out, tl.where(promoted, o0, carried), mask=mask)
+    tl.store(out + channels, o1, mask=mask & promoted)
+    tl.store(out + 2 * channels, o2, mask=mask & promoted)
+    tl.store(out + 3 * channels, o3, mask=mask & promoted)
+
+
+@jit
+def _merge_kernel(
+    packed_ptr, out_ptr, inverse_ptr, seed_ptr, scale, noise_scale, carry_scale, k,
+    height, width, channels, stride_n, stride_c, blocks, channel_blocks,
+    STAGE: tl.constexpr, PIXEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n = height * width
+    b, token, channel, y, x, first, promoted = _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N, BLOCK_C)
+    mask = (token < n) & (channel < channels)
+    source = packed_ptr + first * stride_n + channel.to(tl.int64) * stride_c
+    out = out_ptr + (b * 4 * n + 4 * y * width + 2 * x) * channels + channel
+    seed = tl.load(seed_ptr + b)
+
+    if tl.min(promoted.to(tl.int32)) == 0:
+        upsampled = mask & (promoted == 0)
+        value = tl.load(source, mask=upsampled).to(tl.float32)
+        n0, n1, n2, n3 = normals(seed, _element(y, x, channel, height, width, channels, PIXEL), STAGE, 0)
+        o0, o1, o2, o3 = _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL)
+        tl.store(out, o0, mask=upsampled)
+        tl.store(out + channels, o1, mask=upsampled)
+        tl.store(out + 2 * width * channels, o2, mask=upsampled)
+        tl.store(out + (2 * width + 1) * channels, o3, mask=upsampled)
+    if tl.max(promoted.to(tl.int32)) > 0:
+        carried = mask & promoted
+        for child in tl.static_range(4):
+            value = tl.load(source + child * stride_n, mask=carried).to(tl.float32)
+            element = _element(2 * y + child // 2, 2 * x + child % 2, channel, 2 * height, 2 * width, channels, PIXEL)
+            n0, _, _, _ = normals(seed, element, STAGE, 1)
+            right_and_down = child // 2 * 2 * width + child % 2
+            tl.store(out + right_and_down * channels, scale * value + carry_scale * n0, mask=carried)
+
+
+def _plan_triton(scores: Tensor, h: int, w: int, k: int, threshold: float | None, total: int):
+    outputs = _fake_plan(scores, h, w, k, threshold, total)
+    if scores.numel() == 0:
+        outputs[0].zero_()
+        return outputs
+    with torch.cuda.device_of(scores):
+        _plan_kernel[(scores.shape[0],)](
+            scores, *outputs, h * w, w, k, threshold or 0.0, *scores.stride(),
+            RANKED=threshold is None, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+    return outputs
+
+
+_TILE_BYTES = 512  # of low tokens: one warp, 16 bytes of every output row for each thread
+
+
+def _launch_move(kernel, stage, x, out, inverse, height, width, scale, noise_scale, c, seed, granularity, carry_noise):
+    if out.numel() == 0:
+        return out
+    channels = x.shape[-1]
+    block_c = min(triton.next_power_of_2(channels), 64)
+    block_n = max(_TILE_BYTES // x.element_size() // block_c, 1)
+    blocks, channel_blocks = triton.cdiv(height * width, block_n), triton.cdiv(channels, block_c)
+    carry_scale = noise_scale * reference.carry_std(c, carry_noise)
+    with torch.cuda.device_of(x):
+        kernel[(inverse.shape[0] * blocks * channel_blocks,)](
+            x, out, inverse, seed.contiguous(), scale, noise_scale, carry_scale, reference.block_coefficient(c),
+            height, width, channels, *x.stride(), blocks, channel_blocks,
+            STAGE=stage, PIXEL=granularity == "pixel", BLOCK_N=block_n, BLOCK_C=block_c, num_warps=1,
+        )  # fmt: skip
+    return out
+
+
+def _promote_triton(low: Tensor, inverse: Tensor, width: int, total: int, *rest) -> Tensor:
+    out = low.new_empty(total, low.shape[2])
+    return _launch_move(_promote_kernel, reference.PROMOTE, low, out, inverse, low.shape[1] // width, width, *rest)
+
+
+def _merge_triton(packed: Tensor, inverse: Tensor, width: int, *rest) -> Tensor:
+    out = packed.new_empty(*inverse.shape, packed.shape[1])
+    height = inverse.shape[1] // (4 * width)
+    return _launch_move(_merge_kernel, reference.MERGE, packed, out, inverse, height, width, *rest)
+
+
 def _fake_plan(scores, h, w, k, threshold, total):
     b, n = scores.shape
     ints = {"dtype": torch.int32}
@@ -77,18 +298,21 @@ register(
     "plan_tokens(Tensor scores, SymInt h, SymInt w, SymInt k, float? threshold, SymInt total, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_plan,
+    triton=_plan_triton,
     reference=reference.plan_tokens,
 )
 register(
     "promote_tokens(Tensor low, Tensor inverse, SymInt width, SymInt total, float scale, float noise_scale, float c,"
     " Tensor seed, str granularity, str carry_noise, str backend) -> Tensor",
     _fake_promote,
+    triton=_promote_triton,
     reference=reference.promote_tokens,
 )
 register(
     "merge_tokens(Tensor packed, Tensor inverse, SymInt width, float scale, float noise_scale, float c,"
     " Tensor seed, str granularity, str carry_noise, str backend) -> Tensor",
     _fake_merge,
+    triton=_merge_triton,
     reference=reference.merge_tokens,
 )
 

@@ -1,10 +1,95 @@
 """2x nearest-neighbour enlargement of a latent with block-correlated noise, one pass (RALU supplement A.1)."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import check, check_noise, check_values, register, seed_tensor
+from ._backend import check, check_noise, check_values, jit, register, seed_tensor, tl, triton
+
+
+@jit
+def _box_muller(word1, word2):
+    """tl.pair_uniform_to_normal of two random words.
+
+    tl.cos and tl.sin carry along the reduction of huge angles, which needs local memory. Below 2 pi the three constants
+    of Cody and Waite are exact, and the polynomials are those of Cephes.
+    """
+    u1 = tl.maximum(1.0e-7, tl.uint_to_uniform_float(word1))
+    angle = 6.283185307179586 * tl.uint_to_uniform_float(word2)
+    quadrant = (angle * 0.6366197723675814 + 0.5).to(tl.int32)
+    q = quadrant.to(tl.float32)
+    a = ((angle - q * 1.5703125) - q * 4.837512969970703e-4) - q * 7.549789948768648e-8
+    a2 = a * a
+    sine = ((-1.9515295891e-4 * a2 + 8.3321608736e-3) * a2 - 1.6666654611e-1) * a2 * a + a
+    cosine = ((2.443315711809948e-5 * a2 - 1.388731625493765e-3) * a2 + 4.166664568298827e-2) * a2 * a2 - 0.5 * a2 + 1.0
+    swap = quadrant % 2 != 0
+    radius = tl.sqrt(-2.0 * tl.log(u1))
+    n1 = radius * tl.where(swap, sine, cosine)
+    n2 = radius * tl.where(swap, cosine, sine)
+    return tl.where((quadrant + 1) // 2 % 2 != 0, -n1, n1), tl.where(quadrant // 2 % 2 != 0, -n2, n2)
+
+
+@jit
+def normals(seed, element, stage, kind):
+    """Four normals of the counter (element, stage, kind, 0); see reference.py."""
+    word0, word1, word2, word3 = tl.philox(seed, element, stage, kind, 0)
+    n0, n1 = _box_muller(word0, word1)
+    n2, n3 = _box_muller(word2, word3)
+    return n0, n1, n2, n3
+
+
+@jit
+def enlarge(x, n0, n1, n2, n3, scale, noise_scale, k):
+    """The four children of x: scale * x + noise_scale * (n_i - k * sum of the n)."""
+    mean = scale * x - noise_scale * k * (n0 + n1 + n2 + n3)
+    return mean + noise_scale * n0, mean + noise_scale * n1, mean + noise_scale * n2, mean + noise_scale * n3
+
+
+@jit
+def _upsample_kernel(
+    x_ptr, out_ptr, seed_ptr, scale, noise_scale, k, stage,
+    channels, height, width_units, stride_b, stride_c, stride_h, stride_w, blocks,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # As a product the width is known to divide by ALIGN, which is what lets rows be stored in vectors.
+    width = width_units * ALIGN
+    size = channels * height * width
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    seed = tl.load(seed_ptr + b)
+
+    element = block * BLOCK + tl.arange(0, BLOCK)
+    column, row, channel = element % width, element // width % height, element // (width * height)
+    place = channel.to(tl.int64) * stride_c + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    x = tl.load(x_ptr + b * stride_b + place, mask=element < size).to(tl.float32)
+    n0, n1, n2, n3 = normals(seed, element, stage, 0)
+    o0, o1, o2, o3 = enlarge(x, n0, n1, n2, n3, scale, noise_scale, k)
+
+    pair = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    top = out_ptr + b * 4 * size + pair // (2 * width) * (4 * width) + pair % (2 * width)
+    tl.store(top, tl.interleave(o0, o1), mask=pair < 2 * size)
+    tl.store(top + 2 * width, tl.interleave(o2, o3), mask=pair < 2 * size)
+
+
+_TILE_BYTES = 1024  # of latent: 128 threads, 16 bytes of each output row for each thread
+
+
+def _upsample_triton(x: Tensor, scale: float, noise_scale: float, c: float, seed: Tensor, stage: int) -> Tensor:
+    b, channels, h, w = x.shape
+    out = x.new_empty(b, channels, 2 * h, 2 * w)
+    if out.numel() == 0:
+        return out
+    align = math.gcd(w, 8)
+    block = _TILE_BYTES // x.element_size()
+    blocks = triton.cdiv(channels * h * w, block)
+    with torch.cuda.device_of(x):
+        _upsample_kernel[(b * blocks,)](
+            x, out, seed.contiguous(), scale, noise_scale, reference.block_coefficient(c), stage,
+            channels, h, w // align, *x.stride(), blocks, ALIGN=align, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 def _fake(x, scale, noise_scale, c, seed, stage):
@@ -16,6 +101,7 @@ register(
     "upsample_renoise(Tensor x, float scale, float noise_scale, float c, Tensor seed, int stage, str backend)"
     " -> Tensor",
     _fake,
+    triton=_upsample_triton,
     reference=reference.upsample_renoise,
 )
 
