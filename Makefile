@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test lint train-mini evaluate-mini aot clean
+
+install: $(VENV)/installed
+
+# torch first and pinned: an unpinned torch would bring gigabytes of CUDA libraries to a machine without a GPU.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
+	touch $@
+
+demo: install
+	$(BIN)/ralu compare --output outputs/compare.png
+	$(BIN)/ralu regions --output outputs/regions.png
+	$(BIN)/ralu schedule --output outputs/schedule.png
+
+# Triton's interpreter is chosen when triton is imported, so its tests run in a process of their own.
+test: install
+	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -m triton
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+train-mini: install
+	$(BIN)/python -m ralu.mini.train
+
+evaluate-mini: install
+	$(BIN)/python benchmarks/quality.py
+
+aot: install
+	$(BIN)/python benchmarks/aot.py
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info

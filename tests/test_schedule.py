@@ -1,0 +1,102 @@
+"""The schedule's numbers against Table S1, supplement A.1 and diffusers' own shift."""
+
+import math
+
+import numpy as np
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from ralu.schedule import DISTILLED, PRESETS, Schedule, densities, preset, shifted, solve, transition
+
+# Table S1: cumulative steps, ends, h, c. The starred entries look like slips (paper.md): recomputed 6.121 and 2.273.
+TABLE_S1 = {
+    "flux-5x": ([4, 9, 15], [0.3, 0.45, 1.0], [5.12, 2.64, 2.25], 0.0177),
+    "flux-7x": ([2, 5, 10], [0.2, 0.3, 1.0], [8.14, 2.86, 2.19], 0.0255),
+    "sd3-2x": ([5, 11, 20], [0.2, 0.3, 1.0], [6.21, 2.23, 1.97], 0.0586),
+    "sd3-3x": ([3, 6, 12], [0.25, 0.3, 1.0], [6.40, 2.60, 2.23], 0.0255),
+}
+SLIPS = {("sd3-2x", 0), ("sd3-3x", 2)}
+
+
+@pytest.mark.parametrize("name", TABLE_S1)
+def test_preset_is_table_s1(name):
+    totals, ends, shifts, c = TABLE_S1[name]
+    chosen = preset(name)
+    assert list(np.cumsum(chosen.steps)) == totals
+    assert (list(chosen.ends), list(chosen.shifts), chosen.c) == (ends, shifts, c)
+    assert chosen.ratio == (0.3 if name == "sd3-2x" else 0.2)
+
+
+@pytest.mark.parametrize("name", TABLE_S1)
+def test_solve_reproduces_table_s1(name):
+    totals, ends, shifts, c = TABLE_S1[name]
+    found = solve(tuple(np.diff([0, *totals]).tolist()), tuple(ends), shift=3.0)
+    assert found.c == pytest.approx(c, abs=5.1e-5)  # the table has 4 decimals
+    for k in range(3):
+        assert found.shifts[k] == pytest.approx(shifts[k], abs=0.1 if (name, k) in SLIPS else 0.05)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_distilled_presets_are_solved_for_the_models_shift(name, shift):
+    chosen = preset(name, shift=shift)
+    assert chosen.steps == (1, 1, 2) and chosen.ends == (0.3, 0.45, 1.0)
+    assert 0 < chosen.c <= 0.25 and all(0.5 <= h <= 10 for h in chosen.shifts)
+
+
+@pytest.mark.parametrize("end", [0.05, 0.3, 0.45, 0.9])
+@pytest.mark.parametrize("c", [1e-4, 0.0177, 0.25])
+def test_transition_satisfies_s3_to_s6(end, c):
+    move = transition(end, c)
+    assert move.scale * end == pytest.approx(move.start, abs=1e-12)  # S3
+    assert move.scale * (1 - end) == pytest.approx(move.noise_scale * math.sqrt(c), abs=1e-12)  # S5
+    assert move.noise_scale == pytest.approx(1 - move.start, abs=1e-12)  # S6
+    assert move.start < end
+
+
+@pytest.mark.parametrize("name", TABLE_S1)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sigmas_equal_diffusers_shift(name, stage):
+    chosen = preset(name)
+    sigmas = chosen.sigmas(stage)
+    start, end, h, n = (x[stage - 1] for x in (chosen.starts, chosen.ends, chosen.shifts, chosen.steps))
+    assert (sigmas[0], sigmas[-1]) == (1 - start, 1 - end) and len(sigmas) == n + 1
+    raw = np.linspace(*(float(s / (h - (h - 1) * s)) for s in (1 - start, 1 - end)), n + 1)
+    stock = FlowMatchEulerDiscreteScheduler(shift=h)
+    stock.set_timesteps(sigmas=raw[:-1].tolist())
+    np.testing.assert_allclose(sigmas[:-1], stock.sigmas[:-1].double().numpy(), atol=2e-7)
+
+
+def test_shift_is_undone_by_its_inverse():
+    u = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(shifted(shifted(u, 5.12), 1 / 5.12), u, atol=1e-12)
+
+
+def test_densities_integrate_to_one():
+    t, target, achieved = densities(preset("flux-5x"), shift=3.0, points=200_001)
+    assert np.trapezoid(target, t) == pytest.approx(1, abs=1e-4)
+    assert np.trapezoid(achieved, t) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"steps": (4, 5)}, "steps"),
+        ({"steps": (4, 0, 6)}, "steps"),
+        ({"ends": (0.45, 0.3, 1.0)}, "ends"),
+        ({"ends": (0.3, 0.45, 0.9)}, "ends"),
+        ({"shifts": (1.0, -1.0, 1.0)}, "shifts"),
+        ({"c": 0.3}, "c must"),
+        ({"ratio": 1.5}, "ratio"),
+    ],
+)
+def test_wrong_numbers_are_named(change, word):
+    right = {"steps": (4, 5, 6), "ends": (0.3, 0.45, 1.0), "shifts": (5.0, 3.0, 2.0), "c": 0.02}
+    with pytest.raises(ValueError, match=word):
+        Schedule(**(right | change))
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="flux-5x.*distilled-4.*'nope'"):
+        preset("nope")
+    assert preset("flux-5x", ratio=0.4).ratio == 0.4 and PRESETS["flux-5x"].ratio == 0.2
