@@ -43,8 +43,10 @@ def normals(seed, element, stage, kind):
 @jit
 def enlarge(x, n0, n1, n2, n3, scale, noise_scale, k):
     """The four children of x: scale * x + noise_scale * (n_i - k * sum of the n)."""
-    mean = scale * x - noise_scale * k * (n0 + n1 + n2 + n3)
-    return mean + noise_scale * n0, mean + noise_scale * n1, mean + noise_scale * n2, mean + noise_scale * n3
+    shared = k * (n0 + n1 + n2 + n3)
+    n0, n1, n2, n3 = n0 - shared, n1 - shared, n2 - shared, n3 - shared
+    x = scale * x
+    return x + noise_scale * n0, x + noise_scale * n1, x + noise_scale * n2, x + noise_scale * n3
 
 
 @jit
