@@ -1,0 +1,12 @@
+"""The embedded model: a small pipeline of the real architecture, trained on emoji, that runs anywhere in seconds."""
+
+from pathlib import Path
+
+
+def mini_path(architecture: str = "flux") -> Path:
+    """The pipeline folder of an embedded model, for `FluxPipeline.from_pretrained`."""
+    folder = Path(__file__).parent / architecture
+    if not folder.is_dir():
+        known = ", ".join(sorted(path.parent.name for path in Path(__file__).parent.glob("*/model_index.json")))
+        raise ValueError(f"there is no embedded model {architecture!r}; there is {known}")
+    return folder

@@ -1,0 +1,115 @@
+"""FLUX: per-sample positions in a batch, and what a stock `FluxPipeline` needs to take a `RaluScheduler`."""
+
+from contextlib import ExitStack
+
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from torch import Tensor
+
+from .scheduler import RaluScheduler
+
+HOOK = "ralu"
+
+
+class PerSample:
+    """A rotary table with one set of rows a sample, (B, S, D), where `apply_rotary_emb` expects one for all, (S, D)."""
+
+    def __init__(self, table: Tensor):
+        self.table = table
+
+    def __getitem__(self, index):  # diffusers asks for [None, :, None, :]
+        return self.table.unsqueeze(2)
+
+    def to(self, *args, **kwargs):
+        return PerSample(self.table.to(*args, **kwargs))
+
+
+class BatchedPosEmbed(FluxPosEmbed):
+    """`FluxPosEmbed` that also takes per-sample ids of shape (S, 1, B, 3)."""
+
+    def forward(self, ids: Tensor):
+        if ids.ndim == 2:
+            return super().forward(ids)
+        length, _, batch, axes = ids.shape
+        tables = super().forward(ids.reshape(length * batch, axes))
+        return tuple(PerSample(table.view(length, batch, -1).transpose(0, 1)) for table in tables)
+
+
+class LayoutHook(ModelHook):
+    """Gives every transformer call the positions of the scheduler's current layout."""
+
+    scheduler: RaluScheduler | None = None
+    token_pixels: int
+
+    def pre_forward(self, module, *args, **kwargs):
+        scheduler = self.scheduler
+        if scheduler is None or not scheduler.running:
+            return args, kwargs
+        sample, text_ids = kwargs["hidden_states"], kwargs["txt_ids"]
+        if scheduler.layout is None:
+            scheduler.start(sample, self._grid(kwargs["img_ids"]))
+        layout = scheduler.layout
+        kwargs["hidden_states"] = scheduler.low_noise(sample)
+        batch, length, _ = layout.positions.shape
+        ids = F.pad(layout.positions, (1, 0))  # axis 0 is unused by text-to-image
+        kwargs["img_ids"] = ids.transpose(0, 1).unsqueeze(1)  # (L, 1, B, 3)
+        kwargs["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
+        if layout.mask is not None:
+            mask = F.pad(layout.mask, (len(text_ids), 0), value=True)  # FLUX attends to [text, image]
+            kwargs["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), "attention_mask": mask}
+        return args, kwargs
+
+    def _grid(self, img_ids: Tensor) -> tuple[int, int]:
+        # Counted and not read off the last id: bfloat16 ids are inexact from 257 on.
+        columns = int((img_ids[:, 1] == 0).sum())
+        grid = len(img_ids) // columns, columns
+        if any(size % 2 for size in grid):
+            unit = self.token_pixels
+            nearest = " or ".join(
+                "x".join(str(2 * unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1)
+            )
+            raise ValueError(
+                f"RALU needs a height and width that divide by {2 * unit}, got {grid[0] * unit}x{grid[1] * unit} "
+                f"(height x width); the nearest sizes are {nearest}"
+            )
+        return grid
+
+
+def decode(pipe: FluxPipeline, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Packed latents (B, h·w, C) to images (B, 3, H, W) in [-1, 1]."""
+    latents = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+
+
+def install(pipe: FluxPipeline, scheduler: RaluScheduler, undo: ExitStack):
+    """Put the hook and the position embedding into the pipeline; `undo` takes them out again."""
+    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # a compiled module wraps the real one
+    scheduler.bind(lambda tokens, grid: decode(pipe, tokens, grid), transformer._reset_stateful_cache)
+
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    if registry.get_hook(HOOK) is None:
+        registry.register_hook(LayoutHook(), HOOK)
+    hook = registry.get_hook(HOOK)
+    if hook.scheduler is not None:
+        raise ValueError("another enabled pipeline shares this transformer; disable that one first")
+    hook.scheduler, hook.token_pixels = scheduler, pipe.vae_scale_factor * 2
+    undo.callback(_remove_hook, transformer, registry, transformer.forward)
+
+    stock = transformer.pos_embed
+    transformer.pos_embed = BatchedPosEmbed(stock.theta, stock.axes_dim)
+    undo.callback(setattr, transformer, "pos_embed", stock)
+
+    # An interrupted run ends in any stage, and the pipeline decodes what it has.
+    unpack = pipe._unpack_latents
+    pipe._unpack_latents = lambda latents, *size: unpack(scheduler.full_resolution(latents), *size)
+    undo.callback(delattr, pipe, "_unpack_latents")
+
+
+def _remove_hook(transformer, registry: HookRegistry, forward):
+    registry.get_hook(HOOK).scheduler = None
+    # If something, such as accelerate's offloading, has wrapped the hook since, taking it out would take that out too.
+    if transformer.__dict__.get("forward") is forward:
+        registry.remove_hook(HOOK, recurse=False)

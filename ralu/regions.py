@@ -1,0 +1,63 @@
+"""Which tokens go to full resolution first: scores for the low-resolution tokens, from edges.
+
+A scorer is any callable `(x0_tokens, grid) -> scores` with x0_tokens (B, n, C), the clean latent predicted at the end of
+stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Scorer = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: int = 200) -> Tensor:
+    """Share of Canny edge pixels in each token's block of an image.
+
+    images: (B, 3, H, W) in [-1, 1], as a VAE decodes them; H and W are multiples of the grid's h and w.
+    low, high: OpenCV's hysteresis thresholds on the L1 Sobel gradient of the 8-bit luma.
+    Returns float32 (B, n) in [0, 1], on the images' device. Blocks with the same number of edge pixels are told apart by
+    their contrast, in steps smaller than one edge pixel: without it flat pictures would fill up from the top left.
+    """
+    import cv2
+
+    (h, w), (height, width) = grid, images.shape[-2:]
+    if height % h or width % w:
+        raise ValueError(f"images of {height}x{width} cannot be cut into a grid of {h}x{w} blocks")
+    weights = images.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)
+    luma = torch.einsum("bchw,c->bhw", images.float() * 0.5 + 0.5, weights).clamp(0, 1)
+    bytes_ = (luma * 255).round().to(torch.uint8).cpu()
+    edges = [torch.from_numpy(cv2.Canny(picture.numpy(), low, high)) for picture in bytes_]
+    edges = torch.stack(edges) if edges else bytes_
+    blocks = _blocks(edges.to(images.device) > 0, grid).float()
+    contrast = _blocks(luma, grid).std(dim=-1, correction=0)  # at most 1/2
+    return blocks.mean(dim=-1) + contrast / blocks.shape[-1]
+
+
+def _blocks(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, H, W) -> (B, n, pixels of a block)"""
+    b, height, width = pictures.shape
+    h, w = grid
+    return pictures.view(b, h, height // h, w, width // w).transpose(2, 3).reshape(b, h * w, -1)
+
+
+def canny(decode: Callable[[Tensor, tuple[int, int]], Tensor], low: int = 100, high: int = 200) -> Scorer:
+    """The paper's scorer: decode the clean prediction, find Canny edges, count them in each token's block.
+
+    decode: `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, usually the VAE.
+    """
+    return lambda x0, grid: edge_density(decode(x0, grid), grid, low, high)
+
+
+def gradient(x0: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The scorer without a decoder (supplement C.1): steepness of the latent between neighbouring patches.
+
+    Root mean square over the channels of the central differences of x0 (B, n, C). Returns float32 (B, n).
+    """
+    planes = x0.float().transpose(1, 2).unflatten(2, grid)
+    padded = F.pad(planes, (1, 1, 1, 1), mode="replicate")
+    dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    return (dx.square() + dy.square()).mean(dim=1).sqrt().flatten(1)

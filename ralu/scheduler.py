@@ -1,0 +1,301 @@
+"""The three stages, as a diffusers scheduler: it steps, and at a stage's end hands back a sample of another token count.
+
+`RaluScheduler` lives inside an unmodified pipeline (see `ralu.enable`); `sample` is the same loop for everybody else.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.utils import logging
+from torch import Tensor
+
+from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens
+
+from . import regions as region_scorers
+from .schedule import Schedule, preset
+
+logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
+
+GRANULARITIES = ("pixel", "token")
+CARRY_NOISES = ("exact", "release")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The token sequence that the model sees now.
+
+    stage:     1, 2 or 3.
+    positions: float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in stage 1, the children of
+               a promoted token at its own position + {0, 1/2} in stage 2, whole numbers on the high grid in stage 3.
+    mask:      bool (B, L), False for padding; None when every sample has L tokens.
+    plan:      stage 2's TokenPlan, else None.
+    """
+
+    stage: int
+    positions: Tensor
+    mask: Tensor | None = None
+    plan: TokenPlan | None = None
+
+
+def raster(grid: tuple[int, int], batch: int, device: torch.device) -> Tensor:
+    """Whole positions of a grid in raster order, float32 (batch, h·w, 2)."""
+    rows, columns = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
+    return torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(batch, -1, -1)
+
+
+def seeds_of(noise: Tensor) -> Tensor:
+    """A 64-bit seed for each sample, a hash of its starting noise (B, ...): int64 (B,).
+
+    Diffusers gives a scheduler's `step` no generator, and a sample's noise says all that its generator would. Integer
+    arithmetic alone, so the seed does not depend on the batch or the device.
+    """
+    bits = noise.detach().float().flatten(1).contiguous().view(torch.int32).long()
+    mixed = (bits + torch.arange(1, bits.shape[1] + 1, device=bits.device) * -0x61C8864680B583EB) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ (mixed >> 29)) * -0x6B2FB644ECCEEE15
+    return (mixed ^ (mixed >> 32)).sum(dim=1)
+
+
+class RaluScheduler(FlowMatchEulerDiscreteScheduler):
+    """Region-adaptive latent upsampling as a drop-in for `FlowMatchEulerDiscreteScheduler`.
+
+    Its own steps rule: `num_inference_steps` cannot be told from a pipeline's default, so `set_timesteps` always makes
+    the preset's. Fewer than 3 asked for means the stock schedule at full resolution.
+
+    preset:      a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is.
+    ratio:       share of tokens to upsample early; None for the preset's.
+    threshold:   upsample early what scores at least this much instead; counts then differ between images.
+    regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences) or a scorer, see `ralu.regions`.
+    granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
+    carry_noise: "exact" gives carried tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
+    backend:     which `ralu_kernels` backend runs.
+    stock:       the arguments of `FlowMatchEulerDiscreteScheduler`.
+    """
+
+    def __init__(
+        self,
+        preset: str | dict | Schedule = "flux-5x",
+        ratio: float | None = None,
+        threshold: float | None = None,
+        regions: str | region_scorers.Scorer = "canny",
+        granularity: str = "pixel",
+        carry_noise: str = "exact",
+        backend: str = "auto",
+        **stock,
+    ):
+        super().__init__(**stock)
+        for name, value, allowed in (("granularity", granularity, GRANULARITIES), ("carry_noise", carry_noise, CARRY_NOISES)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not callable(regions) and regions not in ("canny", "gradient"):
+            raise ValueError(f"regions must be 'canny', 'gradient' or a callable (x0_tokens, grid) -> scores, got {regions!r}")
+        if ratio is not None and threshold is not None:
+            raise ValueError(f"give ratio or threshold, not both: got ratio={ratio}, threshold={threshold}")
+        bent = [key for key in _BENDING if self.config.get(key)]
+        if bent:
+            raise ValueError(f"the stock scheduler's {', '.join(bent)} would distort RALU's schedule; it must be off")
+        self.schedule = _schedule(preset, ratio, self.config)
+        self.register_to_config(
+            preset=asdict(preset) if isinstance(preset, Schedule) else preset,
+            ratio=ratio, threshold=threshold, granularity=granularity, carry_noise=carry_noise, backend=backend,
+            regions=regions if isinstance(regions, str) else "canny",
+        )  # fmt: skip
+        self._scorer = regions if callable(regions) else None
+        self._bound = False
+        self._run = self.layout = self.undo = None
+
+    @staticmethod
+    def _get_init_keys(input_class):
+        keys = set(inspect.signature(input_class.__init__).parameters) - {"stock"}
+        parent = FlowMatchEulerDiscreteScheduler.__init__
+        return keys | set(inspect.signature(parent).parameters) if issubclass(input_class, RaluScheduler) else keys
+
+    def bind(self, decode: Callable | None = None, stage_changed: Callable[[], None] = lambda: None):
+        """Make ready to run. decode: for "canny", see `ralu.regions.canny`; stage_changed: called between stages."""
+        if self._scorer is None:
+            if self.config.regions == "canny" and decode is None:
+                raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
+            self._scorer = region_scorers.gradient if self.config.regions == "gradient" else region_scorers.canny(decode)
+        self._stage_changed = stage_changed
+        self._bound = True
+
+    def unbind(self):
+        self._bound = False
+        self.layout = None
+
+    # ------------------------------------------------------------------------------------------------------- schedule
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
+        if not self._bound:
+            raise RuntimeError("this pipeline was saved with RALU: call ralu.enable(pipe) before using it")
+        asked = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
+        self.layout = None
+        self._run = None
+        if asked < 3:
+            logger.warning_once(f"RALU needs at least 3 steps; {asked} steps run the stock schedule at full resolution")
+            return super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / asked, asked))):
+            raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps cannot be combined with it")
+        run = []  # (stage, sigma, next sigma), a row a step
+        for stage in (1, 2, 3):
+            levels = self.schedule.sigmas(stage)
+            run += [(stage, *pair) for pair in zip(levels, levels[1:], strict=False)]
+        self._run = run
+        self.num_inference_steps = len(run)
+        self.sigmas = torch.tensor([sigma for _, sigma, _ in run] + [0.0], dtype=torch.float32, device=device)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        self._step_index = self._begin_index = None
+
+    def set_begin_index(self, begin_index=0):
+        if begin_index and self._run is not None:
+            raise ValueError(f"RALU starts from pure noise, but the pipeline asks to start at step {begin_index}")
+        super().set_begin_index(begin_index)
+
+    # --------------------------------------------------------------------------------------------------------- stages
+
+    @property
+    def running(self) -> bool:
+        """Whether the current run has stages (and not the stock schedule)."""
+        return self._bound and self._run is not None
+
+    def start(self, noise: Tensor, grid: tuple[int, int]):
+        """Begin stage 1. noise: (B, 4n, C), the starting noise in raster order of the high grid (2h, 2w) = grid."""
+        if grid[0] % 2 or grid[1] % 2:
+            raise ValueError(f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number")
+        if noise.shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]}")
+        self.grid = grid[0] // 2, grid[1] // 2
+        self._seeds = seeds_of(noise)
+        self.layout = Layout(1, raster(self.grid, len(noise), noise.device))
+
+    def low_noise(self, sample: Tensor) -> Tensor:
+        """The first step's sample at half resolution: the full-size noise (B, 4n, C), subsampled to (B, n, C).
+
+        Nearest neighbour, so that a seed fixes the picture's composition at every size. Other samples pass unchanged.
+        """
+        h, w = self.grid
+        if self.layout.stage != 1 or sample.shape[1] != 4 * h * w:
+            return sample
+        tokens = sample.unflatten(1, (h, 2, w, 2))
+        if self.config.granularity == "token":
+            return tokens[:, :, 0, :, 0].flatten(1, 2)
+        corner = tokens[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
+        return corner.permute(0, 1, 3, 5, 2, 4).reshape(len(sample), h * w, -1)
+
+    def step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
+        """One Euler step (stock signature). At a stage's end the result has the next stage's token count.
+
+        model_output: (B, L, C) velocity; sample: (B, L, C), or the full-size noise in the very first step.
+        """
+        if not self.running:
+            return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
+        if self.layout is None:
+            raise RuntimeError("the model was not called through ralu.enable or ralu.sample before this step")
+        index = self._step_index or 0
+        stage, sigma, following = self._run[index]
+        x, v = self.low_noise(sample).float(), model_output.float()
+        advanced = x + (following - sigma) * v
+        self._step_index = index + 1
+        if index + 1 == len(self._run):
+            self.layout = None
+        elif self._run[index + 1][0] != stage:
+            advanced = self._mix(advanced, x - sigma * v) if stage == 1 else self._merge(advanced)
+            self._stage_changed()
+        advanced = advanced.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
+
+    def _mix(self, low: Tensor, x0: Tensor) -> Tensor:
+        """Stage 1 to 2: upsample the chosen regions, re-noise everything. low, x0: (B, n, C)."""
+        scores = self._scorer(x0, self.grid)
+        if scores.shape != low.shape[:2]:
+            raise ValueError(f"the scorer must return one score a token, {tuple(low.shape[:2])}, got {tuple(scores.shape)}")
+        backend, threshold = self.config.backend, self.config.threshold
+        choice = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
+        plan = plan_tokens(scores.to(low.device), self.grid, **choice, backend=backend)
+        packed = promote_tokens(low, plan, *self._noise(0), self._seeds, **self._rules)
+        batch, length = len(low), plan.max_seqlen
+        if packed.shape[0] == batch * length:
+            self.layout = Layout(2, plan.positions.view(batch, length, 2), plan=plan)
+            return packed.view(batch, length, -1)
+        column = torch.arange(length, device=low.device)
+        mask = column < plan.cu_seqlens.diff()[:, None]
+        rows = torch.where(mask, plan.cu_seqlens[:-1, None] + column, plan.cu_seqlens[:-1, None])  # any row pads
+        self.layout = Layout(2, plan.positions[rows], mask, plan)
+        return packed[rows]
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        """Stage 2 to 3: upsample the rest, re-noise everything, raster order. mixed: (B, L, C)."""
+        plan, mask = self.layout.plan, self.layout.mask
+        packed = mixed.flatten(0, 1) if mask is None else mixed[mask]
+        self.layout = Layout(3, raster((2 * self.grid[0], 2 * self.grid[1]), len(mixed), mixed.device))
+        return merge_tokens(packed, plan, *self._noise(1), self._seeds, **self._rules)
+
+    def _noise(self, k: int):
+        move = self.schedule.transitions[k]
+        return move.scale, move.noise_scale, move.c
+
+    @property
+    def _rules(self):
+        return {key: self.config[key] for key in ("granularity", "carry_noise", "backend")}
+
+    def full_resolution(self, sample: Tensor) -> Tensor:
+        """A sample of any stage at full resolution, (B, 4n, C), without noise: for previews and interrupted runs."""
+        if self.layout is None or self.layout.stage == 3:
+            return sample
+        sample, plan, mask = self.low_noise(sample), self.layout.plan, self.layout.mask
+        if plan is None:
+            plan = plan_tokens(sample.new_zeros(sample.shape[:2], dtype=torch.float32), self.grid, ratio=0.0)
+        packed = sample.flatten(0, 1) if mask is None else sample[mask]
+        return merge_tokens(packed, plan, 1.0, 0.0, 0.0, self._seeds, **self._rules)
+
+
+# Stock options that change the noise levels after shifting, or add noise of their own.
+_BENDING = (
+    "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+    "stochastic_sampling", "use_flow_sigmas",
+)  # fmt: skip
+
+
+def _schedule(chosen: str | dict | Schedule, ratio: float | None, config) -> Schedule:
+    if isinstance(chosen, str):
+        # FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
+        return preset(chosen, shift=3.0 if config.use_dynamic_shifting else config.shift, ratio=ratio)
+    schedule = Schedule(**chosen) if isinstance(chosen, dict) else chosen
+    return schedule if ratio is None else replace(schedule, ratio=ratio)
+
+
+@torch.no_grad()
+def sample(
+    velocity: Callable[[Tensor, float, Layout], Tensor],
+    noise: Tensor,
+    grid: tuple[int, int],
+    preset: str | Schedule = "flux-5x",
+    *,
+    decode: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
+    **options,
+) -> Tensor:
+    """Sample any flow-matching transformer with RALU, without a diffusers pipeline.
+
+    velocity: `(x (B, L, C), sigma, layout) -> (B, L, C)`, d x / d sigma at noise level sigma, for tokens at
+              `layout.positions`; where `layout.mask` is not None, attention must skip its False tokens.
+    noise:    (B, 4n, C) standard normal tokens in raster order of the high grid; it seeds the later stages' noise too.
+    grid:     (2h, 2w), the high grid, both even.
+    decode:   `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, needed for regions="canny".
+    options:  `RaluScheduler`'s; regions defaults to "canny" with a decoder and "gradient" without.
+
+    Returns the clean tokens, (B, 4n, C).
+    """
+    options.setdefault("regions", "gradient" if decode is None else "canny")
+    scheduler = RaluScheduler(preset, **options)
+    scheduler.bind(decode)
+    scheduler.set_timesteps(sum(scheduler.schedule.steps))
+    scheduler.start(noise, grid)
+    x = scheduler.low_noise(noise)
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
+        x = scheduler.step(velocity(x, sigma, scheduler.layout), t, x, return_dict=False)[0]
+    return x

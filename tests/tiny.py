@@ -1,0 +1,46 @@
+"""A whole FLUX pipeline with random weights that paints in milliseconds."""
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from ralu.mini.train import clip_tokenizer, t5_tokenizer
+
+PROMPTS = ["a red circle", "two blue squares on a table", "a small grey cat"]
+
+
+def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
+    """One token is 4x4 pixels: the VAE shrinks by 2."""
+    torch.manual_seed(seed)
+    tok, tok2 = clip_tokenizer(PROMPTS), t5_tokenizer(PROMPTS)
+    clip = CLIPTextConfig(
+        vocab_size=len(tok), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
+        projection_dim=32, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=len(tok2), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0)
+    pipe = FluxPipeline(
+        tokenizer=tok, tokenizer_2=tok2,
+        text_encoder=CLIPTextModel(clip).eval(), text_encoder_2=T5EncoderModel(t5).eval(),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611,
+        ).eval(),
+        transformer=FluxTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def paint(pipe, prompt=PROMPTS[0], seeds=(0,), height=64, width=64, **call):
+    """Images as a tensor (B, 3, H, W) in [0, 1]."""
+    call = {"max_sequence_length": 16, "output_type": "pt", "guidance_scale": 3.5} | call
+    return pipe(prompt, height=height, width=width, generator=generators(*seeds), **call).images
