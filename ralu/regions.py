@@ -40,7 +40,7 @@ def _blocks(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, H, W) -> (B, n, pixels of a block)"""
     b, height, width = pictures.shape
     h, w = grid
-    return pictures.view(b, h, height // h, w, width // w).transpose(2, 3).reshape(b, h * w, -1)
+    return pictures.view(b, h, height // h, w, width // w).transpose(2, 3).reshape(b, h * w, (height // h) * (width // w))
 
 
 def canny(decode: Callable[[Tensor, tuple[int, int]], Tensor], low: int = 100, high: int = 200) -> Scorer:

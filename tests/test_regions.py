@@ -1,0 +1,80 @@
+"""Scores against OpenCV on the same picture, and pictures whose edges are known."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import ralu
+from ralu.regions import canny, edge_density, gradient
+
+
+def picture(seed=0, height=96, width=160):
+    """A smooth background with a dark disc, (3, H, W) in [-1, 1]."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    disc = ((y - 30 - 5 * seed).square() + (x - 60).square() < 20**2).float()
+    return torch.stack([0.2 + 0.4 * disc, -0.3 + 0.9 * disc, y / height - 0.5 - 0.3 * disc])
+
+
+def test_edge_counts_equal_opencv_on_the_8_bit_luma():
+    image = picture()
+    scores = edge_density(image[None], (6, 10))[0]
+    rgb = ((image * 0.5 + 0.5) * 255).permute(1, 2, 0).double().numpy()
+    luma = np.rint(rgb @ [0.299, 0.587, 0.114]).astype(np.uint8)
+    edges = cv2.Canny(luma, 100, 200).reshape(6, 16, 10, 16).sum((1, 3)) / 255
+    counts = (scores * 256).floor().reshape(6, 10).numpy()  # the rest is contrast, less than one edge pixel
+    np.testing.assert_array_equal(counts, edges)
+    assert 20 < edges.sum() < 400
+
+
+def test_dark_pictures_keep_their_edges():
+    """Decoded values lie in [-1, 1]; clipping them at 0, as the paper's release does, loses the dark half."""
+    dark = picture() * 0.45 - 0.55
+    assert (dark < 0).all() and (edge_density(dark[None], (6, 10)) * 256).floor().sum() > 20
+
+
+def test_ties_go_to_contrast_and_never_overtake_an_edge_pixel():
+    image = torch.zeros(1, 3, 32, 48)
+    image[..., 16:, 32:] += torch.linspace(0, 0.04, 16)  # too soft for Canny
+    image[..., :16, :16] = 1 - 2 * (torch.arange(16) < 8).float()  # one hard edge
+    scores = edge_density(image, (2, 3))[0]
+    assert scores.argsort(descending=True)[:2].tolist() == [0, 5]
+    noise = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scores = edge_density(noise, (4, 4))
+    assert ((scores * 256) % 1).max() <= 0.5 and scores.max() <= 1
+
+
+def test_a_batch_scores_like_its_images_and_may_be_empty():
+    images = torch.stack([picture(seed) for seed in range(3)])
+    batch = edge_density(images, (6, 10))
+    for i in range(3):
+        torch.testing.assert_close(batch[i : i + 1], edge_density(images[i : i + 1], (6, 10)), rtol=0, atol=0)
+    assert edge_density(images[:0], (6, 10)).shape == (0, 60)
+    half = edge_density(images.bfloat16(), (6, 10))
+    assert half.dtype == torch.float32 and half.shape == (3, 60)
+
+
+def test_canny_scores_what_the_decoder_shows():
+    images = picture()[None]
+    scorer = canny(lambda x0, grid: images * x0.mean(), low=50, high=120)
+    torch.testing.assert_close(scorer(torch.ones(1, 60, 4), (6, 10)), edge_density(images, (6, 10), 50, 120))
+
+
+def test_grid_that_does_not_divide_the_picture():
+    with pytest.raises(ValueError, match="96x160.*5x10"):
+        edge_density(picture()[None], (5, 10))
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (1, 6), (6, 1), (2, 2)])
+def test_gradient_equals_numpy(grid):
+    x0 = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(0))
+    planes = np.pad(x0.double().numpy().reshape(2, *grid, 8), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    dy = (planes[:, 2:, 1:-1] - planes[:, :-2, 1:-1]) / 2
+    dx = (planes[:, 1:-1, 2:] - planes[:, 1:-1, :-2]) / 2
+    expected = np.sqrt((dy**2 + dx**2).mean(-1)).reshape(2, -1)
+    np.testing.assert_allclose(gradient(x0, grid).numpy(), expected, rtol=1e-5)
+
+
+def test_a_scorer_of_the_wrong_shape_is_named():
+    with pytest.raises(ValueError, match=r"one score a token, \(1, 16\), got \(1, 4\)"):
+        ralu.sample(lambda x, sigma, layout: x, torch.randn(1, 64, 16), (8, 8), regions=lambda x0, grid: x0[:, :4, 0])
