@@ -1,12 +1,14 @@
 """Which implementation of an operation runs, and the argument checks every public function shares."""
 
+from types import SimpleNamespace
+
 import torch
 
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=None)  # the kernels are defined, with their annotations, all the same
 
 INTERPRET = triton is not None and triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,6 +89,6 @@ def seed_tensor(seed: torch.Tensor | int, batch: int, device: torch.device) -> t
         check(tuple(seed.shape) == (batch,), "seed.shape", tuple(seed.shape), f"({batch},), one key for each sample")
         check(seed.device == device, "seed.device", seed.device, str(device))
         return seed
-    check(isinstance(seed, int), "seed", repr(seed), "an int64 tensor or an int")
+    check(isinstance(seed, int), "seed", seed, "an int64 tensor or an int")
     check(-(2**63) <= seed < 2**63, "seed", seed, "a 64-bit signed integer")
     return torch.full((batch,), seed, dtype=torch.int64, device=device)

@@ -105,8 +105,9 @@ def upsample_renoise(x: Tensor, scale: float, noise_scale: float, c: float, seed
 
 def _children(high: Tensor, width: int) -> Tensor:
     """(B, 4n, ...) in raster order over the high grid -> (B, n, 4, ...), the four children of every low token."""
-    b, rest = high.shape[0], high.shape[2:]
-    return high.reshape(b, -1, 2, width, 2, *rest).transpose(2, 3).reshape(b, -1, 4, *rest)
+    b, high_tokens, *rest = high.shape
+    height = high_tokens // (4 * width)
+    return high.reshape(b, height, 2, width, 2, *rest).transpose(2, 3).reshape(b, height * width, 4, *rest)
 
 
 def _raster(children: Tensor, width: int) -> Tensor:
@@ -118,9 +119,9 @@ def _raster(children: Tensor, width: int) -> Tensor:
 def _elements(height: int, width: int, channels: int, granularity: str, device) -> Tensor:
     """Element index of every value of a token grid, (height * width, channels)."""
     if granularity == "token":
-        return torch.arange(height * width * channels, device=device).view(-1, channels)
+        return torch.arange(height * width * channels, device=device).view(height * width, channels)
     pixels = torch.arange(height * width * channels, device=device).view(channels // 4, height, 2, width, 2)
-    return pixels.permute(1, 3, 0, 2, 4).reshape(-1, channels)
+    return pixels.permute(1, 3, 0, 2, 4).reshape(height * width, channels)
 
 
 def _upsample_tokens(low: Tensor, z: Tensor, scale: float, noise_scale: float, granularity: str) -> Tensor:
@@ -129,7 +130,7 @@ def _upsample_tokens(low: Tensor, z: Tensor, scale: float, noise_scale: float, g
     if granularity == "token":
         return out.transpose(2, 3)
     # Low channel (c, py, px) becomes the whole 2x2 patch, channels (c, 0..3), of child (py, px).
-    return out.unflatten(2, (-1, 4)).transpose(2, 3).flatten(3)
+    return out.unflatten(2, (low.shape[2] // 4, 4)).transpose(2, 3).flatten(3)
 
 
 def plan_tokens(scores: Tensor, h: int, w: int, k: int, threshold: float | None, total: int):
@@ -159,7 +160,7 @@ def promote_tokens(
     low: Tensor, inverse: Tensor, width: int, total: int, scale: float, noise_scale: float, c: float, seed: Tensor,
     granularity: str, carry_noise: str,
 ) -> Tensor:  # fmt: skip
-    b, n, channels = low.shape
+    n, channels = low.shape[1:]
     element = _elements(n // width, width, channels, granularity, low.device)
     rows = _children(inverse, width)
     x = low.float()

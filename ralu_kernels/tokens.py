@@ -356,7 +356,7 @@ def plan_tokens(
         check(not math.isnan(threshold), "threshold", threshold, "a number")
         k = 0
         counts = (scores >= threshold).sum(1).tolist()
-        max_seqlen = n + 3 * max(counts, default=0)
+        max_seqlen = n + 3 * max([0, *counts])
         total = b * n + 3 * sum(counts)
     tensors = torch.ops.ralu_kernels.plan_tokens(scores, h, w, k, threshold, total, backend)
     cu_seqlens, source, child, inverse, positions = tensors

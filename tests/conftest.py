@@ -1,0 +1,71 @@
+"""What all tests share: backends, fixed seeds, poisoned memory and one rule for tolerances.
+
+Triton reads TRITON_INTERPRET once, so the suite is two processes: ``pytest``, and with it set, ``pytest -m triton``.
+"""
+
+import pytest
+import torch
+
+from ralu_kernels._backend import INTERPRET, tl, triton
+
+
+def pytest_collection_modifyitems(items):
+    cuda = torch.cuda.is_available()
+    reasons = {}
+    if triton is None:
+        reasons["triton"] = "triton is not installed"
+    elif not (INTERPRET or cuda):
+        reasons["triton"] = "without a GPU Triton kernels run under TRITON_INTERPRET=1 only, in a process of their own"
+    if not cuda:
+        reasons["gpu"] = "no GPU"
+    for item in items:
+        for marker, reason in reasons.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+if INTERPRET:
+    from triton.runtime import interpreter
+
+    convert_float = interpreter._convert_float
+
+    def rounding_convert_float(data, source, target, rounding_mode):
+        """Triton's interpreter truncates float32 to bfloat16, where GPUs round to the nearest even."""
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
+        return convert_float(data, source, target, rounding_mode)
+
+    interpreter._convert_float = rounding_convert_float
+
+
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.triton)])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """In this mode PyTorch fills what torch.empty and its kin return with NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def assert_as_exact_as(actual, eager, oracle, atol=1e-6):
+    """``actual`` is at most twice as far from a float32 or float64 ``oracle`` as ``eager`` of the same dtype is."""
+    assert actual.dtype == eager.dtype and actual.shape == eager.shape == oracle.shape
+    assert actual.isfinite().all()
+    if actual.numel():
+        error, allowed = ((x.to(oracle) - oracle).abs().max().item() for x in (actual, eager))
+        assert error <= 2 * allowed + atol, f"error {error:.3g}, eager {allowed:.3g}"

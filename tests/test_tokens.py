@@ -1,0 +1,414 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_as_exact_as
+from test_upsample import exact_normals, oracle, seeds
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens, tokens, upsample_renoise
+from ralu_kernels._backend import DTYPES
+
+MOVE = (0.9, 0.4, 0.0177)
+GRANULARITIES = tokens.GRANULARITIES
+FIELDS = ("cu_seqlens", "source", "child", "inverse", "positions")
+
+
+def naive_plan(scores, grid, ratio=None, threshold=None):
+    """The definition, token by token."""
+    h, w = grid
+    n = h * w
+    cu_seqlens, source, child, inverse, positions = [0], [], [], [], []
+    for sample in scores.tolist():
+        if threshold is None:
+            order = sorted(
+                range(n), key=lambda i: (math.isnan(sample[i]), -sample[i] if sample[i] == sample[i] else 0, i)
+            )
+            promoted = set(order[: math.floor(ratio * n + 1e-6)])
+        else:
+            promoted = {i for i in range(n) if sample[i] >= threshold}
+        cover = [[0] * (2 * w) for _ in range(2 * h)]
+        for i in range(n):
+            y, x = divmod(i, w)
+            for j in range(4):
+                cover[2 * y + j // 2][2 * x + j % 2] = len(source) + (j if i in promoted else 0)
+            for j in range(4) if i in promoted else [-1]:
+                positions.append((y + (j // 2 / 2 if j > 0 else 0), x + (j % 2 / 2 if j > 0 else 0)))
+            source += [i] * (4 if i in promoted else 1)
+            child += [0, 1, 2, 3] if i in promoted else [-1]
+        inverse.append([row for line in cover for row in line])
+        cu_seqlens.append(len(source))
+    return dict(
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        source=torch.tensor(source, dtype=torch.int32),
+        child=torch.tensor(child, dtype=torch.int32),
+        inverse=torch.tensor(inverse, dtype=torch.int32).view(-1, 4 * n),
+        positions=torch.tensor(positions, dtype=torch.float32).view(-1, 2),
+    )
+
+
+def assert_plan(plan, expected):
+    for name in FIELDS:
+        found = getattr(plan, name).cpu()
+        assert found.dtype == expected[name].dtype and torch.equal(found, expected[name]), name
+    assert plan.max_seqlen == max(expected["cu_seqlens"].diff().tolist(), default=plan.max_seqlen)
+
+
+def unpack(x, grid):
+    """(B, n, 4c) tokens -> (B, c, 2h, 2w) latent, FLUX's packing undone."""
+    return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, grid), 2)
+
+
+def pack(latent):
+    return F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
+
+
+def expected_noise(x, c, seed, stage, granularity, grid):
+    """White noise of carried tokens x (B, n, C), float64, scaled to variance 1 - c."""
+    n, channels = x.shape[1:]
+    if granularity == "token":
+        element = torch.arange(n * channels).view(n, channels)
+    else:
+        element = pack(torch.arange(n * channels).view(1, channels // 4, 2 * grid[0], 2 * grid[1]).double())[0].long()
+    return math.sqrt(1 - c) * exact_normals(seed.cpu(), element, stage, 1)[..., 0].to(x.device)
+
+
+def expected_children(low, scale, noise_scale, c, seed, stage, granularity, grid):
+    """All tokens of low (B, n, C) enlarged, float64 (B, 4n, C) in raster order."""
+    if granularity == "pixel":
+        return pack(oracle(unpack(low, grid), scale, noise_scale, c, seed, stage))
+    # A token grid is a latent whose elements are counted channel last.
+    b, n, channels = low.shape
+    latent = low.reshape(b, 1, n * channels, 1)
+    blocks = oracle(latent, scale, noise_scale, c, seed, stage)  # (B, 1, 2 n C, 2)
+    children = blocks.view(b, *grid, channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
+    return children.reshape(b, 4 * n, channels)
+
+
+def random_plan(b, grid, device, **choice):
+    scores = torch.randn(b, grid[0] * grid[1])
+    return plan_tokens(scores.to(device), grid, **(choice or {"threshold": 0.5}))
+
+
+def samples(plan):
+    """Sample of every packed row."""
+    return torch.repeat_interleave(torch.arange(plan.batch_size, device=plan.source.device), plan.lengths)
+
+
+def expected_promotion(low, plan, scale, noise_scale, c, seed, granularity):
+    n = low.shape[1]
+    children = expected_children(low, scale, noise_scale, c, seed, 2, granularity, plan.grid)
+    kept = scale * low.double() + noise_scale * expected_noise(low, c, seed, 2, granularity, plan.grid)
+    rows, source, child = samples(plan), plan.source.long(), plan.child.long()
+    w = plan.grid[1]
+    high = (source // w * 2 + child // 2) * 2 * w + source % w * 2 + child % 2
+    return torch.where((child < 0)[:, None], kept[rows, source], children[rows, high.clamp(0, 4 * n - 1)])
+
+
+def expected_merge(packed, plan, scale, noise_scale, c, seed, granularity):
+    h, w = plan.grid
+    cover = plan.inverse.long()
+    high = packed[cover]  # (B, 4n, C)
+    low = high.view(len(cover), h, 2, w, 2, -1)[:, :, 0, :, 0].flatten(1, 2)
+    kept = scale * high.double() + noise_scale * expected_noise(high, c, seed, 3, granularity, (2 * h, 2 * w))
+    children = expected_children(low, scale, noise_scale, c, seed, 3, granularity, plan.grid)
+    return torch.where((plan.child[cover] < 0)[..., None], children, kept)
+
+
+CHOICES = [{"ratio": 0.0}, {"ratio": 0.2}, {"ratio": 1.0}, {"threshold": 0.3}, {"threshold": 9.0}]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("b, grid", [(3, (5, 7)), (1, (4, 4)), (0, (2, 3))])
+def test_plan(backend, device, b, grid, choice):
+    scores = torch.randn(b, grid[0] * grid[1])
+    plan = plan_tokens(scores.to(device), grid, **choice, backend=backend)
+    assert plan.grid == grid and plan.batch_size == b
+    assert_plan(plan, naive_plan(scores, grid, **choice))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plan_breaks_ties_by_place(backend, device, dtype):
+    """Few distinct scores, both zeros, both infinities and NaN (which ranks last), in a strided tensor."""
+    inf, nan = math.inf, math.nan
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, inf, -inf, nan, -nan, 0.5, 0.0], dtype=dtype)
+    scores = values[torch.randint(len(values), (35, 3))].T
+    for choice in ({"ratio": k / 35} for k in (9, 18, 28)):
+        plan = plan_tokens(scores.to(device), (5, 7), **choice, backend=backend)
+        assert_plan(plan, naive_plan(scores.float(), (5, 7), **choice))
+    plan = plan_tokens(scores.to(device), (5, 7), threshold=0.0, backend=backend)
+    assert_plan(plan, naive_plan(scores.float(), (5, 7), threshold=0.0))
+
+
+@pytest.mark.parametrize("choice", [{"ratio": 0.2}, {"threshold": 1.5}], ids=str)
+def test_plan_of_a_large_grid(backend, device, choice):
+    scores = torch.randn(1, 128 * 128)
+    plan = plan_tokens(scores.to(device), (128, 128), **choice, backend=backend)
+    assert_plan(plan, naive_plan(scores, (128, 128), **choice))
+
+
+def test_plan_counts():
+    for n, ratio, k in ((10, 0.3, 3), (1024, 0.2, 204), (100, 0.29, 29), (3, 0.9999, 2)):
+        assert plan_tokens(torch.randn(1, n), (1, n), ratio=ratio).max_seqlen == n + 3 * k
+
+
+def test_plan_waits_for_the_device_only_with_a_threshold():
+    with FakeTensorMode():
+        plan = plan_tokens(torch.empty(2, 12), (3, 4), ratio=0.5)
+        assert plan.source.shape == (2 * 30,) and plan.inverse.shape == (2, 48)
+        with pytest.raises(DataDependentOutputException):
+            plan_tokens(torch.empty(2, 12), (3, 4), threshold=0.5)
+
+
+def test_plan_moves_between_devices():
+    plan = random_plan(2, (3, 4), "cpu").to("meta")
+    assert isinstance(plan, TokenPlan) and all(getattr(plan, name).device.type == "meta" for name in FIELDS)
+
+
+CASES = {
+    "flux": (1, (4, 4), 64),
+    "odd": (3, (5, 7), 12),
+    "column": (2, (5, 1), 4),
+    "channel blocks": (2, (2, 2), 136),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_moves_against_oracle(backend, device, case, granularity, dtype):
+    b, grid, channels = case
+    channels += granularity == "token"  # any number of channels will do
+    plan, seed = random_plan(b, grid, device), seeds(b, device)
+    low = torch.randn(b, grid[0] * grid[1], channels, device=device).to(dtype)
+    expected = expected_promotion(low, plan, *MOVE, seed, granularity)
+    out = promote_tokens(low, plan, *MOVE, seed, granularity=granularity, backend=backend)
+    assert out.is_contiguous()
+    assert_as_exact_as(out, expected.to(dtype), expected, atol=2e-6)
+
+    packed = torch.randn(len(plan.source), channels, device=device).to(dtype)
+    expected = expected_merge(packed, plan, *MOVE, seed, granularity)
+    out = merge_tokens(packed, plan, *MOVE, seed, granularity=granularity, backend=backend)
+    assert out.is_contiguous()
+    assert_as_exact_as(out, expected.to(dtype), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("b, channels", [(0, 8), (2, 0)])
+def test_empty_moves(backend, device, b, channels, granularity):
+    plan = random_plan(b, (2, 3), device)
+    low = torch.zeros(b, 6, channels, device=device)
+    packed = promote_tokens(low, plan, *MOVE, 1, granularity=granularity, backend=backend)
+    assert packed.shape == (len(plan.source), channels)
+    out = merge_tokens(packed, plan, *MOVE, 1, granularity=granularity, backend=backend)
+    assert out.shape == (b, 24, channels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_moves_are_exact(backend, device, granularity, dtype):
+    """Without noise promote then merge is nearest-neighbour enlargement, bit for bit, whatever is promoted when."""
+    grid = (5, 3)
+    low = torch.randn(2, 15, 8, device=device).to(dtype)
+    settings = dict(scale=1.0, noise_scale=0.0, c=0.1, seed=1, granularity=granularity, backend=backend)
+    if granularity == "token":
+        up = low.view(2, 5, 1, 3, 1, 8).expand(2, 5, 2, 3, 2, 8).reshape(2, 60, 8)
+    else:
+        up = pack(unpack(low, grid).repeat_interleave(2, 2).repeat_interleave(2, 3))
+    for choice in ({"threshold": 0.2}, {"ratio": 0.0}, {"ratio": 1.0}):
+        plan = random_plan(2, grid, device, **choice)
+        packed = promote_tokens(low, plan, **settings)
+        kept = plan.child < 0
+        assert torch.equal(packed[kept], low[samples(plan)[kept], plan.source[kept].long()])
+        assert torch.equal(merge_tokens(packed, plan, **settings), up)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_noncontiguous(backend, device, granularity):
+    plan, seed = random_plan(2, (3, 4), device), seeds(2, device)
+    settings = dict(granularity=granularity, backend=backend)
+    base = torch.randn(2, 12, 8, device=device)
+    flipped = torch.randn(8, 12, 4, device=device)
+    for low in (
+        base.transpose(1, 2).contiguous().transpose(1, 2),
+        flipped.permute(2, 1, 0)[1:3],
+        base[:1].expand(2, 12, 8),
+    ):
+        contiguous = low.contiguous()
+        expected = promote_tokens(contiguous, plan, *MOVE, seed, **settings)
+        assert torch.equal(promote_tokens(low, plan, *MOVE, seed, **settings), expected)
+    packed = expected.T.contiguous().T
+    assert torch.equal(
+        merge_tokens(packed, plan, *MOVE, seed, **settings), merge_tokens(expected, plan, *MOVE, seed, **settings)
+    )
+
+
+def test_tokens_and_latents_share_their_noise(backend, device):
+    """At pixel granularity a token sequence gets the noise of the latent that it packs, in both stages."""
+    grid, seed = (3, 5), seeds(2, device)
+    latent = torch.randn(2, 2, 6, 10, device=device)
+    for stage, ratio in ((2, 1.0), (3, 0.0)):
+        plan = random_plan(2, grid, device, ratio=ratio)
+        if stage == 2:
+            packed = promote_tokens(pack(latent), plan, *MOVE, seed, backend=backend)
+            found = packed[plan.inverse.long()]
+        else:
+            found = merge_tokens(pack(latent).flatten(0, 1), plan, *MOVE, seed, backend=backend)
+        assert torch.equal(found, pack(upsample_renoise(latent, *MOVE, seed, stage=stage, backend=backend)))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_noise_depends_on_seed_and_place_alone(backend, device, granularity):
+    grid, seed = (3, 4), seeds(3, device)
+    scores = torch.randn(3, 12, device=device)
+    low = torch.randn(3, 12, 8, device=device)
+    settings = dict(granularity=granularity, backend=backend)
+    plan = plan_tokens(scores, grid, threshold=0.0)
+    packed = promote_tokens(low, plan, *MOVE, seed, **settings)
+    merged = merge_tokens(packed, plan, *MOVE, seed, **settings)
+    for b in range(3):
+        alone = plan_tokens(scores[b : b + 1], grid, threshold=0.0)
+        rows = packed[plan.cu_seqlens[b] : plan.cu_seqlens[b + 1]]
+        assert torch.equal(rows, promote_tokens(low[b : b + 1], alone, *MOVE, seed[b : b + 1], **settings))
+        assert torch.equal(merged[b], merge_tokens(rows, alone, *MOVE, seed[b : b + 1], **settings)[0])
+    # A token's noise does not depend on what happens to the others.
+    every = promote_tokens(low, plan_tokens(scores, grid, ratio=1.0), *MOVE, seed, **settings).view(3, 48, 8)
+    children = every.view(3, 12, 4, 8)[samples(plan), plan.source.long(), plan.child.long()]
+    assert torch.equal(packed[plan.child >= 0], children[plan.child >= 0])
+    assert not torch.equal(packed, promote_tokens(low, plan, *MOVE, 5, **settings))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_noise_does_not_depend_on_the_block_size(device, granularity, monkeypatch):
+    plan = random_plan(2, (3, 4), device)
+    low = torch.randn(2, 12, 8, device=device)
+    settings = dict(granularity=granularity, backend="triton")
+    packed = promote_tokens(low, plan, *MOVE, 1, **settings)
+    merged = merge_tokens(packed, plan, *MOVE, 1, **settings)
+    for tile in (32, 4096):
+        monkeypatch.setattr(tokens, "_TILE_BYTES", tile)
+        assert torch.equal(packed, promote_tokens(low, plan, *MOVE, 1, **settings))
+        assert torch.equal(merged, merge_tokens(packed, plan, *MOVE, 1, **settings))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_carry_noise(backend, device, granularity):
+    """The release's carried noise is ours over sqrt(1 - c); promoted tokens do not change."""
+    c, plan = 0.2, random_plan(2, (3, 4), device)
+    low = torch.zeros(2, 12, 8, device=device)
+    settings = dict(scale=1.0, noise_scale=1.0, c=c, seed=3, granularity=granularity, backend=backend)
+    exact, release = (promote_tokens(low, plan, **settings, carry_noise=name) for name in tokens.CARRY_NOISES)
+    factor = torch.where(plan.child < 0, math.sqrt(1 - c), 1.0)[:, None]
+    torch.testing.assert_close(exact, release * factor)
+    exact, release = (
+        merge_tokens(torch.zeros_like(exact), plan, **settings, carry_noise=name) for name in tokens.CARRY_NOISES
+    )
+    factor = torch.where(plan.child[plan.inverse.long()] < 0, 1.0, math.sqrt(1 - c))[..., None]
+    torch.testing.assert_close(exact, release * factor)
+
+
+def test_opcheck(backend, device):
+    ops = torch.ops.ralu_kernels
+    for b, grid in ((2, (3, 5)), (0, (2, 2))):
+        n, w = grid[0] * grid[1], grid[1]
+        scores = torch.randn(n, b, device=device).T
+        plan = plan_tokens(scores, grid, ratio=0.4)
+        total = len(plan.source)
+        k = total and (total // b - n) // 3
+        torch.library.opcheck(ops.plan_tokens, (scores, *grid, k, None, total, backend))
+        low, packed = torch.randn(b, 8, n, device=device).transpose(1, 2), torch.randn(8, total, device=device).T
+        rest = (*MOVE, seeds(b, device), "pixel", "exact", backend)
+        torch.library.opcheck(ops.promote_tokens, (low, plan.inverse, w, total, *rest))
+        torch.library.opcheck(ops.merge_tokens, (packed, plan.inverse, w, *rest))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(backend, device, dynamic):
+    def f(scores, low, seed, h, w):
+        plan = plan_tokens(scores, (h, w), ratio=0.3, backend=backend)
+        packed = promote_tokens(low * 2, plan, *MOVE, seed, backend=backend)
+        return plan, merge_tokens(packed + 1, plan, *MOVE, seed, backend=backend)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for b, h, w in ((2, 3, 4), (3, 5, 3)):
+        args = torch.randn(b, h * w, device=device), torch.randn(b, h * w, 8, device=device), seeds(b, device), h, w
+        (plan, out), (expected_plan, expected) = compiled(*args), f(*args)
+        assert torch.equal(out, expected) and plan.max_seqlen == expected_plan.max_seqlen
+        assert all(torch.equal(getattr(plan, name), getattr(expected_plan, name)) for name in FIELDS)
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_compile_with_a_threshold(device):
+    def f(scores, low):
+        plan = plan_tokens(scores, (3, 4), threshold=0.3)
+        return merge_tokens(promote_tokens(low, plan, *MOVE, 1), plan, *MOVE, 1)
+
+    args = torch.randn(2, 12, device=device), torch.randn(2, 12, 8, device=device)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), f(*args))
+
+
+SCORES = torch.zeros(2, 12)
+WRONG_PLANS = {
+    "rank": (dict(scores=SCORES[0]), r"scores must be of shape \(B, n\), got \(12,\)"),
+    "dtype": (dict(scores=SCORES.int()), "scores.dtype must be float32, float16 or bfloat16, got torch.int32"),
+    "grid": (dict(grid=(3, 5)), r"grid must be \(h, w\) with h \* w = 12, .*, got \(3, 5\)"),
+    "negative grid": (dict(grid=(-3, -4)), "grid must be"),
+    "both": (dict(threshold=0.5), r"\(ratio, threshold\) must be one None and one number, got \(0.5, 0.5\)"),
+    "none": (dict(ratio=None), r"\(ratio, threshold\) must be one None and one number, got \(None, None\)"),
+    "ratio": (dict(ratio=1.1), r"ratio must be in \[0, 1\], got 1.1"),
+    "negative ratio": (dict(ratio=-0.1), r"ratio must be in \[0, 1\], got -0.1"),
+    "nan": (dict(ratio=None, threshold=math.nan), "threshold must be a number, got nan"),
+    "tokens": (
+        dict(scores=SCORES[:1, :1].expand(2**15, 2**14), grid=(2**7, 2**7)),
+        "at most 2147483647, got 214748364",
+    ),
+    "backend": (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
+}
+
+
+@pytest.mark.parametrize("change, message", WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
+def test_wrong_plan_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan_tokens(**{**dict(scores=SCORES, grid=(3, 4), ratio=0.5), **change})
+
+
+PLAN = plan_tokens(SCORES, (3, 4), ratio=0.5)  # 30 rows a sample
+LOW, PACKED, SEED = torch.zeros(2, 12, 8), torch.zeros(60, 8), torch.zeros(2, dtype=torch.int64)
+BOTH_MOVES = {
+    "c": (dict(c=0.3), r"c must be in \[0, 1/4\], got 0.3"),
+    "granularity": (dict(granularity="patch"), r"granularity must be one of \('pixel', 'token'\), got 'patch'"),
+    "carry noise": (dict(carry_noise="none"), r"carry_noise must be one of \('exact', 'release'\), got 'none'"),
+    "seed": (dict(seed=SEED[:1]), r"seed.shape must be \(2,\)"),
+    "backend": (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
+    "plan device": (dict(plan=PLAN.to("meta")), "plan must be on cpu, .*, got on meta"),
+}
+WRONG_MOVES = {
+    **{f"promote {name}": (promote_tokens, dict(low=LOW), *case) for name, case in BOTH_MOVES.items()},
+    **{f"merge {name}": (merge_tokens, dict(packed=PACKED), *case) for name, case in BOTH_MOVES.items()},
+    "low rank": (promote_tokens, dict(low=LOW[0]), {}, r"low must be of shape \(B, n, C\)"),
+    "low dtype": (promote_tokens, dict(low=LOW.double()), {}, "low.dtype must be"),
+    "low grad": (promote_tokens, dict(low=LOW.clone().requires_grad_()), {}, "low.requires_grad must be False"),
+    "low batch": (promote_tokens, dict(low=LOW[:1]), {}, r"low.shape\[:2\] must be \(2, 12\), .*, got \(1, 12\)"),
+    "low tokens": (promote_tokens, dict(low=LOW[:, 1:]), {}, r"low.shape\[:2\] must be \(2, 12\), .*, got \(2, 11\)"),
+    "low channels": (promote_tokens, dict(low=LOW[..., 1:]), {}, r"low.shape\[-1\] must be a multiple of 4"),
+    "packed rank": (merge_tokens, dict(packed=LOW), {}, r"packed must be of shape \(total, C\)"),
+    "packed grad": (
+        merge_tokens,
+        dict(packed=PACKED.clone().requires_grad_()),
+        {},
+        "packed.requires_grad must be False",
+    ),
+    "packed rows": (merge_tokens, dict(packed=PACKED[1:]), {}, r"packed.shape\[0\] must be 60, .*, got 59"),
+    "packed channels": (merge_tokens, dict(packed=PACKED[:, 1:]), {}, r"packed.shape\[-1\] must be a multiple of 4"),
+    "low elements": (promote_tokens, dict(low=LOW[..., :1].expand(2, 12, 2**26)), {}, "at most 2147483647"),
+    "packed elements": (merge_tokens, dict(packed=PACKED[:, :1].expand(60, 2**26)), {}, "at most 2147483647"),
+}
+
+
+@pytest.mark.parametrize("move, tensor, change, message", WRONG_MOVES.values(), ids=WRONG_MOVES.keys())
+def test_wrong_move_arguments(move, tensor, change, message):
+    arguments = {**dict(plan=PLAN, scale=1.0, noise_scale=1.0, c=0.1, seed=SEED), **tensor, **change}
+    with pytest.raises(ValueError, match=message):
+        move(**arguments)
