@@ -32,7 +32,8 @@ from ralu.mini.train import CAPTIONS, PatchPCA, pictures
 
 SIZE, TEXT_TOKENS = 256, 32
 # A method is "stock-STEPS", a preset, or a preset with options of `ralu.enable` behind a slash.
-METHODS = ["stock-50", "stock-10", "stock-7", "flux-5x", "flux-5x/granularity=token", "flux-7x", "flux-7x/granularity=token"]
+METHODS = ["stock-50", "stock-10", "stock-7"]
+METHODS += [preset + options for preset in ("flux-5x", "flux-7x") for options in ("", "/granularity=token")]
 
 
 def prepare(pipe, method: str) -> int:
@@ -50,8 +51,8 @@ def prepare(pipe, method: str) -> int:
 def paint(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tensor:
     """Clean latents, (B, 16, 32, 32)."""
     packed = pipe(
-        captions, height=SIZE, width=SIZE, num_inference_steps=steps, max_sequence_length=TEXT_TOKENS, output_type="latent",
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        captions, height=SIZE, width=SIZE, num_inference_steps=steps, max_sequence_length=TEXT_TOKENS,
+        output_type="latent", generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images  # fmt: skip
     return pipe._unpack_latents(packed, SIZE, SIZE, pipe.vae_scale_factor)
 
@@ -96,7 +97,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="picture i is painted with seed + i")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training pictures are downloaded to")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training pictures are kept")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quality.csv"))
     args = parser.parse_args()
 
@@ -131,10 +132,12 @@ def main():
             decoded = torch.cat([pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample for z in latents.split(16)])
         low, high = interval(hits, len(chosen))
         rows.append({
-            "method": method, "score": f"{hits / len(chosen):.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}",
+            "method": method,
+            "score": f"{hits / len(chosen):.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}",
             "distance": f"{own.mean():.2f}", "distance_se": f"{own.std() / math.sqrt(len(chosen)):.2f}",
             "blockiness": f"{blockiness(decoded):.3f}", "tflop": f"{tflop:.4f}",
-            "flop_ratio": f"{float(rows[0]['tflop']) / tflop if rows else 1:.2f}", "seconds": f"{seconds:.2f}", **common,
+            "flop_ratio": f"{float(rows[0]['tflop']) / tflop if rows else 1:.2f}", "seconds": f"{seconds:.2f}",
+            **common,
         })  # fmt: skip
         print({key: rows[-1][key] for key in ("method", "score", "distance", "blockiness", "flop_ratio", "seconds")})
         args.output.parent.mkdir(parents=True, exist_ok=True)

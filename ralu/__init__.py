@@ -6,4 +6,15 @@ from .schedule import PRESETS, Schedule, preset, solve
 from .scheduler import Layout, RaluScheduler, sample
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Layout", "RaluScheduler", "Schedule", "disable", "enable", "mini_path", "preset", "sample", "solve"]
+__all__ = [
+    "PRESETS",
+    "Layout",
+    "RaluScheduler",
+    "Schedule",
+    "disable",
+    "enable",
+    "mini_path",
+    "preset",
+    "sample",
+    "solve",
+]

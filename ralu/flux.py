@@ -52,7 +52,7 @@ class LayoutHook(ModelHook):
             scheduler.start(sample, self._grid(kwargs["img_ids"]))
         layout = scheduler.layout
         kwargs["hidden_states"] = scheduler.low_noise(sample)
-        batch, length, _ = layout.positions.shape
+        batch = layout.positions.shape[0]
         ids = F.pad(layout.positions, (1, 0))  # axis 0 is unused by text-to-image
         kwargs["img_ids"] = ids.transpose(0, 1).unsqueeze(1)  # (L, 1, B, 3)
         kwargs["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
@@ -67,9 +67,7 @@ class LayoutHook(ModelHook):
         grid = len(img_ids) // columns, columns
         if any(size % 2 for size in grid):
             unit = self.token_pixels
-            nearest = " or ".join(
-                "x".join(str(2 * unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1)
-            )
+            nearest = " or ".join("x".join(str(2 * unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1))
             raise ValueError(
                 f"RALU needs a height and width that divide by {2 * unit}, got {grid[0] * unit}x{grid[1] * unit} "
                 f"(height x width); the nearest sizes are {nearest}"

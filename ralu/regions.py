@@ -1,7 +1,7 @@
 """Which tokens go to full resolution first: scores for the low-resolution tokens, from edges.
 
-A scorer is any callable `(x0_tokens, grid) -> scores` with x0_tokens (B, n, C), the clean latent predicted at the end of
-stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
+A scorer is any callable `(x0_tokens, grid) -> scores` with x0_tokens (B, n, C), the clean latent predicted at the end
+of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: in
 
     images: (B, 3, H, W) in [-1, 1], as a VAE decodes them; H and W are multiples of the grid's h and w.
     low, high: OpenCV's hysteresis thresholds on the L1 Sobel gradient of the 8-bit luma.
-    Returns float32 (B, n) in [0, 1], on the images' device. Blocks with the same number of edge pixels are told apart by
-    their contrast, in steps smaller than one edge pixel: without it flat pictures would fill up from the top left.
+    Returns float32 (B, n) in [0, 1], on the images' device. Blocks with the same number of edge pixels are told apart
+    by their contrast, in steps smaller than one edge pixel: without it flat pictures would fill up from the top left.
     """
     import cv2
 
@@ -38,9 +38,9 @@ def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: in
 
 def _blocks(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, H, W) -> (B, n, pixels of a block)"""
-    b, height, width = pictures.shape
-    h, w = grid
-    return pictures.view(b, h, height // h, w, width // w).transpose(2, 3).reshape(b, h * w, (height // h) * (width // w))
+    (h, w), (b, height, width) = grid, pictures.shape
+    y, x = height // h, width // w
+    return pictures.view(b, h, y, w, x).transpose(2, 3).reshape(b, h * w, y * x)
 
 
 def canny(decode: Callable[[Tensor, tuple[int, int]], Tensor], low: int = 100, high: int = 200) -> Scorer:

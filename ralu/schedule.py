@@ -1,6 +1,6 @@
 """Noise-timestep matching: when each stage starts and ends, and how much noise goes in between. Numbers only.
 
-Time t runs from 0 (noise) to 1 (image); sigma = 1 - t. Equations are those of the paper's supplement (arXiv 2507.08422).
+Time t runs from 0 (noise) to 1 (image); sigma = 1 - t. Equations: the paper's supplement (arXiv 2507.08422).
 """
 
 import math
@@ -118,7 +118,9 @@ def densities(schedule: Schedule, shift: float, points: int = 1000):
 
 
 @lru_cache
-def solve(steps: tuple[int, int, int], ends: tuple[float, float, float], shift: float = 3.0, ratio: float = 0.2) -> Schedule:
+def solve(
+    steps: tuple[int, int, int], ends: tuple[float, float, float], shift: float = 3.0, ratio: float = 0.2
+) -> Schedule:
     """The schedule whose shifts h and noise share c minimise the Jensen-Shannon distance to the target (Eq. S12).
 
     steps: transformer calls of each stage (not cumulative). ends: time at which each stage ends. shift: the model's own

@@ -1,4 +1,4 @@
-"""The three stages, as a diffusers scheduler: it steps, and at a stage's end hands back a sample of another token count.
+"""The three stages, as a diffusers scheduler whose `step` hands back another number of tokens at a stage's end.
 
 `RaluScheduler` lives inside an unmodified pipeline (see `ralu.enable`); `sample` is the same loop for everybody else.
 """
@@ -6,6 +6,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ class Layout:
     """The token sequence that the model sees now.
 
     stage:     1, 2 or 3.
-    positions: float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in stage 1, the children of
-               a promoted token at its own position + {0, 1/2} in stage 2, whole numbers on the high grid in stage 3.
+    positions: float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in stage 1, the children
+               of a promoted token at its own position + {0, 1/2} in stage 2, whole numbers on the high grid in stage 3.
     mask:      bool (B, L), False for padding; None when every sample has L tokens.
     plan:      stage 2's TokenPlan, else None.
     """
@@ -89,11 +90,12 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         **stock,
     ):
         super().__init__(**stock)
-        for name, value, allowed in (("granularity", granularity, GRANULARITIES), ("carry_noise", carry_noise, CARRY_NOISES)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        if carry_noise not in CARRY_NOISES:
+            raise ValueError(f"carry_noise must be one of {', '.join(CARRY_NOISES)}, got {carry_noise!r}")
         if not callable(regions) and regions not in ("canny", "gradient"):
-            raise ValueError(f"regions must be 'canny', 'gradient' or a callable (x0_tokens, grid) -> scores, got {regions!r}")
+            raise ValueError(f"regions must be 'canny', 'gradient' or a callable, got {regions!r}")
         if ratio is not None and threshold is not None:
             raise ValueError(f"give ratio or threshold, not both: got ratio={ratio}, threshold={threshold}")
         bent = [key for key in _BENDING if self.config.get(key)]
@@ -120,7 +122,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if self._scorer is None:
             if self.config.regions == "canny" and decode is None:
                 raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
-            self._scorer = region_scorers.gradient if self.config.regions == "gradient" else region_scorers.canny(decode)
+            named = {"canny": region_scorers.canny(decode), "gradient": region_scorers.gradient}
+            self._scorer = named[self.config.regions]
         self._stage_changed = stage_changed
         self._bound = True
 
@@ -141,11 +144,11 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             logger.warning_once(f"RALU needs at least 3 steps; {asked} steps run the stock schedule at full resolution")
             return super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / asked, asked))):
-            raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps cannot be combined with it")
+            raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps do not fit in")
         run = []  # (stage, sigma, next sigma), a row a step
         for stage in (1, 2, 3):
             levels = self.schedule.sigmas(stage)
-            run += [(stage, *pair) for pair in zip(levels, levels[1:], strict=False)]
+            run += [(stage, *pair) for pair in pairwise(levels)]
         self._run = run
         self.num_inference_steps = len(run)
         self.sigmas = torch.tensor([sigma for _, sigma, _ in run] + [0.0], dtype=torch.float32, device=device)
@@ -169,7 +172,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if grid[0] % 2 or grid[1] % 2:
             raise ValueError(f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number")
         if noise.shape[1] != grid[0] * grid[1]:
-            raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {grid[0] * grid[1]}")
+            tokens = grid[0] * grid[1]
+            raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
         self.grid = grid[0] // 2, grid[1] // 2
         self._seeds = seeds_of(noise)
         self.layout = Layout(1, raster(self.grid, len(noise), noise.device))
@@ -214,7 +218,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """Stage 1 to 2: upsample the chosen regions, re-noise everything. low, x0: (B, n, C)."""
         scores = self._scorer(x0, self.grid)
         if scores.shape != low.shape[:2]:
-            raise ValueError(f"the scorer must return one score a token, {tuple(low.shape[:2])}, got {tuple(scores.shape)}")
+            expected, got = tuple(low.shape[:2]), tuple(scores.shape)
+            raise ValueError(f"the scorer must return one score a token, {expected}, got {got}")
         backend, threshold = self.config.backend, self.config.threshold
         choice = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
         plan = plan_tokens(scores.to(low.device), self.grid, **choice, backend=backend)

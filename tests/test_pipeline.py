@@ -1,5 +1,7 @@
 """RALU inside the unmodified FluxPipeline, against stock runs, single runs and a hand-written loop."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -60,7 +62,7 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
     def denoise(tokens, positions, stage):
         ids = torch.cat([torch.zeros(len(positions), 1), torch.tensor(positions, dtype=torch.float32)], 1)
         levels = schedule.sigmas(stage)
-        for sigma, following in zip(levels, levels[1:], strict=False):
+        for sigma, following in pairwise(levels):
             v = transformer(
                 hidden_states=tokens[None], timestep=torch.tensor([sigma]), guidance=None, pooled_projections=pooled,
                 encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=ids, return_dict=False,
@@ -180,7 +182,8 @@ def test_same_seed_same_image_by_generator_or_latents(pipe):
     assert torch.equal(first, tiny.paint(pipe, seeds=(1,)))
     latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
     packed = FluxPipeline._pack_latents(latents, 1, 4, 32, 32)
-    assert torch.equal(first, pipe(PROMPTS[0], height=64, width=64, latents=packed, max_sequence_length=16, output_type="pt").images)
+    given = pipe(PROMPTS[0], height=64, width=64, latents=packed, max_sequence_length=16, output_type="pt").images
+    assert torch.equal(first, given)
     assert not torch.equal(first, tiny.paint(pipe, seeds=(2,)))
     twice = tiny.paint(pipe, PROMPTS[0], seeds=(1, 2), num_images_per_prompt=2)
     torch.testing.assert_close(twice[:1], first, **close)
@@ -277,7 +280,8 @@ def test_lora_scales_as_in_stock():
 
 
 @pytest.mark.parametrize(
-    "cache", [FirstBlockCacheConfig(threshold=0.0), TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1)]
+    "cache",
+    [FirstBlockCacheConfig(threshold=0.0), TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1)],
 )
 def test_caches_start_anew_in_every_stage(pipe, cache):
     """With settings that never reuse anything the picture is the uncached one, through two changes of token count."""

@@ -61,7 +61,7 @@ def test_canny_scores_what_the_decoder_shows():
 
 
 def test_grid_that_does_not_divide_the_picture():
-    with pytest.raises(ValueError, match="96x160.*5x10"):
+    with pytest.raises(ValueError, match=r"96x160.*5x10"):
         edge_density(picture()[None], (5, 10))
 
 

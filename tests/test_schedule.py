@@ -97,6 +97,6 @@ def test_wrong_numbers_are_named(change, word):
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="flux-5x.*distilled-4.*'nope'"):
+    with pytest.raises(ValueError, match=r"flux-5x.*distilled-4.*'nope'"):
         preset("nope")
     assert preset("flux-5x", ratio=0.4).ratio == 0.4 and PRESETS["flux-5x"].ratio == 0.2

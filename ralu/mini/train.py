@@ -1,12 +1,12 @@
 """Train the embedded model: a small, complete FLUX pipeline that paints 3D emoji at 128 and 256 pixels.
 
-Nobody needs this to use RALU; it is how `ralu/mini/flux` was made. Every part is a stock diffusers or transformers class.
+Nobody needs this to use RALU; it is how `ralu/mini/flux` was made, all of stock diffusers and transformers classes.
 
 Pictures: npm package @lobehub/fluent-emoji-3d 1.1.0 (Microsoft Fluent emoji, MIT licence).
 Names:    npm package emojibase-data 17.0.0 (MIT licence).
 
 Stages, each resumed from `--out` when it was interrupted:
-  vae          a fixed whitened PCA of 8x8 pixel blocks is the latent space; a small decoder (and an encoder) is fitted to it
+  vae          a fixed whitened PCA of 8x8 pixel blocks is the latent space; a decoder and an encoder are fitted
   transformer  flow matching on packed latents, the two text encoders trained along with it
   export       half-precision pipeline folder for `FluxPipeline.from_pretrained`
 """
@@ -36,19 +36,21 @@ SOURCES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emojibase-dat
 CAPTIONS = """
 monkey face; monkey; gorilla; orangutan; dog face; dog; poodle; wolf; fox; raccoon; cat face; cat; black cat; lion;
 tiger face; tiger; horse face; moose; unicorn; zebra; deer; cow face; cow; pig face; pig; ram; goat; camel; llama;
-giraffe; elephant; rhinoceros; hippopotamus; mouse face; mouse; hamster; rabbit face; rabbit; chipmunk; beaver; hedgehog;
-bat; bear; polar bear; koala; panda; sloth; otter; kangaroo; turkey; chicken; rooster; hatching chick; baby chick; penguin;
-dove; eagle; duck; swan; owl; flamingo; peacock; parrot; frog; crocodile; turtle; snake; dragon; T-Rex; spouting whale;
-dolphin; seal; fish; tropical fish; blowfish; shark; octopus; spiral shell; jellyfish; crab; lobster; squid; snail;
-butterfly; bug; honeybee; lady beetle; spider; cherry blossom; lotus; rose; hibiscus; sunflower; tulip; seedling;
-potted plant; evergreen tree; deciduous tree; palm tree; cactus; four leaf clover; maple leaf; mushroom; grapes; watermelon;
-tangerine; lemon; banana; pineapple; red apple; green apple; pear; peach; cherries; strawberry; blueberries; kiwi fruit;
-tomato; coconut; avocado; eggplant; carrot; ear of corn; hot pepper; broccoli; onion; bread; croissant; pretzel; bagel;
-pancakes; cheese wedge; bacon; hamburger; french fries; pizza; hot dog; sandwich; taco; popcorn; sushi; soft ice cream;
-doughnut; cookie; birthday cake; shortcake; cupcake; lollipop; teapot; wine glass; tropical drink; bubble tea
+giraffe; elephant; rhinoceros; hippopotamus; mouse face; mouse; hamster; rabbit face; rabbit; chipmunk; beaver;
+hedgehog; bat; bear; polar bear; koala; panda; sloth; otter; kangaroo; turkey; chicken; rooster; hatching chick; baby
+chick; penguin; dove; eagle; duck; swan; owl; flamingo; peacock; parrot; frog; crocodile; turtle; snake; dragon;
+T-Rex; spouting whale; dolphin; seal; fish; tropical fish; blowfish; shark; octopus; spiral shell; jellyfish; crab;
+lobster; squid; snail; butterfly; bug; honeybee; lady beetle; spider; cherry blossom; lotus; rose; hibiscus;
+sunflower; tulip; seedling; potted plant; evergreen tree; deciduous tree; palm tree; cactus; four leaf clover; maple
+leaf; mushroom; grapes; watermelon; tangerine; lemon; banana; pineapple; red apple; green apple; pear; peach;
+cherries; strawberry; blueberries; kiwi fruit; tomato; coconut; avocado; eggplant; carrot; ear of corn; hot pepper;
+broccoli; onion; bread; croissant; pretzel; bagel; pancakes; cheese wedge; bacon; hamburger; french fries; pizza; hot
+dog; sandwich; taco; popcorn; sushi; soft ice cream; doughnut; cookie; birthday cake; shortcake; cupcake; lollipop;
+teapot; wine glass; tropical drink; bubble tea
 """.replace("\n", " ")
 CAPTIONS = [name.strip() for name in CAPTIONS.split(";")]
-TEMPLATES = ["{}", "{}", "a {}", "the {}", "a picture of a {}", "a 3d {}", "{} emoji", "a small {} on a white background"]
+TEMPLATES = ["{}", "{}", "a {}", "the {}", "a picture of a {}", "a 3d {}", "{} emoji"]
+TEMPLATES += ["a small {} on a white background"]
 
 LATENT_CHANNELS, PATCH = 16, 8
 VAE_SCALE = 3.0  # AutoencoderTiny squashes latents with 3·tanh(x/3): keep unit-variance latents in its linear part
@@ -61,10 +63,12 @@ def pictures(cache: Path) -> torch.Tensor:
         cache.mkdir(parents=True, exist_ok=True)
         for name, package in SOURCES.items():
             if not (cache / name).exists():
-                packed = subprocess.run(["npm", "pack", package, "--silent"], cwd=cache, check=True, capture_output=True, text=True)
-                with tarfile.open(cache / packed.stdout.strip().splitlines()[-1]) as tar:
+                command = ["npm", "pack", package, "--silent"]
+                packed = subprocess.run(command, cwd=cache, check=True, capture_output=True, text=True).stdout
+                with tarfile.open(cache / packed.strip().splitlines()[-1]) as tar:
                     tar.extractall(cache / name, filter="data")
-        code = {e["label"]: e["hexcode"].lower() for e in json.loads((cache / "names/package/en/data.json").read_text())}
+        names = json.loads((cache / "names/package/en/data.json").read_text())
+        code = {entry["label"]: entry["hexcode"].lower() for entry in names}
         images = []
         for caption in CAPTIONS:
             stem = code[caption].replace("-fe0f", "")
@@ -93,10 +97,10 @@ class PatchPCA:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         blocks = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2).double()
         latents = ((blocks - self.mean) @ self.basis / self.std).float()
-        return latents.transpose(1, 2).reshape(len(images), LATENT_CHANNELS, images.shape[2] // PATCH, images.shape[3] // PATCH)
+        return latents.transpose(1, 2).unflatten(2, (images.shape[2] // PATCH, images.shape[3] // PATCH))
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
+# ---- tokenizers ----
 
 
 def clip_tokenizer(texts: list[str]) -> CLIPTokenizer:
@@ -107,8 +111,9 @@ def clip_tokenizer(texts: list[str]) -> CLIPTokenizer:
     tok.normalizer, tok.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, initial_alphabet=alphabet, continuing_subword_prefix="", end_of_word_suffix="</w>", show_progress=False
-    )
+        vocab_size=1000, initial_alphabet=alphabet, show_progress=False,
+        continuing_subword_prefix="", end_of_word_suffix="</w>",
+    )  # fmt: skip
     tok.train_from_iterator(texts, trainer)
     state = json.loads(tok.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
@@ -127,7 +132,7 @@ def t5_tokenizer(texts: list[str]) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=fixed + pieces, extra_ids=0, model_max_length=512)
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# ---- models ----
 
 
 def build_vae() -> AutoencoderTiny:
@@ -153,8 +158,9 @@ def build_text(texts: list[str]):
 
 def build_transformer() -> FluxTransformer2DModel:
     model = FluxTransformer2DModel(
-        in_channels=4 * LATENT_CHANNELS, num_layers=3, num_single_layers=6, attention_head_dim=64, num_attention_heads=4,
-        joint_attention_dim=128, pooled_projection_dim=128, axes_dims_rope=(16, 24, 24), guidance_embeds=False,
+        in_channels=4 * LATENT_CHANNELS, num_layers=3, num_single_layers=6, num_attention_heads=4,
+        attention_head_dim=64, joint_attention_dim=128, pooled_projection_dim=128,
+        axes_dims_rope=(16, 24, 24), guidance_embeds=False,
     )  # fmt: skip
     for name, module in model.named_modules():  # start every block as the identity and the prediction at zero
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "proj_out")) and (
@@ -165,7 +171,7 @@ def build_transformer() -> FluxTransformer2DModel:
     return model
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ---- training ----
 
 
 def train_vae(vae: AutoencoderTiny, images: torch.Tensor, pca: PatchPCA, steps: int, device: str, out: Path):
@@ -236,7 +242,10 @@ def train_transformer(parts, captions, latents, steps: int, device: str, out: Pa
         for e, s in zip(ema, saved["ema"], strict=True):
             e.copy_(s)
         start = saved["step"]
-    ids = {size: FluxPipeline._prepare_latent_image_ids(1, size // 16, size // 16, device, torch.float32) for size in latents}
+    ids = {
+        size: FluxPipeline._prepare_latent_image_ids(1, size // 16, size // 16, device, torch.float32)
+        for size in latents
+    }
     packed = {
         size: FluxPipeline._pack_latents(x, len(x), LATENT_CHANNELS, size // 8, size // 8).to(device)
         for size, x in latents.items()
@@ -290,8 +299,9 @@ def train_transformer(parts, captions, latents, steps: int, device: str, out: Pa
 def assemble(parts, vae, tok, tok2) -> FluxPipeline:
     """A stock pipeline. Its shift at 256 px (256 tokens) is what FLUX.1-dev has at 1024 px (4096 tokens)."""
     scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=16, max_image_seq_len=256
-    )
+        shift=3.0, use_dynamic_shifting=True,
+        base_shift=0.5, max_shift=1.15, base_image_seq_len=16, max_image_seq_len=256,
+    )  # fmt: skip
     return FluxPipeline(scheduler=scheduler, vae=vae, tokenizer=tok, tokenizer_2=tok2, **parts)
 
 
@@ -311,10 +321,10 @@ def sheet(pipe: FluxPipeline, steps: int, columns: int = 8, rows: int = 4) -> Im
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/mini-flux"), help="checkpoints, previews, the final folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/mini-flux"), help="checkpoints, previews, the result")
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the pictures are downloaded to")
     parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the learning rate falls to 0")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=["vae", "transformer"], help="train one part alone, without the export")
@@ -341,7 +351,11 @@ def main():
     latents = {size: pca.encode(resize(images, size)) for size in (256, 128)}
     train_transformer(parts, Captions(tok, tok2), latents, args.steps, args.device, args.out, args.decay, preview)
     if args.only is None:
-        assemble(parts, vae, tok, tok2).to("cpu", torch.float16).save_pretrained(args.out / "flux")
+        pipe = assemble(parts, vae, tok, tok2).to("cpu")
+        # Diffusers loads half-precision weights as float32 unless told otherwise, transformers as they are: with small
+        # float32 text encoders, `from_pretrained` without a dtype gives a pipeline of one dtype.
+        pipe.transformer.half(), pipe.vae.half()
+        pipe.save_pretrained(args.out / "flux")
         print("saved", args.out / "flux")
 
 
