@@ -313,12 +313,13 @@ def test_opcheck(backend, device):
     ops = torch.ops.ralu_kernels
     for b, grid in ((2, (3, 5)), (0, (2, 2))):
         n, w = grid[0] * grid[1], grid[1]
-        scores = torch.randn(n, b, device=device).T
+        scores = torch.randn(n, b, device=device).bfloat16().T
         plan = plan_tokens(scores, grid, ratio=0.4)
         total = len(plan.source)
         k = total and (total // b - n) // 3
         torch.library.opcheck(ops.plan_tokens, (scores, *grid, k, None, total, backend))
-        low, packed = torch.randn(b, 8, n, device=device).transpose(1, 2), torch.randn(8, total, device=device).T
+        low = torch.randn(b, 8, n, device=device).bfloat16().transpose(1, 2)
+        packed = torch.randn(8, total, device=device).bfloat16().T
         rest = (*MOVE, seeds(b, device), "pixel", "exact", backend)
         torch.library.opcheck(ops.promote_tokens, (low, plan.inverse, w, total, *rest))
         torch.library.opcheck(ops.merge_tokens, (packed, plan.inverse, w, *rest))

@@ -1,0 +1,150 @@
+"""Compile every Triton kernel ahead of time, as its launcher would launch it, for GPUs that need not be here.
+
+    python benchmarks/aot.py [--arch 80 90 ...] [-o benchmarks/results/aot.csv]
+
+One row a variant and architecture: registers, local memory and spills as ptxas reports them for the launched module,
+and the widths in bits of its global stores and loads in PTX (``64+128`` = both occur).
+"""
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+
+from ralu_kernels import tokens, upsample
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Report:
+    kernel: str
+    variant: str
+    arch: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    store_bits: str
+    load_bits: str
+    triton: str
+
+
+class _Driver:
+    """Stands in for the CUDA driver: compilation asks it for nothing but the target."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+
+class _Recorder:
+    """Stands in for a kernel: compiles what a launch would run, and does not run it."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+
+
+def _meta(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def variants() -> list[tuple[str, str, Callable[[], object]]]:
+    """(kernel, variant, a call of its launcher) at the sizes of a 1024x1024 FLUX image."""
+    seed, inverse = _meta(1, dtype=torch.int64), _meta(1, 4096, dtype=torch.int32)
+    noise = (0.9, 0.4, 0.02, seed)
+    found = []
+    for name, dtype in DTYPES.items():
+        latent, low, packed, scores = (
+            _meta(*shape, dtype=dtype) for shape in ((1, 16, 64, 64), (1, 1024, 64), (1636, 64), (1, 1024))
+        )
+        found.append(("upsample", name, partial(upsample._upsample_triton, latent, *noise, 2)))
+        for granularity in tokens.GRANULARITIES:
+            variant, move = f"{name} {granularity}", (*noise, granularity, "exact")
+            found.append(("promote", variant, partial(tokens._promote_triton, low, inverse, 32, 1636, *move)))
+            found.append(("merge", variant, partial(tokens._merge_triton, packed, inverse, 32, *move)))
+        found.append(("plan", f"{name} ratio", partial(tokens._plan_triton, scores, 32, 32, 204, None, 1636)))
+    found.append(("plan", f"{name} threshold", partial(tokens._plan_triton, scores, 32, 32, 0, 0.5, 1636)))
+    # 72 columns divide by 8 but not by the 16 that Triton looks for: what the launcher's ALIGN is for.
+    latent = _meta(1, 16, 70, 72, dtype=torch.bfloat16)
+    found.append(("upsample", "bfloat16 72 columns", partial(upsample._upsample_triton, latent, *noise, 2)))
+    return found
+
+
+def compile_variant(kernel: str, launch: Callable[[], object], arch: int):
+    """The compiled kernel that ``launch`` would run on ``sm_<arch>``."""
+    module = upsample if kernel == "upsample" else tokens
+    recorder = _Recorder(getattr(module, f"_{kernel}_kernel"))
+    triton.runtime.driver.set_active(_Driver(arch))
+    with mock.patch.object(module, f"_{kernel}_kernel", recorder):
+        launch()
+    (compiled,) = recorder.compiled
+    return compiled
+
+
+def _bits(ptx: str, operation: str) -> str:
+    """Widths of all accesses of global memory, as in ``st.global.v4.b32`` (128)."""
+    found = re.findall(rf"\b{operation}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    return "+".join(map(str, sorted({int(vector or 1) * int(width) for vector, width in found})))
+
+
+def report(kernel: str, variant: str, launch: Callable[[], object], arch: int) -> Report:
+    compiled = compile_variant(kernel, launch, arch)
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stack, stores, loads = map(
+        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    )
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    return Report(
+        kernel, variant, f"sm_{arch}", registers, stack, stores + loads,
+        _bits(ptx, "st"), _bits(ptx, "ld"), triton.__version__,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "aot.csv")
+    options = parser.parse_args()
+    with options.output.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(Report))
+        for kernel, variant, launch in variants():
+            for arch in options.arch:
+                row = astuple(report(kernel, variant, launch, arch))
+                writer.writerow(row)
+                print(*row, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
