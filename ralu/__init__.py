@@ -1,9 +1,14 @@
 """RALU: training-free region-adaptive latent upsampling for FLUX and Stable Diffusion 3 (arXiv 2507.08422)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .mini import mini_path
-from .pipeline import disable, enable
 from .schedule import PRESETS, Schedule, preset, solve
-from .scheduler import Layout, RaluScheduler, sample
+
+if TYPE_CHECKING:
+    from .pipeline import disable, enable
+    from .scheduler import Layout, RaluScheduler, sample
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,3 +23,23 @@ __all__ = [
     "sample",
     "solve",
 ]
+
+# Torch and diffusers take seconds to import; the schedule's numbers and `ralu --help` do without them.
+_HOMES = {
+    "Layout": "scheduler",
+    "RaluScheduler": "scheduler",
+    "disable": "pipeline",
+    "enable": "pipeline",
+    "sample": "scheduler",
+    "SchedulerMixin": "scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers import SchedulerMixin as SchedulerMixin  # diffusers finds it here to load a saved RaluScheduler
+from diffusers import SchedulerMixin as SchedulerMixin  # see ralu/__init__.py
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils import logging
 from torch import Tensor
@@ -259,6 +259,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         packed = sample.flatten(0, 1) if mask is None else sample[mask]
         return merge_tokens(packed, plan, 1.0, 0.0, 0.0, self._seeds, **self._rules)
 
+
+RaluScheduler.__module__ = "ralu"  # what diffusers writes into model_index.json, to import it from there
 
 # Stock options that change the noise levels after shifting, or add noise of their own.
 _BENDING = (

@@ -7,7 +7,8 @@ Names:    npm package emojibase-data 17.0.0 (MIT licence).
 
 Stages, each resumed from `--out` when it was interrupted:
   vae          a fixed whitened PCA of 8x8 pixel blocks is the latent space; a decoder and an encoder are fitted
-  transformer  flow matching on packed latents, the two text encoders trained along with it
+  text         both text encoders learn to tell the captions apart and what each picture roughly looks like
+  transformer  flow matching on packed latents, the text encoders frozen
   export       half-precision pipeline folder for `FluxPipeline.from_pretrained`
 """
 
@@ -214,33 +215,72 @@ def train_vae(vae: AutoencoderTiny, images: torch.Tensor, pca: PatchPCA, steps: 
 
 
 class Captions:
-    """Tokenised prompts: a random template around each name, a tenth of them dropped for classifier-free guidance."""
+    """Tokenised prompts: a random template around each name; index len(CAPTIONS) is the empty prompt."""
 
     def __init__(self, tok, tok2):
         self.tok, self.tok2 = tok, tok2
 
     def __call__(self, indices: list[int], length: int, device):
-        texts = ["" if random.random() < 0.1 else random.choice(TEMPLATES).format(CAPTIONS[i]) for i in indices]
+        texts = [random.choice(TEMPLATES).format(CAPTIONS[i]) if i < len(CAPTIONS) else "" for i in indices]
         # CLIP is causal and pooled at the end-of-text token, so its padding may stop at the longest prompt.
         clip = self.tok(texts, padding=True, return_tensors="pt").input_ids
         t5 = self.tok2(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return clip.to(device), t5.to(device)
 
 
-def train_transformer(parts, captions, latents, steps: int, device: str, out: Path, decay: float, preview):
-    """Flow matching, alternating 8 pictures of 256 px and 24 of 128 px (loss on eps - x0, sigma logit-normal)."""
-    transformer = parts["transformer"]
-    modules = torch.nn.ModuleDict(parts).to(device).train()
-    parameters = list(modules.parameters())
+def text_length() -> int:
+    """A user who forgets `max_sequence_length` gets 512 padded T5 tokens: show a few of those too."""
+    return 512 if random.random() < 0.005 else random.choice((16, 24, 32, 32))
+
+
+def train_text(clip, t5, captions: Captions, images: torch.Tensor, steps: int, device: str, out: Path):
+    """Each encoder alone must name the picture (cross-entropy) and know its 12x12 thumbnail (L2), by linear heads."""
+    state, empty = out / "text.pt", len(CAPTIONS)
+    encoders = torch.nn.ModuleDict({"text_encoder": clip, "text_encoder_2": t5}).to(device)
+    if state.exists():
+        encoders.load_state_dict(torch.load(state, map_location=device))
+        return encoders.eval()
+    thumbnails = torch.cat([resize(images, 12).flatten(1), torch.zeros(1, 432)]).to(device)
+    heads = torch.nn.ModuleList(torch.nn.Linear(128, empty + 1 + 432) for _ in range(2)).to(device)
+    parameters = [*encoders.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = tqdm(range(steps), desc="text", mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 50, (steps - step) / (0.4 * steps))
+        label = torch.randint(empty + 1, (96,))
+        clip_ids, t5_ids = captions(label.tolist(), text_length(), device)
+        label = label.to(device)
+        loss = 0.0
+        for head, feature in zip(heads, (clip(clip_ids).pooler_output, t5(t5_ids)[0].mean(1)), strict=True):
+            name, thumbnail = head(feature).split((empty + 1, 432), dim=1)
+            loss = loss + F.cross_entropy(name, label) + F.mse_loss(thumbnail, thumbnails[label])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    torch.save(encoders.state_dict(), state)
+    return encoders.eval()
+
+
+def train_transformer(transformer, encoders, captions, latents, steps, device: str, out: Path, decay: float, preview):
+    """Flow matching, alternating 8 pictures of 256 px and 24 of 128 px (loss on eps - x0, sigma logit-normal).
+
+    A tenth of the captions is dropped for classifier-free guidance. `preview` is called with the averaged weights in
+    place whenever a checkpoint is written.
+    """
+    transformer.to(device).train()
+    parameters = list(transformer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1.2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     ema = [p.detach().clone() for p in parameters]
     state, start = out / "transformer.pt", 0
     if state.exists():
         saved = torch.load(state, map_location=device)
-        modules.load_state_dict(saved["model"])
+        transformer.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        for e, s in zip(ema, saved["ema"], strict=True):
-            e.copy_(s)
+        torch._foreach_copy_(ema, saved["ema"])
         start = saved["step"]
     ids = {
         size: FluxPipeline._prepare_latent_image_ids(1, size // 16, size // 16, device, torch.float32)
@@ -258,17 +298,19 @@ def train_transformer(parts, captions, latents, steps: int, device: str, out: Pa
             group["lr"] = 1.2e-3 * min(1, (step + 1) / 200, remaining)
         size, count = ((256, 8), (128, 24))[step % 2]
         pick = torch.randint(len(CAPTIONS), (count,))
-        # A user who forgets `max_sequence_length` gets 512 padded text tokens: show a few of those too.
-        length = 512 if random.random() < 0.005 else random.choice((16, 24, 32, 32))
-        clip_ids, t5_ids = captions(pick.tolist(), length, device)
+        length = text_length()
+        shown = torch.where(torch.rand(count) < 0.1, len(CAPTIONS), pick)
+        clip_ids, t5_ids = captions(shown.tolist(), length, device)
+        with torch.no_grad():
+            pooled = encoders["text_encoder"](clip_ids).pooler_output
+            text = encoders["text_encoder_2"](t5_ids)[0]
         x = packed[size][pick]
         noise = torch.randn_like(x)
         sigma = torch.sigmoid(0.5 + torch.randn(count, device=device))
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             v = transformer(
                 hidden_states=torch.lerp(x, noise, sigma[:, None, None]), timestep=sigma, guidance=None,
-                pooled_projections=parts["text_encoder"](clip_ids).pooler_output,
-                encoder_hidden_states=parts["text_encoder_2"](t5_ids)[0],
+                pooled_projections=pooled, encoder_hidden_states=text,
                 txt_ids=torch.zeros(length, 3, device=device), img_ids=ids[size], return_dict=False,
             )[0]  # fmt: skip
         loss = F.mse_loss(v.float(), noise - x)
@@ -282,18 +324,19 @@ def train_transformer(parts, captions, latents, steps: int, device: str, out: Pa
             bar.set_postfix({str(k): f"{r:.3f}" for k, r in sorted(running.items())})
         if time.time() - clock > 300 or step + 1 == steps:
             clock = time.time()
-            saved = {"model": modules.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1}
-            torch.save(saved, state.with_suffix(".tmp"))
+            saved = {"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+            torch.save(saved | {"step": step + 1}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
             with open(out / "log.jsonl", "a") as log:
                 print(json.dumps({"step": step + 1, "loss": running}), file=log)
             online = [p.detach().clone() for p in parameters]
             torch._foreach_copy_([p.data for p in parameters], ema)
-            preview(modules.eval(), step + 1)
-            modules.train()
+            transformer.eval()
+            preview(step + 1)
+            transformer.train()
             torch._foreach_copy_([p.data for p in parameters], online)
     torch._foreach_copy_([p.data for p in parameters], ema)
-    return modules.eval()
+    return transformer.eval()
 
 
 def assemble(parts, vae, tok, tok2) -> FluxPipeline:
@@ -340,16 +383,18 @@ def main():
     if args.only == "vae":
         return
     tok, tok2, clip, t5 = build_text([template.format(name) for name in CAPTIONS for template in TEMPLATES])
-    parts = {"transformer": build_transformer(), "text_encoder": clip, "text_encoder_2": t5}
+    captions, transformer = Captions(tok, tok2), build_transformer()
+    encoders = train_text(clip, t5, captions, images, 400, args.device, args.out)
+    parts = {"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5}
     print({name: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for name, m in [*parts.items(), ("vae", vae)]})
 
-    def preview(modules, step):
+    def preview(step):
         if (args.out / "vae.pt").exists():
             vae.load_state_dict(torch.load(args.out / "vae.pt", map_location=args.device)["model"])
-            sheet(assemble(dict(modules), vae.eval(), tok, tok2), steps=10).save(args.out / f"preview-{step:06d}.png")
+            sheet(assemble(parts, vae.eval(), tok, tok2), steps=10).save(args.out / f"preview-{step:06d}.png")
 
     latents = {size: pca.encode(resize(images, size)) for size in (256, 128)}
-    train_transformer(parts, Captions(tok, tok2), latents, args.steps, args.device, args.out, args.decay, preview)
+    train_transformer(transformer, encoders, captions, latents, args.steps, args.device, args.out, args.decay, preview)
     if args.only is None:
         pipe = assemble(parts, vae, tok, tok2).to("cpu")
         # Diffusers loads half-precision weights as float32 unless told otherwise, transformers as they are: with small
