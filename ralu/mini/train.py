@@ -31,6 +31,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from ralu.schedule import shifted
+
 SOURCES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emojibase-data@17.0.0"}
 
 # The captions are the emoji's own names: animals, plants and food that look different from each other.
@@ -265,15 +267,17 @@ def train_text(clip, t5, captions: Captions, images: torch.Tensor, steps: int, d
     return encoders.eval()
 
 
-def train_transformer(transformer, encoders, captions, latents, steps, device: str, out: Path, decay: float, preview):
-    """Flow matching, alternating 8 pictures of 256 px and 24 of 128 px (loss on eps - x0, sigma logit-normal).
+def train_transformer(transformer, encoders, captions, latents, weight, steps, device, out: Path, decay, preview):
+    """Flow matching on eps - x0, alternating 8 pictures of 256 px and 24 of 128 px.
 
+    Noise levels are drawn as the sampler visits them, evenly and then shifted by 3: what a caption looks like is
+    learned where there is almost nothing but noise. Latent channels weigh as much as they show (`weight`, by channel).
     A tenth of the captions is dropped for classifier-free guidance. `preview` is called with the averaged weights in
     place whenever a checkpoint is written.
     """
     transformer.to(device).train()
     parameters = list(transformer.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1.2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     ema = [p.detach().clone() for p in parameters]
     state, start = out / "transformer.pt", 0
     if state.exists():
@@ -282,6 +286,7 @@ def train_transformer(transformer, encoders, captions, latents, steps, device: s
         optimizer.load_state_dict(saved["optimizer"])
         torch._foreach_copy_(ema, saved["ema"])
         start = saved["step"]
+        torch.manual_seed(start), random.seed(start)  # not the same captions and noise again
     ids = {
         size: FluxPipeline._prepare_latent_image_ids(1, size // 16, size // 16, device, torch.float32)
         for size in latents
@@ -295,7 +300,7 @@ def train_transformer(transformer, encoders, captions, latents, steps, device: s
     for step in bar:
         remaining = (steps - step) / (decay * steps)  # constant, then down to zero over the last `decay` of the steps
         for group in optimizer.param_groups:
-            group["lr"] = 1.2e-3 * min(1, (step + 1) / 200, remaining)
+            group["lr"] = 1e-3 * min(1, (step + 1) / 200, remaining)
         size, count = ((256, 8), (128, 24))[step % 2]
         pick = torch.randint(len(CAPTIONS), (count,))
         length = text_length()
@@ -306,19 +311,19 @@ def train_transformer(transformer, encoders, captions, latents, steps, device: s
             text = encoders["text_encoder_2"](t5_ids)[0]
         x = packed[size][pick]
         noise = torch.randn_like(x)
-        sigma = torch.sigmoid(0.5 + torch.randn(count, device=device))
+        sigma = shifted(torch.rand(count, device=device), 3.0)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             v = transformer(
                 hidden_states=torch.lerp(x, noise, sigma[:, None, None]), timestep=sigma, guidance=None,
                 pooled_projections=pooled, encoder_hidden_states=text,
                 txt_ids=torch.zeros(length, 3, device=device), img_ids=ids[size], return_dict=False,
             )[0]  # fmt: skip
-        loss = F.mse_loss(v.float(), noise - x)
+        loss = ((v.float() - noise + x).square() * weight).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(ema, parameters, max(1e-3, 1 / (step + 2)))
+        torch._foreach_lerp_(ema, parameters, max(2e-3, 1 / (step + 2)))
         running[size] = 0.98 * running.get(size, loss.item()) + 0.02 * loss.item()
         if step % 20 == 0:
             bar.set_postfix({str(k): f"{r:.3f}" for k, r in sorted(running.items())})
@@ -394,7 +399,10 @@ def main():
             sheet(assemble(parts, vae.eval(), tok, tok2), steps=10).save(args.out / f"preview-{step:06d}.png")
 
     latents = {size: pca.encode(resize(images, size)) for size in (256, 128)}
-    train_transformer(transformer, encoders, captions, latents, args.steps, args.device, args.out, args.decay, preview)
+    weight = (pca.std / pca.std.mean()).float().repeat_interleave(4).to(args.device)  # a packed token has 4 pixels
+    train_transformer(
+        transformer, encoders, captions, latents, weight, args.steps, args.device, args.out, args.decay, preview
+    )
     if args.only is None:
         pipe = assemble(parts, vae, tok, tok2).to("cpu")
         # Diffusers loads half-precision weights as float32 unless told otherwise, transformers as they are: with small
