@@ -141,7 +141,7 @@ def plan_tokens(scores: Tensor, h: int, w: int, k: int, threshold: float | None,
         first = key.argsort(dim=1, descending=True, stable=True)[:, :k]
         promoted = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, first, True)
     else:
-        promoted = scores >= threshold
+        promoted = scores.float() >= threshold
     rows = torch.where(promoted, 4, 1)
     end = rows.flatten().cumsum(0)
     start = (end - rows.flatten()).view(b, n)

@@ -355,7 +355,7 @@ def plan_tokens(
     else:
         check(not math.isnan(threshold), "threshold", threshold, "a number")
         k = 0
-        counts = (scores >= threshold).sum(1).tolist()
+        counts = (scores.float() >= threshold).sum(1).tolist()  # PyTorch would round the threshold to bfloat16
         max_seqlen = n + 3 * max([0, *counts])
         total = b * n + 3 * sum(counts)
     tensors = torch.ops.ralu_kernels.plan_tokens(scores, h, w, k, threshold, total, backend)

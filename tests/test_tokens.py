@@ -141,6 +141,12 @@ def test_plan_breaks_ties_by_place(backend, device, dtype):
     assert_plan(plan, naive_plan(scores.float(), (5, 7), threshold=0.0))
 
 
+def test_threshold_is_not_rounded_to_the_scores_dtype(backend, device):
+    scores = torch.tensor([[0.298828125, 0.30078125, 0.0, 1.0]]).bfloat16()  # the first is 0.2995 in bfloat16
+    plan = plan_tokens(scores.to(device), (2, 2), threshold=0.2995, backend=backend)
+    assert_plan(plan, naive_plan(scores.float(), (2, 2), threshold=0.2995))
+
+
 @pytest.mark.parametrize("choice", [{"ratio": 0.2}, {"threshold": 1.5}], ids=str)
 def test_plan_of_a_large_grid(backend, device, choice):
     scores = torch.randn(1, 128 * 128)
