@@ -4,13 +4,10 @@ from contextlib import ExitStack
 
 import torch.nn.functional as F
 from diffusers import FluxPipeline
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
 
 from .scheduler import RaluScheduler
-
-HOOK = "ralu"
 
 
 class PerSample:
@@ -37,15 +34,16 @@ class BatchedPosEmbed(FluxPosEmbed):
         return tuple(PerSample(table.view(length, batch, -1).transpose(0, 1)) for table in tables)
 
 
-class LayoutHook(ModelHook):
-    """Gives every transformer call the positions of the scheduler's current layout."""
+class LayoutHook:
+    """A forward pre-hook that gives every transformer call the positions of the scheduler's current layout."""
 
-    scheduler: RaluScheduler | None = None
-    token_pixels: int
+    def __init__(self, scheduler: RaluScheduler, token_pixels: int):
+        self.scheduler = scheduler
+        self.token_pixels = token_pixels
 
-    def pre_forward(self, module, *args, **kwargs):
+    def __call__(self, module, args, kwargs):
         scheduler = self.scheduler
-        if scheduler is None or not scheduler.running:
+        if not scheduler.running:
             return args, kwargs
         sample, text_ids = kwargs["hidden_states"], kwargs["txt_ids"]
         if scheduler.layout is None:
@@ -84,30 +82,25 @@ def decode(pipe: FluxPipeline, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def install(pipe: FluxPipeline, scheduler: RaluScheduler, undo: ExitStack):
     """Put the hook and the position embedding into the pipeline; `undo` takes them out again."""
-    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # a compiled module wraps the real one
+    transformer = unwrapped(pipe.transformer)
     scheduler.bind(lambda tokens, grid: decode(pipe, tokens, grid), transformer._reset_stateful_cache)
-
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    if registry.get_hook(HOOK) is None:
-        registry.register_hook(LayoutHook(), HOOK)
-    hook = registry.get_hook(HOOK)
-    if hook.scheduler is not None:
-        raise ValueError("another enabled pipeline shares this transformer; disable that one first")
-    hook.scheduler, hook.token_pixels = scheduler, pipe.vae_scale_factor * 2
-    undo.callback(_remove_hook, transformer, registry, transformer.forward)
+    undo.callback(scheduler.unbind)
+    undo.callback(transformer._reset_stateful_cache)
 
     stock = transformer.pos_embed
     transformer.pos_embed = BatchedPosEmbed(stock.theta, stock.axes_dim)
     undo.callback(setattr, transformer, "pos_embed", stock)
 
+    # On the outside: what torch.compile traces, and what offloading wraps anew on every call, lies within.
+    hook = LayoutHook(scheduler, pipe.vae_scale_factor * 2)
+    undo.callback(pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
     # An interrupted run ends in any stage, and the pipeline decodes what it has.
     unpack = pipe._unpack_latents
-    pipe._unpack_latents = lambda latents, *size: unpack(scheduler.full_resolution(latents), *size)
+    pipe._unpack_latents = lambda latents, *size: unpack(scheduler.finish(latents), *size)
     undo.callback(delattr, pipe, "_unpack_latents")
 
 
-def _remove_hook(transformer, registry: HookRegistry, forward):
-    registry.get_hook(HOOK).scheduler = None
-    # If something, such as accelerate's offloading, has wrapped the hook since, taking it out would take that out too.
-    if transformer.__dict__.get("forward") is forward:
-        registry.remove_hook(HOOK, recurse=False)
+def unwrapped(transformer):
+    """The model itself, where `torch.compile` has made a new module of it."""
+    return getattr(transformer, "_orig_mod", transformer)

@@ -56,9 +56,9 @@ class Schedule:
     ratio: float = 0.2
 
     def __post_init__(self):
-        for name in ("steps", "ends", "shifts"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check(self.steps, self.ends)
+        for name, kind in (("steps", int), ("ends", float), ("shifts", float)):
+            object.__setattr__(self, name, tuple(map(kind, getattr(self, name))))
         if len(self.shifts) != 3 or min(self.shifts) <= 0:
             raise ValueError(f"shifts must be three positive numbers, got {self.shifts}")
         if not 0 < self.c <= 0.25:
@@ -117,33 +117,34 @@ def densities(schedule: Schedule, shift: float, points: int = 1000):
     return t, target, achieved
 
 
-@lru_cache
-def solve(
-    steps: tuple[int, int, int], ends: tuple[float, float, float], shift: float = 3.0, ratio: float = 0.2
-) -> Schedule:
+def solve(steps, ends, shift: float = 3.0, ratio: float = 0.2) -> Schedule:
     """The schedule whose shifts h and noise share c minimise the Jensen-Shannon distance to the target (Eq. S12).
 
-    steps: transformer calls of each stage (not cumulative). ends: time at which each stage ends. shift: the model's own
-    timestep shift (3 for FLUX.1-dev and SD3, 1 for FLUX.1-schnell). Bounded quasi-Newton over h in [0.5, 10] and
-    1/sqrt(c) in [2, 100].
+    steps: transformer calls of each of the three stages (not cumulative). ends: time at which each stage ends, the last
+    1. shift: the model's own timestep shift (3 for FLUX.1-dev and SD3, 1 for FLUX.1-schnell). ratio is passed on.
+    Raises ValueError for numbers out of range. Bounded quasi-Newton over h in [0.5, 10] and 1/sqrt(c) in [2, 100].
     """
-    from scipy.optimize import minimize
-    from scipy.spatial.distance import jensenshannon
-
     steps, ends = tuple(steps), tuple(ends)
     _check(steps, ends)
     if shift <= 0:
         raise ValueError(f"shift must be positive, got {shift}")
+    return replace(_minimise(steps, ends, float(shift)), ratio=ratio)
+
+
+@lru_cache
+def _minimise(steps, ends, shift: float) -> Schedule:
+    from scipy.optimize import minimize
+    from scipy.spatial.distance import jensenshannon
 
     def schedule(x):
-        return Schedule(steps, ends, tuple(x[:3]), min(0.25, x[3] ** -2), ratio)
+        return Schedule(steps, ends, tuple(x[:3]), float(min(0.25, x[3] ** -2)))
 
     def distance(x):
         _, target, achieved = densities(schedule(x), shift)
         return jensenshannon(target, achieved)
 
     found = minimize(distance, x0=[3.0, 3.0, 3.0, 2.0], bounds=[(0.5, 10)] * 3 + [(2, 100)], method="L-BFGS-B")
-    return schedule([float(value) for value in found.x])
+    return schedule(found.x)
 
 
 def _cumulative(*totals):

@@ -17,14 +17,13 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens
+from ralu_kernels._backend import resolve
+from ralu_kernels.tokens import CARRY_NOISES, GRANULARITIES
 
 from . import regions as region_scorers
 from .schedule import Schedule, preset
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
-
-GRANULARITIES = ("pixel", "token")
-CARRY_NOISES = ("exact", "release")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         preset: str | dict | Schedule = "flux-5x",
         ratio: float | None = None,
         threshold: float | None = None,
-        regions: str | region_scorers.Scorer = "canny",
+        regions: str | region_scorers.Scorer | None = "canny",
         granularity: str = "pixel",
         carry_noise: str = "exact",
         backend: str = "auto",
@@ -94,8 +93,10 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if carry_noise not in CARRY_NOISES:
             raise ValueError(f"carry_noise must be one of {', '.join(CARRY_NOISES)}, got {carry_noise!r}")
-        if not callable(regions) and regions not in ("canny", "gradient"):
+        if not callable(regions) and regions not in ("canny", "gradient", None):
             raise ValueError(f"regions must be 'canny', 'gradient' or a callable, got {regions!r}")
+        if threshold is not None and not isinstance(threshold, int | float):
+            raise ValueError(f"threshold must be a number, got {threshold!r}")
         if ratio is not None and threshold is not None:
             raise ValueError(f"give ratio or threshold, not both: got ratio={ratio}, threshold={threshold}")
         bent = [key for key in _BENDING if self.config.get(key)]
@@ -105,11 +106,11 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self.register_to_config(
             preset=asdict(preset) if isinstance(preset, Schedule) else preset,
             ratio=ratio, threshold=threshold, granularity=granularity, carry_noise=carry_noise, backend=backend,
-            regions=regions if isinstance(regions, str) else "canny",
+            regions=None if callable(regions) else regions,
         )  # fmt: skip
         self._scorer = regions if callable(regions) else None
-        self._bound = False
-        self._run = self.layout = self.undo = None
+        self.bound = False
+        self._run = self.layout = None
 
     @staticmethod
     def _get_init_keys(input_class):
@@ -125,21 +126,31 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             named = {"canny": region_scorers.canny(decode), "gradient": region_scorers.gradient}
             self._scorer = named[self.config.regions]
         self._stage_changed = stage_changed
-        self._bound = True
+        self.bound = True
 
     def unbind(self):
-        self._bound = False
-        self.layout = None
+        self.bound = False
+        self._run = self.layout = None
+
+    def __getstate__(self):
+        """Copies are not bound: a scheduler that is copied or pickled must not take the model along."""
+        scorer = self._scorer if self.config.regions is None else None
+        loose = {"_scorer": scorer, "_stage_changed": None, "bound": False, "_run": None, "layout": None}
+        return self.__dict__ | loose
 
     # ------------------------------------------------------------------------------------------------------- schedule
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
-        if not self._bound:
-            raise RuntimeError("this pipeline was saved with RALU: call ralu.enable(pipe) before using it")
-        asked = num_inference_steps or len(sigmas if sigmas is not None else timesteps)
-        self.layout = None
-        self._run = None
+        if not self.bound:
+            raise RuntimeError(
+                "this pipeline was saved with RALU: call ralu.enable(pipe) before using it, or ralu.disable(pipe) for "
+                "the stock schedule"
+            )
+        given = sigmas if sigmas is not None else timesteps
+        asked = num_inference_steps or (sum(self.schedule.steps) if given is None else len(given))
+        self._run = self.layout = None
+        self._stage_changed()  # a run that failed may have left its caches behind
         if asked < 3:
             logger.warning_once(f"RALU needs at least 3 steps; {asked} steps run the stock schedule at full resolution")
             return super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
@@ -165,7 +176,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     @property
     def running(self) -> bool:
         """Whether the current run has stages (and not the stock schedule)."""
-        return self._bound and self._run is not None
+        return self._run is not None
 
     def start(self, noise: Tensor, grid: tuple[int, int]):
         """Begin stage 1. noise: (B, 4n, C), the starting noise in raster order of the high grid (2h, 2w) = grid."""
@@ -174,6 +185,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if noise.shape[1] != grid[0] * grid[1]:
             tokens = grid[0] * grid[1]
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
+        resolve(self.config.backend, noise.device)
         self.grid = grid[0] // 2, grid[1] // 2
         self._seeds = seeds_of(noise)
         self.layout = Layout(1, raster(self.grid, len(noise), noise.device))
@@ -207,7 +219,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         advanced = x + (following - sigma) * v
         self._step_index = index + 1
         if index + 1 == len(self._run):
-            self.layout = None
+            self._run = self.layout = None
         elif self._run[index + 1][0] != stage:
             advanced = self._mix(advanced, x - sigma * v) if stage == 1 else self._merge(advanced)
             self._stage_changed()
@@ -222,7 +234,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"the scorer must return one score a token, {expected}, got {got}")
         backend, threshold = self.config.backend, self.config.threshold
         choice = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
-        plan = plan_tokens(scores.to(low.device), self.grid, **choice, backend=backend)
+        plan = plan_tokens(scores.to(low.device, torch.float32), self.grid, **choice, backend=backend)
         packed = promote_tokens(low, plan, *self._noise(0), self._seeds, **self._rules)
         batch, length = len(low), plan.max_seqlen
         if packed.shape[0] == batch * length:
@@ -258,6 +270,12 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             plan = plan_tokens(sample.new_zeros(sample.shape[:2], dtype=torch.float32), self.grid, ratio=0.0)
         packed = sample.flatten(0, 1) if mask is None else sample[mask]
         return merge_tokens(packed, plan, 1.0, 0.0, 0.0, self._seeds, **self._rules)
+
+    def finish(self, sample: Tensor) -> Tensor:
+        """End the run here, in whatever stage it is: `full_resolution` of its last sample."""
+        full = self.full_resolution(sample)
+        self._run = self.layout = None
+        return full
 
 
 RaluScheduler.__module__ = "ralu"  # what diffusers writes into model_index.json, to import it from there
@@ -296,12 +314,13 @@ def sample(
     decode:   `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, needed for regions="canny".
     options:  `RaluScheduler`'s; regions defaults to "canny" with a decoder and "gradient" without.
 
-    Returns the clean tokens, (B, 4n, C).
+    Returns the clean tokens, (B, 4n, C), in the dtype of the last velocity. Raises ValueError for an odd grid, noise
+    that does not fit it, or wrong options.
     """
     options.setdefault("regions", "gradient" if decode is None else "canny")
     scheduler = RaluScheduler(preset, **options)
     scheduler.bind(decode)
-    scheduler.set_timesteps(sum(scheduler.schedule.steps))
+    scheduler.set_timesteps()
     scheduler.start(noise, grid)
     x = scheduler.low_noise(noise)
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):

@@ -1,5 +1,7 @@
 """A whole FLUX pipeline with random weights that paints in milliseconds."""
 
+from functools import lru_cache
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -9,10 +11,15 @@ from ralu.mini.train import clip_tokenizer, t5_tokenizer
 PROMPTS = ["a red circle", "two blue squares on a table", "a small grey cat"]
 
 
+@lru_cache  # training a byte-pair vocabulary twice does not give the same one
+def tokenizers():
+    return clip_tokenizer(PROMPTS), t5_tokenizer(PROMPTS)
+
+
 def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
     """One token is 4x4 pixels: the VAE shrinks by 2."""
     torch.manual_seed(seed)
-    tok, tok2 = clip_tokenizer(PROMPTS), t5_tokenizer(PROMPTS)
+    tok, tok2 = tokenizers()
     clip = CLIPTextConfig(
         vocab_size=len(tok), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
         projection_dim=32, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,

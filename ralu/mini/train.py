@@ -145,8 +145,11 @@ def build_vae() -> AutoencoderTiny:
     )  # fmt: skip
 
 
-def build_text(texts: list[str]):
-    tok, tok2 = clip_tokenizer(texts), t5_tokenizer(texts)
+def build_text(texts: list[str], saved: Path):
+    tok2 = t5_tokenizer(texts)
+    if not saved.exists():  # learning a byte-pair vocabulary twice does not give the same one
+        clip_tokenizer(texts).save_pretrained(saved)
+    tok = CLIPTokenizer.from_pretrained(saved)
     clip = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2,
         projection_dim=128, max_position_embeddings=77, hidden_act="gelu",
@@ -387,7 +390,9 @@ def main():
         train_vae(vae, images, pca, args.vae_steps, args.device, args.out)
     if args.only == "vae":
         return
-    tok, tok2, clip, t5 = build_text([template.format(name) for name in CAPTIONS for template in TEMPLATES])
+    tok, tok2, clip, t5 = build_text(
+        [template.format(name) for name in CAPTIONS for template in TEMPLATES], args.out / "tokenizer"
+    )
     captions, transformer = Captions(tok, tok2), build_transformer()
     encoders = train_text(clip, t5, captions, images, 400, args.device, args.out)
     parts = {"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5}
