@@ -126,7 +126,7 @@ def report(kernel: str, variant: str, launch: Callable[[], object], arch: int) -
     )
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     return Report(
-        kernel, variant, f"sm_{arch}", registers, stack, stores + loads,
+        kernel, variant, target, registers, stack, stores + loads,
         _bits(ptx, "st"), _bits(ptx, "ld"), triton.__version__,
     )  # fmt: skip
 

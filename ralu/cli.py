@@ -27,9 +27,6 @@ class Mistake(Exception):
     """What the user can put right: one line, exit status 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------- arguments
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Mistake(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
@@ -223,9 +220,6 @@ def _add_schedule(commands):
     _add_output(parser, "outputs/schedule.png", ".svg", ".pdf")
 
 
-# --------------------------------------------------------------------------------------------------------------- model
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' notices about optional packages, and without bars over files that load in a second."""
@@ -366,9 +360,6 @@ class Painter:
             hook.remove()
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
-
-
 def _generate(args: argparse.Namespace):
     method, ratio = args.preset, {} if args.ratio is None else {"ratio": args.ratio}
     if method.preset and args.steps:
@@ -491,9 +482,6 @@ def _schedule(args: argparse.Namespace):
         times = f"{schedule.ends[k]:>6.4f}  {move.start:>9.4f}"
         print(f"{k + 1} to {k + 2}   {times}  {move.scale:>7.4f}  {move.noise_scale:>13.4f}")
     print(f"\n{args.output}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def _make_room(path: Path):

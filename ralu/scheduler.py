@@ -138,8 +138,6 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         loose = {"_scorer": scorer, "_stage_changed": None, "bound": False, "_run": None, "layout": None}
         return self.__dict__ | loose
 
-    # ------------------------------------------------------------------------------------------------------- schedule
-
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
         if not self.bound:
@@ -170,8 +168,6 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if begin_index and self._run is not None:
             raise ValueError(f"RALU starts from pure noise, but the pipeline asks to start at step {begin_index}")
         super().set_begin_index(begin_index)
-
-    # --------------------------------------------------------------------------------------------------------- stages
 
     @property
     def running(self) -> bool:

@@ -27,7 +27,7 @@ def test_kernels_compile(kernel, arch):
     reports = [aot.report(*variant, arch) for variant in aot.variants() if variant[0] == kernel]
     assert len(reports) >= len(aot.DTYPES)
     for report in reports:
-        assert report.arch == f"sm_{arch}"
+        assert report.arch.rstrip("a") == f"sm_{arch}"
         assert report.registers < 255 and report.spill_bytes == report.stack_bytes == 0, report
         # The plan's rows are scattered; all others write whole rows.
         assert kernel == "plan" or report.store_bits == "128", report

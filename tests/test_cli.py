@@ -58,9 +58,6 @@ def same(images, others):
     return all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, others, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------- compare
-
-
 def test_compare(folder, pipe, rows, tmp_path, capsys, monkeypatch):
     stock = paint(pipe, PROMPTS, (5, 6), num_inference_steps=4)
     fast = paint(ralu.enable(pipe, "flux-7x"), PROMPTS, (5, 6))
@@ -92,9 +89,6 @@ def test_compare(folder, pipe, rows, tmp_path, capsys, monkeypatch):
     assert same(rows[0].images, stock)
     assert same(rows[2].images, fast)
     assert Image.open(output).size > (2 * 192, 3 * 192)
-
-
-# ------------------------------------------------------------------------------------------------------------- regions
 
 
 def test_regions(folder, pipe, rows, tmp_path, capsys):
@@ -144,9 +138,6 @@ def marked(image, grid):
     return [token for token, edge in enumerate(edges) if edge.all()]
 
 
-# ------------------------------------------------------------------------------------------------------------ generate
-
-
 def test_generate(folder, pipe, tmp_path, capsys):
     options = ["--model", folder, "--size", "64", "--seed", "3", "-o", str(tmp_path / "a" / "b" / "cat.png")]
     assert main(["generate", *PROMPTS, "--preset", "flux-7x", "--ratio", "0.5", *options]) == 0
@@ -182,9 +173,6 @@ def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
     assert (other["height"], other["width"]) == (256, 256)  # the tiny pipeline's own: 128 latents of 2 pixels
 
 
-# ------------------------------------------------------------------------------------------------------------ schedule
-
-
 @pytest.mark.parametrize(
     ("arguments", "schedule"),
     [
@@ -210,9 +198,6 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         expected = schedule.ends[k], move.start, move.scale, move.noise_scale
         assert list(map(float, line.split()[3:])) == pytest.approx(expected, abs=5e-5)
     assert Image.open(output).width > 1000
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
 
 
 @pytest.mark.parametrize(

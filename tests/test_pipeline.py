@@ -264,13 +264,42 @@ def test_after_an_exception_in_the_middle(stock, step):
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 7, 8, 13])
-def test_an_interrupted_run_still_decodes(pipe, step):
+def test_an_interrupted_run_decodes_what_there_is(pipe, step):
+    """Low latents are enlarged by nearest neighbour, and promoted ones are put where they belong."""
+    seen = []
+
     def stop(pipe, i, t, values):
         pipe._interrupt = i == step
+        seen.append((values["latents"], pipe.scheduler.layout))
         return values
 
+    vae = pipe.vae
+    decoded = []
+    stock_decode = vae.decode
+    vae.decode = lambda z, **kwargs: decoded.append(z) or stock_decode(z, **kwargs)
     image = tiny.paint(pipe, callback_on_step_end=stop)
-    assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
+    del vae.decode
+    assert image.shape == (1, 3, 64, 64) and len(seen) == step + 1
+    tokens, layout = seen[-1]
+    full = (decoded[-1] - vae.config.shift_factor) * vae.config.scaling_factor
+    if layout.stage == 1:
+        low = FluxPipeline._unpack_latents(tokens, 32, 32, 2)
+        expected = torch.nn.functional.interpolate(low, scale_factor=2, mode="nearest")
+    elif layout.stage == 2:
+        expected = torch.empty_like(full)
+        for row, (source, child) in enumerate(
+            zip(layout.plan.source.tolist(), layout.plan.child.tolist(), strict=True)
+        ):
+            y, x = 4 * (source // 8), 4 * (source % 8)
+            patch = tokens[0, row].view(4, 2, 2)
+            if child < 0:
+                expected[0, :, y : y + 4, x : x + 4] = patch.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            else:
+                y, x = y + 2 * (child // 2), x + 2 * (child % 2)
+                expected[0, :, y : y + 2, x : x + 2] = patch
+    else:
+        expected = FluxPipeline._unpack_latents(tokens, 64, 64, 2)
+    torch.testing.assert_close(full, expected, rtol=0, atol=1e-5)
 
 
 def test_lora_scales_as_in_stock():

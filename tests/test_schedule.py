@@ -1,10 +1,12 @@
 """The schedule's numbers against Table S1, supplement A.1 and diffusers' own shift."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy.spatial.distance import jensenshannon
 
 from ralu.schedule import DISTILLED, PRESETS, Schedule, densities, preset, shifted, solve, transition
 
@@ -42,6 +44,23 @@ def test_distilled_presets_are_solved_for_the_models_shift(name, shift):
     chosen = preset(name, shift=shift)
     assert chosen.steps == (1, 1, 2) and chosen.ends == (0.3, 0.45, 1.0)
     assert 0 < chosen.c <= 0.25 and all(0.5 <= h <= 10 for h in chosen.shifts)
+
+
+def distance(schedule, shift):
+    _, target, achieved = densities(schedule, shift)
+    return jensenshannon(target, achieved)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_solve_is_a_minimum_for_that_shift(shift):
+    found = solve([4, 5, 6], [0.3, 0.45, 1.0], shift=shift)
+    best = distance(found, shift)
+    for k in range(3):
+        for factor in (0.97, 1.03):
+            shifts = [h * factor if i == k else h for i, h in enumerate(found.shifts)]
+            if 0.5 <= shifts[k] <= 10:  # the search's bounds
+                assert distance(replace(found, shifts=shifts), shift) > best
+    assert distance(found, 4.0 - shift) > best + 0.01  # the other shift's target is another one
 
 
 @pytest.mark.parametrize("end", [0.05, 0.3, 0.45, 0.9])
