@@ -6,7 +6,6 @@ score       share of pictures whose nearest training picture (L2 over PCA latent
 distance    mean L2 distance to the caption's own picture, in pixel units
 blockiness  mean absolute horizontal difference across 8-pixel block borders over elsewhere: grid artefacts raise it
 tflop       transformer work for one picture, counted from the operators that ran, attention included
-seconds     wall time of one picture in the batch it was painted in
 
     python benchmarks/quality.py [--captions 64] [--methods stock-50 flux-5x ...]
 """
@@ -16,7 +15,6 @@ import csv
 import math
 import platform
 import subprocess
-import time
 from datetime import date
 from pathlib import Path
 
@@ -118,11 +116,10 @@ def main():
     rows = []
     for method in args.methods:
         steps = prepare(pipe, method)
-        tflop, latents, start = count_tflop(pipe, steps), [], time.perf_counter()
+        tflop, latents = count_tflop(pipe, steps), []
         for i in tqdm(range(0, len(chosen), args.batch), desc=method):
             seeds = [args.seed + k for k in range(i, min(i + args.batch, len(chosen)))]
             latents.append(paint(pipe, [CAPTIONS[k] for k in chosen[i : i + args.batch]], seeds, steps))
-        seconds = (time.perf_counter() - start) / len(chosen)
         latents = torch.cat(latents)
         made = latents.flatten(2) * pca.std[:, None].float()
         distances = torch.cdist(made.flatten(1), known.flatten(1))
@@ -136,10 +133,10 @@ def main():
             "score": f"{hits / len(chosen):.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}",
             "distance": f"{own.mean():.2f}", "distance_se": f"{own.std() / math.sqrt(len(chosen)):.2f}",
             "blockiness": f"{blockiness(decoded):.3f}", "tflop": f"{tflop:.4f}",
-            "flop_ratio": f"{float(rows[0]['tflop']) / tflop if rows else 1:.2f}", "seconds": f"{seconds:.2f}",
+            "flop_ratio": f"{float(rows[0]['tflop']) / tflop if rows else 1:.2f}",
             **common,
         })  # fmt: skip
-        print({key: rows[-1][key] for key in ("method", "score", "distance", "blockiness", "flop_ratio", "seconds")})
+        print({key: rows[-1][key] for key in ("method", "score", "distance", "blockiness", "flop_ratio")})
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
