@@ -238,7 +238,7 @@ def _plan_triton(scores: Tensor, h: int, w: int, k: int, threshold: float | None
     with torch.cuda.device_of(scores):
         _plan_kernel[(scores.shape[0],)](
             scores, *outputs, h * w, w, k, threshold or 0.0, *scores.stride(),
-            RANKED=threshold is None, BLOCK=512, num_warps=8,
+            RANKED=threshold is None, BLOCK=512, num_warps=4,
         )  # fmt: skip
     return outputs
 
