@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/installed
 
-# torch first and pinned: an unpinned torch would bring gigabytes of CUDA libraries to a machine without a GPU.
+# torch first, at the version the suite is run with; without a GPU give pip a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch "setuptools>=77" wheel ninja
