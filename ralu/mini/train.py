@@ -1,15 +1,19 @@
-"""Train the embedded model: a small, complete FLUX pipeline that paints 3D emoji at 128 and 256 pixels.
+"""Train an embedded model: a small, complete FLUX or SD3 pipeline that paints 3D emoji at 128 and 256 pixels.
 
-Nobody needs this to use RALU; it is how `ralu/mini/flux` was made, all of stock diffusers and transformers classes.
+Nobody needs this to use RALU; it is how `ralu/mini/flux` and `ralu/mini/sd3` were made, all of stock diffusers and
+transformers classes:
+
+    python -m ralu.mini.train --model flux --steps STEPS        python -m ralu.mini.train --model sd3 --steps STEPS
 
 Pictures: npm package @lobehub/fluent-emoji-3d 1.1.0 (Microsoft Fluent emoji, MIT licence).
 Names:    npm package emojibase-data 17.0.0 (MIT licence).
 
 Stages, each resumed from `--out` when it was interrupted:
   vae          a fixed whitened PCA of 8x8 pixel blocks is the latent space; a decoder and an encoder are fitted
-  text         both text encoders learn to tell the captions apart and what each picture roughly looks like
-  transformer  flow matching on packed latents, the text encoders frozen
-  export       half-precision pipeline folder for `FluxPipeline.from_pretrained`
+               (FLUX alone: SD3 takes the embedded FLUX model's)
+  text         the text encoders learn to tell the captions apart and what each picture roughly looks like
+  transformer  flow matching on latents, the text encoders frozen
+  export       half-precision pipeline folder for `from_pretrained`
 """
 
 import argparse
@@ -20,17 +24,36 @@ import subprocess
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
+from ralu.mini import mini_path
 from ralu.schedule import shifted
 
 SOURCES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emojibase-data@17.0.0"}
@@ -56,6 +79,7 @@ TEMPLATES = ["{}", "{}", "a {}", "the {}", "a picture of a {}", "a 3d {}", "{} e
 TEMPLATES += ["a small {} on a white background"]
 
 LATENT_CHANNELS, PATCH = 16, 8
+GUIDANCE = 3.0  # of the previews; without a meaning for FLUX, whose embedded model has no guidance
 VAE_SCALE = 3.0  # AutoencoderTiny squashes latents with 3·tanh(x/3): keep unit-variance latents in its linear part
 
 
@@ -106,7 +130,7 @@ class PatchPCA:
 # ---- tokenizers ----
 
 
-def clip_tokenizer(texts: list[str]) -> CLIPTokenizer:
+def clip_tokenizer(texts: list[str], length: int = 77) -> CLIPTokenizer:
     """Byte-level BPE; the special tokens come last, as in CLIP's own vocabulary, where pooling takes the largest id."""
     bos, eos = "<|startoftext|>", "<|endoftext|>"
     stock = CLIPTokenizer().backend_tokenizer
@@ -122,7 +146,7 @@ def clip_tokenizer(texts: list[str]) -> CLIPTokenizer:
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
     tokens = sorted(state["vocab"], key=state["vocab"].get)
     tokens += [letter + "</w>" for letter in alphabet if letter + "</w>" not in state["vocab"]] + [bos, eos]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=length)
 
 
 def t5_tokenizer(texts: list[str]) -> T5TokenizerFast:
@@ -145,36 +169,107 @@ def build_vae() -> AutoencoderTiny:
     )  # fmt: skip
 
 
-def build_text(texts: list[str], saved: Path):
-    tok2 = t5_tokenizer(texts)
-    if not saved.exists():  # learning a byte-pair vocabulary twice does not give the same one
-        clip_tokenizer(texts).save_pretrained(saved)
-    tok = CLIPTokenizer.from_pretrained(saved)
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2,
-        projection_dim=128, max_position_embeddings=77, hidden_act="gelu",
+def clip_config(tok: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 32,
+        num_hidden_layers=layers, projection_dim=width, max_position_embeddings=77, hidden_act="gelu",
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
-    ))  # fmt: skip
-    t5 = T5EncoderModel(T5Config(
-        vocab_size=len(tok2), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-        dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-    ))  # fmt: skip
-    return tok, tok2, clip, t5
+    )  # fmt: skip
 
 
-def build_transformer() -> FluxTransformer2DModel:
-    model = FluxTransformer2DModel(
+def t5_config(tok: T5TokenizerFast, width: int) -> T5Config:
+    return T5Config(
+        vocab_size=len(tok), d_model=width, d_kv=32, d_ff=2 * width, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+def build_flux(vae: AutoencoderTiny, tok: CLIPTokenizer, tok2: T5TokenizerFast) -> FluxPipeline:
+    """Its shift at 256 px (256 tokens) is what FLUX.1-dev has at 1024 px (4096 tokens)."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True,
+        base_shift=0.5, max_shift=1.15, base_image_seq_len=16, max_image_seq_len=256,
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
         in_channels=4 * LATENT_CHANNELS, num_layers=3, num_single_layers=6, num_attention_heads=4,
         attention_head_dim=64, joint_attention_dim=128, pooled_projection_dim=128,
         axes_dims_rope=(16, 24, 24), guidance_embeds=False,
     )  # fmt: skip
-    for name, module in model.named_modules():  # start every block as the identity and the prediction at zero
+    return FluxPipeline(
+        scheduler=scheduler, vae=vae, transformer=transformer, tokenizer=tok, tokenizer_2=tok2,
+        text_encoder=CLIPTextModel(clip_config(tok, 128, layers=2)),
+        text_encoder_2=T5EncoderModel(t5_config(tok2, 128)),
+    )  # fmt: skip
+
+
+def build_sd3(vae: AutoencoderTiny, tok: CLIPTokenizer, tok3: T5TokenizerFast) -> StableDiffusion3Pipeline:
+    """The transformer reads the CLIPs' last layer but one, side by side and padded to the T5's width: 64 + 96 < 192."""
+    transformer = SD3Transformer2DModel(
+        sample_size=32, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=6, num_attention_heads=4,
+        attention_head_dim=64, joint_attention_dim=192, caption_projection_dim=256, pooled_projection_dim=64 + 96,
+        pos_embed_max_size=24, qk_norm="rms_norm",
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, transformer=transformer,
+        tokenizer=tok, tokenizer_2=tok, tokenizer_3=tok3,
+        text_encoder=CLIPTextModelWithProjection(clip_config(tok, 64, layers=3)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tok, 96, layers=3)),
+        text_encoder_3=T5EncoderModel(t5_config(tok3, 192)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What else is not the same for both. clip_tokens: how far prompts are padded for CLIP; longest_text: the T5 tokens
+    of a caller who names no number; turns: (pixels, pictures) of the training steps in turn."""
+
+    build: Callable[..., DiffusionPipeline]
+    clip_tokens: int
+    longest_text: int
+    turns: tuple[tuple[int, int], ...]
+
+
+# SD3's transformer reads CLIP's tokens too, padding included, so short padding saves much.
+FAMILIES = {
+    "flux": Family(build_flux, clip_tokens=77, longest_text=512, turns=((256, 8), (128, 24))),
+    "sd3": Family(build_sd3, clip_tokens=16, longest_text=256, turns=((256, 8), (128, 24), (256, 8))),
+}
+
+
+def blank(transformer: torch.nn.Module):
+    """Start every block as the identity and the prediction at zero."""
+    for name, module in transformer.named_modules():
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "proj_out")) and (
             "single_transformer_blocks" not in name or not name.endswith("proj_out")
         ):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
-    return model
+
+
+def encode(pipe: DiffusionPipeline, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, L, width) and pooled vectors (B, width) of prompts, as the pipeline gives them to its transformer."""
+    if isinstance(pipe, FluxPipeline):
+        tokens, pooled, _ = pipe.encode_prompt(texts, None, max_sequence_length=length)
+    else:
+        tokens, _, pooled, _ = pipe.encode_prompt(
+            texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+    return tokens, pooled
+
+
+def velocity(transformer: torch.nn.Module, x, sigma, tokens, pooled) -> torch.Tensor:
+    """d x / d sigma of latents x (B, 16, h, w) at noise levels sigma (B,), same shape as x."""
+    text = {"encoder_hidden_states": tokens, "pooled_projections": pooled, "return_dict": False}
+    if isinstance(transformer, SD3Transformer2DModel):
+        return transformer(x, timestep=1000 * sigma, **text)[0]
+    packed = F.pixel_unshuffle(x, 2)
+    h, w = packed.shape[2:]
+    v = transformer(
+        hidden_states=packed.flatten(2).transpose(1, 2), timestep=sigma, guidance=None,
+        txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device),
+        img_ids=FluxPipeline._prepare_latent_image_ids(1, h, w, x.device, torch.float32), **text,
+    )[0]  # fmt: skip
+    return F.pixel_shuffle(v.transpose(1, 2).unflatten(2, (h, w)), 2)
 
 
 # ---- training ----
@@ -219,34 +314,37 @@ def train_vae(vae: AutoencoderTiny, images: torch.Tensor, pca: PatchPCA, steps: 
     return vae.eval()
 
 
-class Captions:
-    """Tokenised prompts: a random template around each name; index len(CAPTIONS) is the empty prompt."""
-
-    def __init__(self, tok, tok2):
-        self.tok, self.tok2 = tok, tok2
-
-    def __call__(self, indices: list[int], length: int, device):
-        texts = [random.choice(TEMPLATES).format(CAPTIONS[i]) if i < len(CAPTIONS) else "" for i in indices]
-        # CLIP is causal and pooled at the end-of-text token, so its padding may stop at the longest prompt.
-        clip = self.tok(texts, padding=True, return_tensors="pt").input_ids
-        t5 = self.tok2(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return clip.to(device), t5.to(device)
+def prompts(indices: list[int]) -> list[str]:
+    """A random template around each caption; index len(CAPTIONS) is the empty prompt."""
+    return [random.choice(TEMPLATES).format(CAPTIONS[i]) if i < len(CAPTIONS) else "" for i in indices]
 
 
-def text_length() -> int:
-    """A user who forgets `max_sequence_length` gets 512 padded T5 tokens: show a few of those too."""
-    return 512 if random.random() < 0.005 else random.choice((16, 24, 32, 32))
+def text_length(longest: int) -> int:
+    """A user who forgets `max_sequence_length` gets the pipeline's own number of T5 tokens: show a few of those too."""
+    return longest if random.random() < 0.005 else random.choice((16, 24, 32, 32))
 
 
-def train_text(clip, t5, captions: Captions, images: torch.Tensor, steps: int, device: str, out: Path):
-    """Each encoder alone must name the picture (cross-entropy) and know its 12x12 thumbnail (L2), by linear heads."""
+def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, steps: int, device: str, out: Path):
+    """Each encoder alone must name the picture (cross-entropy) and know its 12x12 thumbnail (L2), by linear heads.
+
+    The heads read the pooled vectors and the mean of each kind of token that the transformer sees.
+    """
     state, empty = out / "text.pt", len(CAPTIONS)
-    encoders = torch.nn.ModuleDict({"text_encoder": clip, "text_encoder_2": t5}).to(device)
+    names = [name for name in pipe.components if name.startswith("text_encoder")]
+    encoders = torch.nn.ModuleDict({name: pipe.components[name] for name in names}).to(device)
     if state.exists():
         encoders.load_state_dict(torch.load(state, map_location=device))
         return encoders.eval()
     thumbnails = torch.cat([resize(images, 12).flatten(1), torch.zeros(1, 432)]).to(device)
-    heads = torch.nn.ModuleList(torch.nn.Linear(128, empty + 1 + 432) for _ in range(2)).to(device)
+    clips = [m.config.projection_dim for m in encoders.values() if not isinstance(m, T5EncoderModel)]
+
+    def features(label, length):
+        tokens, pooled = encode(pipe, prompts(label.tolist()), length)
+        kinds = tokens.split([tokens.shape[1] - length, length], dim=1)  # FLUX shows its transformer no CLIP tokens
+        return [*pooled.split(clips, dim=1), *(kind.mean(1) for kind in kinds if kind.shape[1])]
+
+    widths = [feature.shape[1] for feature in features(torch.arange(1), 16)]
+    heads = torch.nn.ModuleList(torch.nn.Linear(width, empty + 1 + 432) for width in widths).to(device)
     parameters = [*encoders.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     bar = tqdm(range(steps), desc="text", mininterval=5)
@@ -254,10 +352,10 @@ def train_text(clip, t5, captions: Captions, images: torch.Tensor, steps: int, d
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 50, (steps - step) / (0.4 * steps))
         label = torch.randint(empty + 1, (96,))
-        clip_ids, t5_ids = captions(label.tolist(), text_length(), device)
+        shown = features(label, text_length(family.longest_text))
         label = label.to(device)
         loss = 0.0
-        for head, feature in zip(heads, (clip(clip_ids).pooler_output, t5(t5_ids)[0].mean(1)), strict=True):
+        for head, feature in zip(heads, shown, strict=True):
             name, thumbnail = head(feature).split((empty + 1, 432), dim=1)
             loss = loss + F.cross_entropy(name, label) + F.mse_loss(thumbnail, thumbnails[label])
         optimizer.zero_grad(set_to_none=True)
@@ -270,15 +368,15 @@ def train_text(clip, t5, captions: Captions, images: torch.Tensor, steps: int, d
     return encoders.eval()
 
 
-def train_transformer(transformer, encoders, captions, latents, weight, steps, device, out: Path, decay, preview):
-    """Flow matching on eps - x0, alternating 8 pictures of 256 px and 24 of 128 px.
+def train_transformer(pipe, family: Family, latents, weight, steps, device, out: Path, decay, preview):
+    """Flow matching on eps - x0, on small batches of 256 and 128 px in turn (`family.turns`).
 
     Noise levels are drawn as the sampler visits them, evenly and then shifted by 3: what a caption looks like is
     learned where there is almost nothing but noise. Latent channels weigh as much as they show (`weight`, by channel).
     A tenth of the captions is dropped for classifier-free guidance. `preview` is called with the averaged weights in
-    place whenever a checkpoint is written.
+    place at every fourth checkpoint.
     """
-    transformer.to(device).train()
+    transformer = pipe.transformer.to(device).train()
     parameters = list(transformer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     ema = [p.detach().clone() for p in parameters]
@@ -290,37 +388,23 @@ def train_transformer(transformer, encoders, captions, latents, weight, steps, d
         torch._foreach_copy_(ema, saved["ema"])
         start = saved["step"]
         torch.manual_seed(start), random.seed(start)  # not the same captions and noise again
-    ids = {
-        size: FluxPipeline._prepare_latent_image_ids(1, size // 16, size // 16, device, torch.float32)
-        for size in latents
-    }
-    packed = {
-        size: FluxPipeline._pack_latents(x, len(x), LATENT_CHANNELS, size // 8, size // 8).to(device)
-        for size, x in latents.items()
-    }
-    running, clock = {}, time.time()
+    latents = {size: x.to(device) for size, x in latents.items()}
+    running, clock, checkpoints = {}, time.time(), 0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=5)
     for step in bar:
         remaining = (steps - step) / (decay * steps)  # constant, then down to zero over the last `decay` of the steps
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 200, remaining)
-        size, count = ((256, 8), (128, 24))[step % 2]
+        size, count = family.turns[step % len(family.turns)]
         pick = torch.randint(len(CAPTIONS), (count,))
-        length = text_length()
         shown = torch.where(torch.rand(count) < 0.1, len(CAPTIONS), pick)
-        clip_ids, t5_ids = captions(shown.tolist(), length, device)
         with torch.no_grad():
-            pooled = encoders["text_encoder"](clip_ids).pooler_output
-            text = encoders["text_encoder_2"](t5_ids)[0]
-        x = packed[size][pick]
+            text = encode(pipe, prompts(shown.tolist()), text_length(family.longest_text))
+        x = latents[size][pick]
         noise = torch.randn_like(x)
         sigma = shifted(torch.rand(count, device=device), 3.0)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            v = transformer(
-                hidden_states=torch.lerp(x, noise, sigma[:, None, None]), timestep=sigma, guidance=None,
-                pooled_projections=pooled, encoder_hidden_states=text,
-                txt_ids=torch.zeros(length, 3, device=device), img_ids=ids[size], return_dict=False,
-            )[0]  # fmt: skip
+            v = velocity(transformer, torch.lerp(x, noise, sigma[:, None, None, None]), sigma, *text)
         loss = ((v.float() - noise + x).square() * weight).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -331,38 +415,27 @@ def train_transformer(transformer, encoders, captions, latents, weight, steps, d
         if step % 20 == 0:
             bar.set_postfix({str(k): f"{r:.3f}" for k, r in sorted(running.items())})
         if time.time() - clock > 300 or step + 1 == steps:
-            clock = time.time()
+            clock, checkpoints = time.time(), checkpoints + 1
             saved = {"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
             torch.save(saved | {"step": step + 1}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
             with open(out / "log.jsonl", "a") as log:
                 print(json.dumps({"step": step + 1, "loss": running}), file=log)
-            online = [p.detach().clone() for p in parameters]
-            torch._foreach_copy_([p.data for p in parameters], ema)
-            transformer.eval()
-            preview(step + 1)
-            transformer.train()
-            torch._foreach_copy_([p.data for p in parameters], online)
+            if checkpoints % 4 == 0 or step + 1 == steps:
+                online = [p.detach().clone() for p in parameters]
+                torch._foreach_copy_([p.data for p in parameters], ema)
+                preview(step + 1)
+                torch._foreach_copy_([p.data for p in parameters], online)
     torch._foreach_copy_([p.data for p in parameters], ema)
-    return transformer.eval()
 
 
-def assemble(parts, vae, tok, tok2) -> FluxPipeline:
-    """A stock pipeline. Its shift at 256 px (256 tokens) is what FLUX.1-dev has at 1024 px (4096 tokens)."""
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True,
-        base_shift=0.5, max_shift=1.15, base_image_seq_len=16, max_image_seq_len=256,
-    )  # fmt: skip
-    return FluxPipeline(scheduler=scheduler, vae=vae, tokenizer=tok, tokenizer_2=tok2, **parts)
-
-
-def sheet(pipe: FluxPipeline, steps: int, columns: int = 8, rows: int = 4) -> Image.Image:
-    """A contact sheet of evenly spread captions, for the eye."""
+def sheet(pipe: DiffusionPipeline, steps: int, columns: int = 4, rows: int = 2, **call) -> Image.Image:
+    """A contact sheet of evenly spread captions, for the eye. call: more arguments of the pipeline."""
     chosen = CAPTIONS[:: len(CAPTIONS) // (columns * rows)][: columns * rows]
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         chosen, height=256, width=256, num_inference_steps=steps, max_sequence_length=32,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(chosen))],
+        generator=[torch.Generator().manual_seed(i) for i in range(len(chosen))], **call,
     ).images  # fmt: skip
     paper = Image.new("RGB", (columns * 128, rows * 128))
     for i, image in enumerate(images):
@@ -372,7 +445,8 @@ def sheet(pipe: FluxPipeline, steps: int, columns: int = 8, rows: int = 4) -> Im
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/mini-flux"), help="checkpoints, previews, the result")
+    parser.add_argument("--model", choices=[*FAMILIES], default="flux")
+    parser.add_argument("--out", type=Path, help="checkpoints, previews, the result (default: runs/mini-MODEL)")
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the pictures are downloaded to")
     parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
@@ -380,41 +454,46 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=["vae", "transformer"], help="train one part alone, without the export")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.model == "sd3" and args.only == "vae":
+        parser.error("--only vae: SD3 takes the embedded FLUX model's")
+    out, family = args.out or Path(f"runs/mini-{args.model}"), FAMILIES[args.model]
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     random.seed(0)
 
     images = pictures(args.data)
     pca, vae = PatchPCA(images), build_vae()
-    if args.only != "transformer":
-        train_vae(vae, images, pca, args.vae_steps, args.device, args.out)
+    if args.model == "sd3":
+        vae = AutoencoderTiny.from_pretrained(mini_path("flux") / "vae")
+    elif args.only != "transformer":
+        train_vae(vae, images, pca, args.vae_steps, args.device, out)
     if args.only == "vae":
         return
-    tok, tok2, clip, t5 = build_text(
-        [template.format(name) for name in CAPTIONS for template in TEMPLATES], args.out / "tokenizer"
-    )
-    captions, transformer = Captions(tok, tok2), build_transformer()
-    encoders = train_text(clip, t5, captions, images, 400, args.device, args.out)
-    parts = {"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5}
-    print({name: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for name, m in [*parts.items(), ("vae", vae)]})
+    texts = [template.format(name) for name in CAPTIONS for template in TEMPLATES]
+    if not (out / "tokenizer").exists():  # learning a byte-pair vocabulary twice does not give the same one
+        clip_tokenizer(texts, family.clip_tokens).save_pretrained(out / "tokenizer")
+    pipe = family.build(vae, CLIPTokenizer.from_pretrained(out / "tokenizer"), t5_tokenizer(texts)).to(args.device)
+    blank(pipe.transformer)
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    print({name: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M" for name, module in modules.items()})
+    train_text(pipe, family, images, 400, args.device, out)
 
     def preview(step):
-        if (args.out / "vae.pt").exists():
-            vae.load_state_dict(torch.load(args.out / "vae.pt", map_location=args.device)["model"])
-            sheet(assemble(parts, vae.eval(), tok, tok2), steps=10).save(args.out / f"preview-{step:06d}.png")
+        if (out / "vae.pt").exists():  # FLUX's decoder may be learning in another process meanwhile
+            vae.load_state_dict(torch.load(out / "vae.pt", map_location=args.device)["model"])
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            sheet(pipe, steps=14, guidance_scale=GUIDANCE).save(out / f"preview-{step:06d}.png")
 
     latents = {size: pca.encode(resize(images, size)) for size in (256, 128)}
-    weight = (pca.std / pca.std.mean()).float().repeat_interleave(4).to(args.device)  # a packed token has 4 pixels
-    train_transformer(
-        transformer, encoders, captions, latents, weight, args.steps, args.device, args.out, args.decay, preview
-    )
+    weight = (pca.std / pca.std.mean()).float().view(-1, 1, 1).to(args.device)
+    train_transformer(pipe, family, latents, weight, args.steps, args.device, out, args.decay, preview)
     if args.only is None:
-        pipe = assemble(parts, vae, tok, tok2).to("cpu")
         # Diffusers loads half-precision weights as float32 unless told otherwise, transformers as they are: with small
         # float32 text encoders, `from_pretrained` without a dtype gives a pipeline of one dtype.
+        pipe.to("cpu")
         pipe.transformer.half(), pipe.vae.half()
-        pipe.save_pretrained(args.out / "flux")
-        print("saved", args.out / "flux")
+        pipe.save_pretrained(out / args.model)
+        print("saved", out / args.model)
 
 
 if __name__ == "__main__":
