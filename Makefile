@@ -2,12 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint train-mini evaluate-mini aot clean
+.PHONY: install demo test sanitize lint train-mini evaluate-mini aot clean
 
 install: $(VENV)/installed
 
 # torch first, at the version the suite is run with; without a GPU give pip a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
-$(VENV)/installed: pyproject.toml setup.py constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
@@ -22,6 +22,13 @@ demo: install
 test: install
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest -m triton
+
+# The tests of the compiled extension, on a build that stops at the first wrong access or undefined operation.
+sanitize: install
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined" RALU_CUDA=0 \
+		$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -m native
 
 lint: install
 	$(BIN)/ruff check .

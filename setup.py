@@ -1,3 +1,93 @@
+"""Builds ralu_kernels._C, the compiled kernels; everything else about the package is in pyproject.toml.
+
+RALU_NATIVE=0 installs pure Python, 1 makes a build that cannot be an error. Unset: built where it can be.
+RALU_CUDA=0 leaves the CUDA kernels out, 1 makes it an error if they cannot be built. Unset: built where torch has CUDA
+    and a toolkit is found.
+TORCH_CUDA_ARCH_LIST as for every PyTorch extension. Unset: the GPUs that are here; without any, all supported ones.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from glob import glob
+
 from setuptools import setup
 
-setup()
+ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+# libtorch's stable ABI as of PyTorch 2.10 and, by py_limited_api, Python's: one binary serves all later ones.
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)]
+# No fused multiply-adds: the same bits whatever the instruction set. Nobody reads errno or traps of these loops.
+CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+
+
+def why_no_native() -> str | None:
+    if platform.system() == "Windows":
+        return "Windows is not served"
+    if not shutil.which((os.environ.get("CXX") or "c++").split()[0]):
+        return "no C++ compiler is on the PATH"
+    try:
+        import torch
+    except ImportError:
+        return "torch cannot be imported while building: install it first, and pass --no-build-isolation to pip"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        return f"torch {torch.__version__} is older than 2.10"
+    return None
+
+
+def why_no_cuda() -> str | None:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit is found (CUDA_HOME, or nvcc on the PATH)"
+    return None
+
+
+def wanted(switch: str, what: str, obstacle) -> bool:
+    """Whether to build `what`, said aloud with the reason."""
+    asked = os.environ.get(switch, "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"{switch} must be 0 or 1, got {asked!r}")
+    reason = f"{switch}=0" if asked == "0" else obstacle()
+    if reason and asked == "1":
+        raise SystemExit(f"ralu: {switch}=1, but {what} cannot be built: {reason}")
+    print(f"ralu: {what}: " + (f"not built, since {reason}" if reason else "built"))
+    return reason is None
+
+
+def architectures(nvcc: str) -> str:
+    """Those that this toolkit knows, and PTX for what comes later."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    numbers = set(re.findall(r"compute_(\d+)", known))
+    return ";".join(a for a in ARCHITECTURES if a.replace(".", "") in numbers) + "+PTX"
+
+
+def extension() -> dict:
+    if not wanted("RALU_NATIVE", "the C++ kernels", why_no_native):
+        return {}
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    kind, sources = CppExtension, ["csrc/binding.cpp", *glob("csrc/cpu/*.cpp")]
+    macros, flags = MACROS, {"cxx": CXX_FLAGS}
+    if wanted("RALU_CUDA", "the CUDA kernels", why_no_cuda):
+        kind, sources = CUDAExtension, [*sources, *glob("csrc/cuda/*.cu")]
+        macros, flags = [*macros, ("RALU_CUDA", None), ("USE_CUDA", None)], {**flags, "nvcc": ["-O3"]}
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(f"{CUDA_HOME}/bin/nvcc"))
+    module = kind(
+        "ralu_kernels._C", sorted(sources), define_macros=macros, extra_compile_args=flags,
+        depends=glob("csrc/**/*h", recursive=True), py_limited_api=True,
+    )  # fmt: skip
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**extension())

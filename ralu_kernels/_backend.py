@@ -1,5 +1,6 @@
 """Which implementation of an operation runs, and the argument checks every public function shares."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import torch
@@ -9,6 +10,16 @@ try:
     import triton.language as tl
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)  # the kernels are defined, with their annotations, all the same
+
+try:
+    _extension = import_module("ralu_kernels._C")
+except ModuleNotFoundError:
+    _extension = None  # a pure Python installation
+except ImportError as error:
+    raise ImportError(
+        f"the compiled extension of ralu_kernels is there but cannot be loaded: {error}. Install ralu_kernels again, "
+        "against this PyTorch, or without the extension (RALU_NATIVE=0)"
+    ) from error
 
 INTERPRET = triton is not None and triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,20 +41,29 @@ def _why_no_triton(device: torch.device) -> str | None:
     return None
 
 
-# Backend name -> why it cannot run on a device (None: it can). A backend that joins this table must also be
-# given an implementation in every register() call below the kernels.
-_ABSENT = {"triton": _why_no_triton, "reference": lambda device: None}
+def _why_no_native(device: torch.device) -> str | None:
+    if _extension is None:
+        return "the extension was not compiled when ralu_kernels was installed"
+    if device.type == "cuda" and not _extension.cuda:
+        return "the extension was compiled without CUDA"
+    return None if device.type in ("cpu", "cuda") else f"it has nothing for {device.type}"
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The implementation that runs for ``backend`` on ``device``.
+# Backend name -> why it cannot run on a device (None: it can).
+_ABSENT = {"native": _why_no_native, "triton": _why_no_triton, "reference": lambda device: None}
+# What "auto" tries, in this order. On a GPU Triton stays first until measurements say otherwise.
+_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
-    "auto" is Triton on CUDA (the reference if Triton is not installed) and the reference everywhere else.
+
+def resolve(backend: str, device: torch.device, among=tuple(_ABSENT)) -> str:
+    """The implementation, of those in ``among``, that runs for ``backend`` on ``device``.
+
+    "auto" is the compiled extension on a CPU, Triton on CUDA, and where these are absent the next of `_ORDER`.
     Raises ``ValueError`` for a backend that is unknown or cannot run on this device.
     """
+    reasons = {name: _ABSENT[name](device) for name in among}
     if backend == "auto":
-        return "triton" if device.type == "cuda" and triton is not None else "reference"
-    reasons = {name: absent(device) for name, absent in _ABSENT.items()}
+        return next(name for name in _ORDER.get(device.type, ("reference",)) if reasons.get(name, "unknown") is None)
     if reasons.get(backend, "unknown") is not None:
         states = ", ".join(f"{name!r} ({reason or 'available'})" for name, reason in reasons.items())
         raise ValueError(f"backend must be 'auto' or one available on {device.type}, got {backend!r}: {states}")
@@ -55,7 +75,7 @@ def register(schema: str, fake, **implementations) -> None:
     name = schema.partition("(")[0]
 
     def run(*args):
-        return implementations[resolve(args[-1], args[0].device)](*args[:-1])
+        return implementations[resolve(args[-1], args[0].device, implementations)](*args[:-1])
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")

@@ -230,6 +230,26 @@ def _merge_kernel(
             tl.store(out + right_and_down * channels, scale * value + carry_scale * n0, mask=carried)
 
 
+def _fake_plan(scores, h, w, k, threshold, total):
+    b, n = scores.shape
+    ints = {"dtype": torch.int32}
+    return (
+        scores.new_empty(b + 1, **ints),
+        scores.new_empty(total, **ints),
+        scores.new_empty(total, **ints),
+        scores.new_empty(b, 4 * n, **ints),
+        scores.new_empty(total, 2, dtype=torch.float32),
+    )
+
+
+def _fake_promote(low, inverse, width, total, *rest):
+    return low.new_empty(total, low.shape[2])
+
+
+def _fake_merge(packed, inverse, *rest):
+    return packed.new_empty(*inverse.shape, packed.shape[1])
+
+
 def _plan_triton(scores: Tensor, h: int, w: int, k: int, threshold: float | None, total: int):
     outputs = _fake_plan(scores, h, w, k, threshold, total)
     if scores.numel() == 0:
@@ -264,40 +284,55 @@ def _launch_move(kernel, stage, x, out, inverse, height, width, scale, noise_sca
 
 
 def _promote_triton(low: Tensor, inverse: Tensor, width: int, total: int, *rest) -> Tensor:
-    out = low.new_empty(total, low.shape[2])
+    out = _fake_promote(low, inverse, width, total)
     return _launch_move(_promote_kernel, reference.PROMOTE, low, out, inverse, low.shape[1] // width, width, *rest)
 
 
 def _merge_triton(packed: Tensor, inverse: Tensor, width: int, *rest) -> Tensor:
-    out = packed.new_empty(*inverse.shape, packed.shape[1])
+    out = _fake_merge(packed, inverse)
     height = inverse.shape[1] // (4 * width)
     return _launch_move(_merge_kernel, reference.MERGE, packed, out, inverse, height, width, *rest)
 
 
-def _fake_plan(scores, h, w, k, threshold, total):
-    b, n = scores.shape
-    ints = {"dtype": torch.int32}
-    return (
-        scores.new_empty(b + 1, **ints),
-        scores.new_empty(total, **ints),
-        scores.new_empty(total, **ints),
-        scores.new_empty(b, 4 * n, **ints),
-        scores.new_empty(total, 2, dtype=torch.float32),
-    )
+def _plan_native(scores: Tensor, h: int, w: int, k: int, threshold: float | None, total: int):
+    outputs = _fake_plan(scores, h, w, k, threshold, total)
+    torch.ops.ralu_kernels_C.plan_tokens(scores, *outputs, w, k, threshold)
+    return outputs
 
 
-def _fake_promote(low, inverse, width, total, *rest):
-    return low.new_empty(total, low.shape[2])
+def _check_rows(inverse: Tensor, total: int):
+    """A plan made by hand must not reach outside the tensors. (CUDA kernels skip such rows: looking would wait.)"""
+    if inverse.device.type == "cpu" and inverse.numel():
+        least, most = (int(value) for value in inverse.aminmax())
+        check(least >= 0 and most < total, "plan.inverse", f"rows {least} to {most}", f"in [0, {total})")
 
 
-def _fake_merge(packed, inverse, *rest):
-    return packed.new_empty(*inverse.shape, packed.shape[1])
+def _native_rules(scale, noise_scale, c, granularity, carry_noise):
+    carry_scale = noise_scale * reference.carry_std(c, carry_noise)
+    return scale, noise_scale, carry_scale, reference.block_coefficient(c), granularity == "pixel"
+
+
+def _promote_native(low, inverse, width, total, scale, noise_scale, c, seed, granularity, carry_noise):
+    _check_rows(inverse, total)
+    out = _fake_promote(low, inverse, width, total)
+    rules = _native_rules(scale, noise_scale, c, granularity, carry_noise)
+    torch.ops.ralu_kernels_C.promote_tokens(low, out, inverse.contiguous(), seed.contiguous(), width, *rules)
+    return out
+
+
+def _merge_native(packed, inverse, width, scale, noise_scale, c, seed, granularity, carry_noise):
+    _check_rows(inverse, packed.shape[0])
+    out = _fake_merge(packed, inverse)
+    rules = _native_rules(scale, noise_scale, c, granularity, carry_noise)
+    torch.ops.ralu_kernels_C.merge_tokens(packed, out, inverse.contiguous(), seed.contiguous(), width, *rules)
+    return out
 
 
 register(
     "plan_tokens(Tensor scores, SymInt h, SymInt w, SymInt k, float? threshold, SymInt total, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_plan,
+    native=_plan_native,
     triton=_plan_triton,
     reference=reference.plan_tokens,
 )
@@ -305,6 +340,7 @@ register(
     "promote_tokens(Tensor low, Tensor inverse, SymInt width, SymInt total, float scale, float noise_scale, float c,"
     " Tensor seed, str granularity, str carry_noise, str backend) -> Tensor",
     _fake_promote,
+    native=_promote_native,
     triton=_promote_triton,
     reference=reference.promote_tokens,
 )
@@ -312,6 +348,7 @@ register(
     "merge_tokens(Tensor packed, Tensor inverse, SymInt width, float scale, float noise_scale, float c,"
     " Tensor seed, str granularity, str carry_noise, str backend) -> Tensor",
     _fake_merge,
+    native=_merge_native,
     triton=_merge_triton,
     reference=reference.merge_tokens,
 )
@@ -334,7 +371,7 @@ def plan_tokens(
             ranks last. No host synchronisation.
         threshold: promote scores >= threshold; sequence lengths then differ, and the host waits once for them.
             (Tracing this needs ``torch._dynamo.config.capture_scalar_outputs``.)
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Raises:
         ValueError: an argument is not as described, not exactly one of ratio and threshold is given, or the backend
@@ -376,6 +413,7 @@ def _check_move(name, x, plan, c, granularity, carry_noise, backend):
         tuple(plan.inverse.shape),
         f"(B, 4n) = ({plan.cu_seqlens.shape[0] - 1}, {4 * h * w})",
     )
+    check(plan.inverse.dtype == torch.int32, "plan.inverse.dtype", plan.inverse.dtype, "int32")
     check(plan.inverse.device == x.device, "plan", f"on {plan.inverse.device}", f"on {x.device}, {name}'s device")
     check_noise(backend, x.device, c, 4 * h * w * channels)
 
@@ -406,7 +444,7 @@ def promote_tokens(
         granularity: "pixel" enlarges latent pixels: token channel = channel * 4 + py * 2 + px, and child (di, dj) takes
             inner pixel (di, dj) in all four of its own. "token" copies a token whole to its four children.
         carry_noise: "exact", or "release" for the public release's ``noise_scale * eps``, too noisy by b^2 c.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         Packed (total, C) in low's dtype; the arithmetic is float32. Forward only.

@@ -75,12 +75,17 @@ def _upsample_kernel(
     tl.store(top + 2 * width, tl.interleave(o2, o3), mask=pair < 2 * size)
 
 
+def _fake(x: Tensor, *_) -> Tensor:
+    b, channels, h, w = x.shape
+    return x.new_empty(b, channels, 2 * h, 2 * w)
+
+
 _TILE_BYTES = 1024  # of latent: 128 threads, 16 bytes of each output row for each thread
 
 
 def _upsample_triton(x: Tensor, scale: float, noise_scale: float, c: float, seed: Tensor, stage: int) -> Tensor:
     b, channels, h, w = x.shape
-    out = x.new_empty(b, channels, 2 * h, 2 * w)
+    out = _fake(x)
     if out.numel() == 0:
         return out
     align = math.gcd(w, 8)
@@ -94,15 +99,18 @@ def _upsample_triton(x: Tensor, scale: float, noise_scale: float, c: float, seed
     return out
 
 
-def _fake(x, scale, noise_scale, c, seed, stage):
-    b, channels, h, w = x.shape
-    return x.new_empty(b, channels, 2 * h, 2 * w)
+def _upsample_native(x: Tensor, scale: float, noise_scale: float, c: float, seed: Tensor, stage: int) -> Tensor:
+    out = _fake(x)
+    k = reference.block_coefficient(c)
+    torch.ops.ralu_kernels_C.upsample_renoise(x, out, seed.contiguous(), scale, noise_scale, k, stage)
+    return out
 
 
 register(
     "upsample_renoise(Tensor x, float scale, float noise_scale, float c, Tensor seed, int stage, str backend)"
     " -> Tensor",
     _fake,
+    native=_upsample_native,
     triton=_upsample_triton,
     reference=reference.upsample_renoise,
 )
@@ -130,7 +138,7 @@ def upsample_renoise(
         c: correlation of the noise, in [0, 1/4].
         seed: int64 (B,), the 64-bit key of each sample, on x's device; or an int, the key of every sample.
         stage: the stage that is entered, a non-negative int; a word of the random counter, 2 or 3 in RALU.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         Contiguous (B, C, 2H, 2W) in x's dtype; the arithmetic is float32. Forward only.

@@ -6,7 +6,7 @@ Triton reads TRITON_INTERPRET once, so the suite is two processes: ``pytest``, a
 import pytest
 import torch
 
-from ralu_kernels._backend import INTERPRET, tl, triton
+from ralu_kernels._backend import INTERPRET, _why_no_native, tl, triton
 
 
 def pytest_collection_modifyitems(items):
@@ -18,6 +18,8 @@ def pytest_collection_modifyitems(items):
         reasons["triton"] = "without a GPU Triton kernels run under TRITON_INTERPRET=1 only, in a process of their own"
     if not cuda:
         reasons["gpu"] = "no GPU"
+    if absent := _why_no_native(torch.device("cuda" if cuda and not INTERPRET else "cpu")):
+        reasons["native"] = absent
     for item in items:
         for marker, reason in reasons.items():
             if marker in item.keywords:
@@ -38,7 +40,13 @@ if INTERPRET:
     interpreter._convert_float = rounding_convert_float
 
 
-@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.fixture(
+    params=[
+        "reference",
+        pytest.param("native", marks=pytest.mark.native),
+        pytest.param("triton", marks=pytest.mark.triton),
+    ]
+)
 def backend(request):
     return request.param
 
@@ -51,6 +59,7 @@ def device():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+    torch._dynamo.reset()  # one test's compiled graphs count towards the next one's limit
 
 
 @pytest.fixture(autouse=True)

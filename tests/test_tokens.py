@@ -371,7 +371,7 @@ WRONG_PLANS = {
         dict(scores=SCORES[:1, :1].expand(2**15, 2**14), grid=(2**7, 2**7)),
         "at most 2147483647, got 214748364",
     ),
-    "backend": (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
+    "backend": (dict(backend="cuda"), "backend must be 'auto' or one available on cpu, got 'cuda'"),
 }
 
 
@@ -388,7 +388,7 @@ BOTH_MOVES = {
     "granularity": (dict(granularity="patch"), r"granularity must be one of \('pixel', 'token'\), got 'patch'"),
     "carry noise": (dict(carry_noise="none"), r"carry_noise must be one of \('exact', 'release'\), got 'none'"),
     "seed": (dict(seed=SEED[:1]), r"seed.shape must be \(2,\)"),
-    "backend": (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
+    "backend": (dict(backend="cuda"), "backend must be 'auto' or one available on cpu, got 'cuda'"),
     "plan device": (dict(plan=PLAN.to("meta")), "plan must be on cpu, .*, got on meta"),
 }
 WRONG_MOVES = {

@@ -148,7 +148,7 @@ WRONG = {
     "seed range": (dict(seed=2**63), "seed must be a 64-bit signed integer, got 9223372036854775808"),
     "seed type": (dict(seed=0.5), "seed must be an int64 tensor or an int, got 0.5"),
     "elements": (dict(x=X[:1, :1, :1, :1].expand(1, 1, 2**15, 2**14), seed=S[:1]), "at most 2147483647, got 214748364"),
-    "unknown backend": (dict(backend="cuda"), "backend must be 'auto' or one available on cpu, got 'cuda': 'triton'"),
+    "unknown backend": (dict(backend="cuda"), "backend must be 'auto' or one available on cpu, got 'cuda': 'native'"),
 }
 
 

@@ -1,0 +1,97 @@
+// One token of the moves between stages, for any instruction set.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace ralu::cpu {
+
+constexpr int64_t LANES = 256;  // channels at a time: what is kept between the loops stays in the first-level cache
+
+// The random counter's element of a token's channel is base[lane] + offset(y, x); see reference.py for the numbering.
+// Lanes are channels, but where a token is enlarged at pixel granularity: there a group of channels is gone through by
+// inner pixel, because inner pixel p of all of them makes child p.
+struct Elements {
+  std::vector<uint32_t> base;
+  int64_t row, column;
+
+  Elements(int64_t height, int64_t width, int64_t channels, bool pixel, bool enlarged)
+      : base((channels + 15) / 16 * 16), row(pixel ? 4 * width : width * channels), column(pixel ? 2 : channels) {
+    for (int64_t first = 0; first < channels; first += LANES) {
+      const int64_t count = std::min(LANES, channels - first);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const int64_t inner = pixel && enlarged ? 4 * (lane % (count / 4)) + lane / (count / 4) : lane;
+        const int64_t channel = first + inner, plane = channel / 4, py = channel / 2 % 2, px = channel % 2;
+        base[first + lane] = pixel ? plane * 4 * height * width + py * 2 * width + px : channel;
+      }
+    }
+  }
+
+  uint32_t offset(int64_t y, int64_t x) const { return static_cast<uint32_t>(y * row + x * column); }
+};
+
+struct Move {
+  float scale, noise_scale, carry_scale, k;
+  uint32_t stage;
+  int64_t channels, stride_c;  // of a row that is read; rows that are written are contiguous
+  bool pixel;
+};
+
+// from: one low token; to: its four children.
+template <class T>
+RALU_INLINE void enlarge_token(const T* from, T* const* to, const uint32_t* base, uint32_t offset, uint64_t key,
+                               const Move& move) {
+  for (int64_t first = 0; first < move.channels; first += LANES) {
+    const int32_t count = static_cast<int32_t>(std::min(LANES, move.channels - first)), quarter = count / 4;
+    const int32_t padded = (count + 15) & ~15;  // whole vectors
+    const T* source = from + first * move.stride_c;
+    float value[LANES] = {}, child[4][LANES];
+    if (move.pixel) {
+      for (int32_t p = 0; p < 4; ++p)
+        for (int32_t c = 0; c < quarter; ++c) value[p * quarter + c] = to_float(source[(4 * c + p) * move.stride_c]);
+    } else {
+      for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
+    }
+    for (int32_t j = 0; j < padded; ++j) {
+      const Normals n = normals(key, base[first + j] + offset, move.stage, UPSAMPLED);
+      const Normals o = enlarge(value[j], n, move.scale, move.noise_scale, move.k);
+      child[0][j] = o.n0, child[1][j] = o.n1, child[2][j] = o.n2, child[3][j] = o.n3;
+    }
+    if (move.pixel) {
+      for (int32_t p = 0; p < 4; ++p) {
+        T* out = to[p] + first;
+        for (int32_t c = 0; c < quarter; ++c) {
+          const int32_t lane = p * quarter + c;
+          out[4 * c] = from_float<T>(child[0][lane]);
+          out[4 * c + 1] = from_float<T>(child[1][lane]);
+          out[4 * c + 2] = from_float<T>(child[2][lane]);
+          out[4 * c + 3] = from_float<T>(child[3][lane]);
+        }
+      }
+    } else {
+      for (int32_t m = 0; m < 4; ++m)
+        for (int32_t c = 0; c < count; ++c) to[m][first + c] = from_float<T>(child[m][c]);
+    }
+  }
+}
+
+template <class T>
+RALU_INLINE void carry_token(const T* from, T* to, const uint32_t* base, uint32_t offset, uint64_t key,
+                             const Move& move) {
+  for (int64_t first = 0; first < move.channels; first += LANES) {
+    const int32_t count = static_cast<int32_t>(std::min(LANES, move.channels - first));
+    const int32_t padded = (count + 15) & ~15;
+    const T* source = from + first * move.stride_c;
+    float value[LANES] = {};
+    for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
+    for (int32_t j = 0; j < padded; ++j) {
+      const float z = normal(key, base[first + j] + offset, move.stage, CARRIED);
+      value[j] = move.scale * value[j] + move.carry_scale * z;
+    }
+    for (int32_t c = 0; c < count; ++c) to[first + c] = from_float<T>(value[c]);
+  }
+}
+
+}  // namespace ralu::cpu

@@ -1,0 +1,220 @@
+"""What is the compiled extension's own: that it was built, its arithmetic on every instruction set, threads, errors."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ralu_kernels
+from ralu_kernels import merge_tokens, plan_tokens, promote_tokens, reference, upsample_renoise
+
+ROOT = Path(__file__).parents[1]
+native = pytest.mark.native
+compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+
+
+@pytest.mark.skipif(os.environ.get("RALU_NATIVE") == "0", reason="RALU_NATIVE=0 asks for pure Python")
+@compiler
+def test_a_checkout_with_a_compiler_has_the_extension():
+    """All tests marked native are skipped without it, so its absence has to show somewhere."""
+    assert upsample_renoise(torch.zeros(1, 1, 1, 1), 1.0, 1.0, 0.1, 0, backend="native").shape == (1, 1, 2, 2)
+
+
+# ---- the loops, compiled alone, one instruction set at a time ----
+
+HARNESS = """
+#include "cpu/upsample.h"
+#include "cpu/tokens.h"
+using namespace ralu::cpu;
+
+extern "C" int best() { return static_cast<int>(best_isa()); }
+
+extern "C" void upsample(int isa, const float* x, float* out, uint64_t key, int64_t width, int64_t size) {
+  vectorized([&]() RALU_BODY {
+    for (int64_t first = 0; first < size; first += RUN)
+      upsample_run(x, out, key, {size / width, width, 0, width, 1}, {0.9f, 0.4f, 0.02f, 2}, first,
+                   std::min(RUN, size - first));
+  }, static_cast<Isa>(isa));
+}
+
+extern "C" void to_bfloat16(int isa, const float* x, uint16_t* out, int64_t n) {
+  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = from_float<BFloat16>(x[i]).bits; },
+             static_cast<Isa>(isa));
+}
+
+extern "C" void to_half(int isa, const float* x, uint16_t* out, int64_t n) {
+  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = from_float<Half>(x[i]).bits; },
+             static_cast<Isa>(isa));
+}
+
+extern "C" void from_half(int isa, const uint16_t* x, float* out, int64_t n) {
+  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(Half{x[i]}); }, static_cast<Isa>(isa));
+}
+
+extern "C" void from_bfloat16(int isa, const uint16_t* x, float* out, int64_t n) {
+  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(BFloat16{x[i]}); },
+             static_cast<Isa>(isa));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loops")
+    (folder / "loops.cpp").write_text(HARNESS)
+    flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-shared", "-fPIC"]
+    command = ["c++", *flags, f"-I{ROOT / 'csrc'}", "loops.cpp", "-o", "loops.so"]
+    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    return ctypes.CDLL(str(folder / "loops.so"))
+
+
+def call(function, isa, source, target, *rest):
+    function(isa, ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(target.data_ptr()), *map(ctypes.c_int64, rest))
+    return target
+
+
+@compiler
+def test_every_instruction_set_gives_the_same_bits(loops):
+    x, key, best = torch.randn(11, 35), 2**62 + 12345, loops.best()
+    found = [call(loops.upsample, isa, x, torch.empty(22, 70), key, 35, x.numel()) for isa in range(best + 1)]
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+    c = 2 * 0.02 - 4 * 0.02**2
+    expected = reference.upsample_renoise(x[None, None], 0.9, 0.4, c, torch.tensor([key]), 2)[0, 0]
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=2e-6)
+
+
+@compiler
+def test_half_precision_conversions_equal_pytorch(loops):
+    """Every float16 and bfloat16 number, and float32 numbers on both sides of every rounding boundary."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    edges = torch.arange(0, 2**32, 2**12 - 1, dtype=torch.int64)
+    floats = torch.cat([edges, edges // 2**13 * 2**13 + 2**12, edges // 2**16 * 2**16 + 2**15])
+    floats = floats.where(floats < 2**31, floats - 2**32).int().view(torch.float32).contiguous()
+    for isa in range(loops.best() + 1):
+        for dtype, to, back in (
+            (torch.float16, loops.to_half, loops.from_half),
+            (torch.bfloat16, loops.to_bfloat16, loops.from_bfloat16),
+        ):
+            wide = call(back, isa, every, torch.empty(2**16), 2**16)
+            narrow = call(to, isa, floats, torch.empty(len(floats), dtype=torch.uint16), len(floats)).view(dtype)
+            for actual, expected in ((wide, every.view(dtype).float()), (narrow, floats.to(dtype))):
+                assert torch.equal(actual.isnan(), expected.isnan())
+                np.testing.assert_array_equal(actual.nan_to_num(7.0).float(), expected.nan_to_num(7.0).float())
+
+
+# ---- threads ----
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_bit(threads):
+    x = torch.randn(3, 16, 33, 47)
+    scores, low = torch.rand(3, 400), torch.randn(3, 400, 64)
+
+    def run():
+        plan = plan_tokens(scores, (20, 20), ratio=0.2, backend="native")
+        packed = promote_tokens(low, plan, 0.9, 0.4, 0.02, 1, backend="native")
+        merged = merge_tokens(packed, plan, 0.9, 0.4, 0.02, 1, backend="native")
+        return upsample_renoise(x, 0.9, 0.4, 0.02, 5, backend="native"), plan.inverse, packed, merged
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run()
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, run(), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@native
+def test_a_dataloader_worker_starts_no_threads():
+    """Its share is one core: PyTorch says so, and the extension asks PyTorch."""
+    code = """
+import os, torch, ralu_kernels
+
+class Noised(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        before = len(os.listdir("/proc/self/task"))
+        x = ralu_kernels.upsample_renoise(torch.zeros(1, 16, 256, 256), 1.0, 1.0, 0.1, i, backend="native")
+        return len(os.listdir("/proc/self/task")) - before, x.std()
+
+torch.set_num_threads(4)
+started = [int(count) for count, _ in torch.utils.data.DataLoader(Noised(), num_workers=2, batch_size=None)]
+ralu_kernels.upsample_renoise(torch.zeros(1, 16, 256, 256), 1.0, 1.0, 0.1, 0, backend="native")
+here = len(os.listdir("/proc/self/task"))
+assert started == [0, 0], started
+assert here >= 4, here  # outside a worker the same call does use them
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("counts threads in /proc")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# ---- errors ----
+
+
+@native
+@pytest.mark.parametrize("row", [-1, 60, 2**31 - 1])
+def test_a_plan_that_points_outside_is_an_error_and_no_crash(row):
+    plan = plan_tokens(torch.rand(2, 12), (3, 4), ratio=0.5)
+    inverse = plan.inverse.clone()
+    inverse[1, 5] = row
+    broken = replace(plan, inverse=inverse)
+    for move, tensor in ((promote_tokens, torch.zeros(2, 12, 8)), (merge_tokens, torch.zeros(60, 8))):
+        with pytest.raises(ValueError, match=rf"plan.inverse must be in \[0, 60\), got rows .*{row}"):
+            move(tensor, broken, 1.0, 1.0, 0.1, 0, backend="native")
+
+
+@native
+def test_what_the_compiled_op_itself_refuses():
+    """The public functions check before; these are the last lines against reading memory as something else."""
+    ops, seed = torch.ops.ralu_kernels_C, torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):
+        ops.upsample_renoise(torch.zeros(1, 1, 2, 2).double(), torch.zeros(1, 1, 4, 4).double(), seed, 1, 1, 0, 2)
+    with pytest.raises(RuntimeError, match="the plan has 12 rows, but room for 11"):
+        torch.ops.ralu_kernels.plan_tokens(torch.zeros(1, 12), 3, 4, 0, None, 11, "native")
+
+
+def run_with_extension(tmp_path, content: bytes | None):
+    """Import a copy of the package whose extension is `content` (None: absent)."""
+    package = tmp_path / "ralu_kernels"
+    shutil.copytree(Path(ralu_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    if content is not None:
+        (package / "_C.abi3.so").write_bytes(content)
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]  # they know the real one
+import torch, ralu_kernels
+print(ralu_kernels.upsample_renoise(torch.zeros(1, 1, 2, 2), 1.0, 1.0, 0.1, 0).shape)
+try:
+    ralu_kernels.upsample_renoise(torch.zeros(1, 1, 2, 2), 1.0, 1.0, 0.1, 0, backend="native")
+except ValueError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+
+def test_an_absent_extension_is_a_normal_case(tmp_path):
+    done = run_with_extension(tmp_path, None)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 1, 4, 4])" in done.stdout
+    assert "'native' (the extension was not compiled when ralu_kernels was installed)" in done.stdout
+
+
+def test_a_broken_extension_says_so(tmp_path):
+    done = run_with_extension(tmp_path, b"not a shared object")
+    assert done.returncode != 0
+    assert "ImportError: the compiled extension of ralu_kernels is there but cannot be loaded" in done.stderr
