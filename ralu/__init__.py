@@ -1,4 +1,4 @@
-"""RALU: training-free region-adaptive latent upsampling for FLUX (arXiv 2507.08422)."""
+"""RALU: training-free region-adaptive latent upsampling for FLUX and SD3 (arXiv 2507.08422)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

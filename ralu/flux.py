@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
 
@@ -47,7 +47,9 @@ class LayoutHook:
             return args, kwargs
         sample, text_ids = kwargs["hidden_states"], kwargs["txt_ids"]
         if scheduler.layout is None:
-            scheduler.start(sample, self._grid(kwargs["img_ids"]))
+            # Counted and not read off the last id: bfloat16 ids are inexact from 257 on.
+            columns = int((kwargs["img_ids"][:, 1] == 0).sum())
+            scheduler.start(sample, (len(kwargs["img_ids"]) // columns, columns), self.token_pixels)
         layout = scheduler.layout
         kwargs["hidden_states"] = scheduler.low_noise(sample)
         batch = layout.positions.shape[0]
@@ -59,24 +61,16 @@ class LayoutHook:
             kwargs["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), "attention_mask": mask}
         return args, kwargs
 
-    def _grid(self, img_ids: Tensor) -> tuple[int, int]:
-        # Counted and not read off the last id: bfloat16 ids are inexact from 257 on.
-        columns = int((img_ids[:, 1] == 0).sum())
-        grid = len(img_ids) // columns, columns
-        if any(size % 2 for size in grid):
-            unit = self.token_pixels
-            nearest = " or ".join("x".join(str(2 * unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1))
-            raise ValueError(
-                f"RALU needs a height and width that divide by {2 * unit}, got {grid[0] * unit}x{grid[1] * unit} "
-                f"(height x width); the nearest sizes are {nearest}"
-            )
-        return grid
+
+def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
+    # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
 
 
-def decode(pipe: FluxPipeline, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Packed latents (B, h·w, C) to images (B, 3, H, W) in [-1, 1]."""
-    latents = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2)
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+def decode(pipe: DiffusionPipeline, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Latents as tokens (B, h·w, C), FLUX's or SD3's, to images (B, 3, H, W) in [-1, 1]."""
+    latents = unpack(tokens, grid) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
 
 

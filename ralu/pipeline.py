@@ -2,14 +2,15 @@
 
 from contextlib import ExitStack
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 
-from . import flux
+from . import flux, sd3
 from .regions import Scorer
-from .schedule import Schedule
+from .schedule import Schedule, presets
 from .scheduler import RaluScheduler
 
-_ARCHITECTURES = {FluxPipeline: flux.install}
+# With the presets that fit, the default first.
+_ARCHITECTURES = {FluxPipeline: (flux, presets("flux")), StableDiffusion3Pipeline: (sd3, presets("sd3"))}
 _OPTIONS = ("preset", "ratio", "threshold", "regions", "granularity", "carry_noise", "backend")
 
 
@@ -26,24 +27,29 @@ def enable(
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.
 
-    pipe:   a `FluxPipeline`.
-    preset: "flux-5x", "flux-7x", "distilled-4" or a `Schedule`.
+    pipe:   a `FluxPipeline` or `StableDiffusion3Pipeline`.
+    preset: "flux-5x" (default) or "flux-7x" for FLUX, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5, "distilled-4"
+            for both families' four-step models, or a `Schedule`.
     others: see `RaluScheduler`, which has the defaults. What is left out (the preset too) is as it was saved in a
             pipeline that was saved enabled.
 
-    The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran). Height and width must
-    divide by 32. A pipeline or transformer that is already enabled, here or in a pipeline it is shared with, is
-    disabled first. Raises ValueError, before anything is changed, for a pipeline or scheduler that RALU cannot serve
-    and for a wrong option.
+    The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran; SD3's progress bar and
+    the window of its skip-layer guidance go by the number asked for all the same). Height and width must divide by 32.
+    With a threshold, SD3 paints pictures one at a time: its attention takes no mask. A pipeline or transformer that is
+    already enabled, here or in a pipeline it is shared with, is disabled first. Raises ValueError, before anything is
+    changed, for a pipeline or scheduler that RALU cannot serve and for a wrong option.
     """
     given = locals()
-    install = next((f for kind, f in _ARCHITECTURES.items() if isinstance(pipe, kind)), None)
-    if install is None:
+    kind = next((kind for kind in _ARCHITECTURES if isinstance(pipe, kind)), None)
+    if kind is None:
         known = ", ".join(kind.__name__ for kind in _ARCHITECTURES)
         raise ValueError(f"RALU serves {known}, got {type(pipe).__name__}")
+    architecture, fitting = _ARCHITECTURES[kind]
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(f"RALU needs a FlowMatchEulerDiscreteScheduler, got {type(pipe.scheduler).__name__}")
     options = {key: given[key] for key in _OPTIONS if given[key] is not None}
+    if isinstance(preset, str) and preset not in fitting:
+        raise ValueError(f"{kind.__name__}'s preset must be one of {', '.join(fitting)} or a Schedule, got {preset!r}")
     config = dict(pipe.scheduler.config)
     if isinstance(pipe.scheduler, RaluScheduler) and not pipe.scheduler.bound:
         saved = {key: config[key] for key in _OPTIONS}
@@ -52,12 +58,12 @@ def enable(
         options = saved | options
         if options["regions"] is None:
             raise ValueError("this pipeline was saved with a scorer of your own: pass it again as regions=")
-    scheduler = RaluScheduler(**_stock_arguments(config), **options)
+    scheduler = RaluScheduler(**_stock_arguments(config), **({"preset": fitting[0]} | options))
 
     disable(pipe)
     stock = pipe.scheduler
     with ExitStack() as undo:
-        install(pipe, scheduler, undo)
+        architecture.install(pipe, scheduler, undo)
         pipe.scheduler = scheduler
         undo.callback(setattr, pipe, "scheduler", stock)
         flux.unwrapped(pipe.transformer).ralu_undo = undo.pop_all()

@@ -161,6 +161,11 @@ PRESETS = {
 DISTILLED = {"distilled-4": (_cumulative(1, 2, 4), (0.3, 0.45, 1.0))}
 
 
+def presets(family: str) -> list[str]:
+    """The names of the presets for "flux" or "sd3", the default one first."""
+    return [*(name for name in PRESETS if name.startswith(f"{family}-")), *DISTILLED]
+
+
 def preset(name: str, shift: float = 3.0, ratio: float | None = None) -> Schedule:
     """A named schedule of the paper. `shift` is the model's own and matters for the distilled preset alone."""
     if name in PRESETS:

@@ -118,14 +118,27 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         parent = FlowMatchEulerDiscreteScheduler.__init__
         return keys | set(inspect.signature(parent).parameters) if issubclass(input_class, RaluScheduler) else keys
 
-    def bind(self, decode: Callable | None = None, stage_changed: Callable[[], None] = lambda: None):
-        """Make ready to run. decode: for "canny", see `ralu.regions.canny`; stage_changed: called between stages."""
+    def bind(
+        self,
+        decode: Callable | None = None,
+        stage_changed: Callable[[], None] = lambda: None,
+        pack: Callable[[Tensor], Tensor] = lambda sample: sample,
+        unpack: Callable[[Tensor, tuple[int, int]], Tensor] = lambda tokens, grid: tokens,
+    ):
+        """Make ready to run.
+
+        decode:        for "canny", see `ralu.regions.canny`.
+        stage_changed: called between stages.
+        pack, unpack:  where a model's samples are no tokens (B, L, C): `pack(sample)` gives them, in raster order and
+                       with channel c·4 + 2·row + column for latent channel c, and `unpack(tokens, (rows, columns))`
+                       undoes it. A mixed sequence is one row. The methods below take and give samples as the model's.
+        """
         if self._scorer is None:
             if self.config.regions == "canny" and decode is None:
                 raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
             named = {"canny": region_scorers.canny(decode), "gradient": region_scorers.gradient}
             self._scorer = named[self.config.regions]
-        self._stage_changed = stage_changed
+        self._stage_changed, self._pack, self._unpack = stage_changed, pack, unpack
         self.bound = True
 
     def unbind(self):
@@ -135,8 +148,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def __getstate__(self):
         """Copies are not bound: a scheduler that is copied or pickled must not take the model along."""
         scorer = self._scorer if self.config.regions is None else None
-        loose = {"_scorer": scorer, "_stage_changed": None, "bound": False, "_run": None, "layout": None}
-        return self.__dict__ | loose
+        loose = {"_scorer": scorer, "bound": False, "_run": None, "layout": None}
+        return self.__dict__ | loose | dict.fromkeys(("_stage_changed", "_pack", "_unpack"))
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
@@ -174,16 +187,28 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """Whether the current run has stages (and not the stock schedule)."""
         return self._run is not None
 
-    def start(self, noise: Tensor, grid: tuple[int, int]):
-        """Begin stage 1. noise: (B, 4n, C), the starting noise in raster order of the high grid (2h, 2w) = grid."""
+    def start(self, noise: Tensor, grid: tuple[int, int], token_pixels: int | None = None):
+        """Begin stage 1.
+
+        noise:        (B, 4n, C), the model's first input, in raster order of the high grid (2h, 2w) = grid. B may be
+                      more than the first step's: guidance doubles batches.
+        token_pixels: side of a token in the picture, for errors that speak of pixels.
+        """
         if grid[0] % 2 or grid[1] % 2:
-            raise ValueError(f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number")
+            if token_pixels is None:
+                raise ValueError(f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number")
+            unit = 2 * token_pixels
+            nearest = " or ".join("x".join(str(unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1))
+            raise ValueError(
+                f"RALU needs a height and width that divide by {unit}, got {grid[0] * token_pixels}x"
+                f"{grid[1] * token_pixels} (height x width); the nearest sizes are {nearest}"
+            )
+        noise = self._pack(noise)
         if noise.shape[1] != grid[0] * grid[1]:
             tokens = grid[0] * grid[1]
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
         resolve(self.config.backend, noise.device)
         self.grid = grid[0] // 2, grid[1] // 2
-        self._seeds = seeds_of(noise)
         self.layout = Layout(1, raster(self.grid, len(noise), noise.device))
 
     def low_noise(self, sample: Tensor) -> Tensor:
@@ -191,19 +216,22 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
         Nearest neighbour, so that a seed fixes the picture's composition at every size. Other samples pass unchanged.
         """
-        h, w = self.grid
-        if self.layout.stage != 1 or sample.shape[1] != 4 * h * w:
+        if self.layout.stage != 1:
             return sample
-        tokens = sample.unflatten(1, (h, 2, w, 2))
+        (h, w), tokens = self.grid, self._pack(sample)
+        if tokens.shape[1] != 4 * h * w:
+            return sample
+        tokens = tokens.unflatten(1, (h, 2, w, 2))
         if self.config.granularity == "token":
-            return tokens[:, :, 0, :, 0].flatten(1, 2)
+            return self._unpack(tokens[:, :, 0, :, 0].flatten(1, 2), self.grid)
         corner = tokens[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
-        return corner.permute(0, 1, 3, 5, 2, 4).reshape(len(sample), h * w, -1)
+        return self._unpack(corner.permute(0, 1, 3, 5, 2, 4).reshape(len(sample), h * w, -1), self.grid)
 
     def step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
         """One Euler step (stock signature). At a stage's end the result has the next stage's token count.
 
-        model_output: (B, L, C) velocity; sample: (B, L, C), or the full-size noise in the very first step.
+        model_output: (B, L, C) velocity; sample: (B, L, C), in the very first step the full-size noise, whose values
+        seed the later stages' noise. Where `pack` is bound both are what it takes.
         """
         if not self.running:
             return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
@@ -211,6 +239,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             raise RuntimeError("the model was not called through ralu.enable or ralu.sample before this step")
         index = self._step_index or 0
         stage, sigma, following = self._run[index]
+        if index == 0:
+            self._seeds = seeds_of(self._pack(sample))
         x, v = self.low_noise(sample).float(), model_output.float()
         advanced = x + (following - sigma) * v
         self._step_index = index + 1
@@ -223,7 +253,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
 
     def _mix(self, low: Tensor, x0: Tensor) -> Tensor:
-        """Stage 1 to 2: upsample the chosen regions, re-noise everything. low, x0: (B, n, C)."""
+        """Stage 1 to 2: upsample the chosen regions, re-noise everything."""
+        low, x0 = self._pack(low), self._pack(x0)
         scores = self._scorer(x0, self.grid)
         if scores.shape != low.shape[:2]:
             expected, got = tuple(low.shape[:2]), tuple(scores.shape)
@@ -235,19 +266,23 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         batch, length = len(low), plan.max_seqlen
         if packed.shape[0] == batch * length:
             self.layout = Layout(2, plan.positions.view(batch, length, 2), plan=plan)
-            return packed.view(batch, length, -1)
+            return self._unpack(packed.view(batch, length, -1), (1, length))
         column = torch.arange(length, device=low.device)
         mask = column < plan.cu_seqlens.diff()[:, None]
         rows = torch.where(mask, plan.cu_seqlens[:-1, None] + column, plan.cu_seqlens[:-1, None])  # any row pads
         self.layout = Layout(2, plan.positions[rows], mask, plan)
-        return packed[rows]
+        return self._unpack(packed[rows], (1, length))
 
     def _merge(self, mixed: Tensor) -> Tensor:
-        """Stage 2 to 3: upsample the rest, re-noise everything, raster order. mixed: (B, L, C)."""
-        plan, mask = self.layout.plan, self.layout.mask
+        """Stage 2 to 3: upsample the rest, re-noise everything, raster order."""
+        plan, mask, mixed, grid = self.layout.plan, self.layout.mask, self._pack(mixed), self._high_grid
         packed = mixed.flatten(0, 1) if mask is None else mixed[mask]
-        self.layout = Layout(3, raster((2 * self.grid[0], 2 * self.grid[1]), len(mixed), mixed.device))
-        return merge_tokens(packed, plan, *self._noise(1), self._seeds, **self._rules)
+        self.layout = Layout(3, raster(grid, len(mixed), mixed.device))
+        return self._unpack(merge_tokens(packed, plan, *self._noise(1), self._seeds, **self._rules), grid)
+
+    @property
+    def _high_grid(self) -> tuple[int, int]:
+        return 2 * self.grid[0], 2 * self.grid[1]
 
     def _noise(self, k: int):
         move = self.schedule.transitions[k]
@@ -261,11 +296,11 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """A sample of any stage at full resolution, (B, 4n, C), without noise: for previews and interrupted runs."""
         if self.layout is None or self.layout.stage == 3:
             return sample
-        sample, plan, mask = self.low_noise(sample), self.layout.plan, self.layout.mask
+        sample, plan, mask = self._pack(self.low_noise(sample)), self.layout.plan, self.layout.mask
         if plan is None:
             plan = plan_tokens(sample.new_zeros(sample.shape[:2], dtype=torch.float32), self.grid, ratio=0.0)
         packed = sample.flatten(0, 1) if mask is None else sample[mask]
-        return merge_tokens(packed, plan, 1.0, 0.0, 0.0, self._seeds, **self._rules)
+        return self._unpack(merge_tokens(packed, plan, 1.0, 0.0, 0.0, self._seeds, **self._rules), self._high_grid)
 
     def finish(self, sample: Tensor) -> Tensor:
         """End the run here, in whatever stage it is: `full_resolution` of its last sample."""
@@ -318,7 +353,8 @@ def sample(
     scheduler.bind(decode)
     scheduler.set_timesteps()
     scheduler.start(noise, grid)
-    x = scheduler.low_noise(noise)
+    x = noise
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
-        x = scheduler.step(velocity(x, sigma, scheduler.layout), t, x, return_dict=False)[0]
+        v = velocity(scheduler.low_noise(x), sigma, scheduler.layout)
+        x = scheduler.step(v, t, x, return_dict=False)[0]
     return x

@@ -1,43 +1,84 @@
-"""A whole FLUX pipeline with random weights that paints in milliseconds."""
+"""Whole FLUX and SD3 pipelines with random weights that paint in milliseconds. One token is 4x4 pixels."""
 
 from functools import lru_cache
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from ralu.mini.train import clip_tokenizer, t5_tokenizer
 
 PROMPTS = ["a red circle", "two blue squares on a table", "a small grey cat"]
+SD3 = ["3.0", "3.5-medium", "3.5-large"]
 
 
 @lru_cache  # training a byte-pair vocabulary twice does not give the same one
 def tokenizers():
-    return clip_tokenizer(PROMPTS), t5_tokenizer(PROMPTS)
+    return clip_tokenizer(PROMPTS, 16), t5_tokenizer(PROMPTS)
 
 
-def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
-    """One token is 4x4 pixels: the VAE shrinks by 2."""
-    torch.manual_seed(seed)
-    tok, tok2 = tokenizers()
-    clip = CLIPTextConfig(
+def clip_config(tok):
+    return CLIPTextConfig(
         vocab_size=len(tok), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
         projection_dim=32, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
     )  # fmt: skip
-    t5 = T5Config(vocab_size=len(tok2), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0)
+
+
+def t5_encoder(tok, width):
+    config = T5Config(vocab_size=len(tok), d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0)
+    return T5EncoderModel(config).eval()
+
+
+def vae():
+    """It shrinks by 2."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611,
+    ).eval()  # fmt: skip
+
+
+def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
+    torch.manual_seed(seed)
+    tok, tok2 = tokenizers()
     pipe = FluxPipeline(
         tokenizer=tok, tokenizer_2=tok2,
-        text_encoder=CLIPTextModel(clip).eval(), text_encoder_2=T5EncoderModel(t5).eval(),
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611,
-        ).eval(),
+        text_encoder=CLIPTextModel(clip_config(tok)).eval(), text_encoder_2=t5_encoder(tok2, 32), vae=vae(),
         transformer=FluxTransformer2DModel(
             in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds,
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
+    torch.manual_seed(seed)
+    tok, tok3 = tokenizers()
+    own = {
+        "3.0": {"pos_embed_max_size": 24},
+        "3.5-medium": {"pos_embed_max_size": 48, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+        "3.5-large": {"pos_embed_max_size": 24, "qk_norm": "rms_norm"},
+    }[version]
+    pipe = StableDiffusion3Pipeline(
+        tokenizer=tok, tokenizer_2=tok, tokenizer_3=tok3,
+        text_encoder=CLIPTextModelWithProjection(clip_config(tok)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tok)).eval(),
+        text_encoder_3=t5_encoder(tok3, 64), vae=vae(),
+        transformer=SD3Transformer2DModel(
+            sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, **own,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
