@@ -1,0 +1,148 @@
+// Canny's edge detector as OpenCV defines it: 3x3 Sobel, L1 gradient, no smoothing. Hysteresis labels the connected
+// components of candidate pixels by union-find, so that no host has to wait and ask whether it has converged.
+#pragma once
+
+#include "vector.cuh"
+
+namespace ralu::cuda {
+
+constexpr int CANNY_THREADS = 256, TILE_W = 32, TILE_H = 8;
+constexpr uint8_t NONE = 0, WEAK = 1, STRONG = 255;  // edges until the hysteresis is through; STRONG is then final
+
+struct Pictures {
+  uint32_t batch, height, width;
+
+  RALU_INLINE uint32_t size() const { return height * width; }
+  RALU_INLINE int64_t start(uint32_t b) const { return static_cast<int64_t>(b) * height * width; }
+};
+
+struct Gradient {
+  int x, y;
+};
+
+using PixelTile = uint8_t[TILE_H + 4][TILE_W + 4];
+using SteepnessTile = int16_t[TILE_H + 2][TILE_W + 2];
+
+RALU_INLINE int absolute(int x) { return x < 0 ? -x : x; }
+
+// Of the pixel at (y + 1, x + 1).
+RALU_INLINE Gradient sobel(const PixelTile& p, int y, int x) {
+  const int corners = p[y + 2][x + 2] - p[y][x], others = p[y][x + 2] - p[y + 2][x];
+  return {corners + others + 2 * (p[y + 1][x + 2] - p[y + 1][x]), corners - others + 2 * (p[y + 2][x + 1] - p[y][x + 1])};
+}
+
+// Whether no neighbour along the gradient is steeper. Which comparisons are strict decides between equals.
+RALU_INLINE bool is_ridge(Gradient g, const SteepnessTile& s, int y, int x) {
+  constexpr int SHIFT = 15, TAN_22 = 13573;  // tan(22.5 degrees) = sqrt(2) - 1 in fixed point; tan(67.5) is 2 more
+  const int m = s[y][x], across = absolute(g.x), along = absolute(g.y) << SHIFT, flat = across * TAN_22;
+  if (along < flat) return m > s[y][x - 1] && m >= s[y][x + 1];
+  if (along > flat + (across << (SHIFT + 1))) return m > s[y - 1][x] && m >= s[y + 1][x];
+  const int side = (g.x ^ g.y) < 0 ? -1 : 1;
+  return m > s[y - 1][x - side] && m > s[y + 1][x + side];
+}
+
+// The class of every pixel; candidates become components of their own.
+__global__ void __launch_bounds__(CANNY_THREADS)
+    classify_kernel(const uint8_t* __restrict__ image, uint8_t* __restrict__ edges, int32_t* __restrict__ parent,
+                    Pictures pictures, int low, int high) {
+  __shared__ PixelTile pixel;
+  __shared__ SteepnessTile steepness;
+  const uint32_t tiles = (pictures.width + TILE_W - 1) / TILE_W;
+  const uint32_t top = blockIdx.x / tiles * TILE_H, left = blockIdx.x % tiles * TILE_W;
+  const uint32_t y = threadIdx.x / TILE_W, x = threadIdx.x % TILE_W, b = sample_of_block();
+  if (b >= pictures.batch) return;
+  const int64_t start = pictures.start(b);
+  for (uint32_t i = threadIdx.x; i < (TILE_H + 4) * (TILE_W + 4); i += CANNY_THREADS) {
+    const uint32_t row = i / (TILE_W + 4), column = i % (TILE_W + 4);
+    const uint32_t from_y = min(max(top + row, 2u) - 2, pictures.height - 1);
+    const uint32_t from_x = min(max(left + column, 2u) - 2, pictures.width - 1);
+    pixel[row][column] = image[start + from_y * pictures.width + from_x];
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < (TILE_H + 2) * (TILE_W + 2); i += CANNY_THREADS) {
+    const uint32_t row = i / (TILE_W + 2), column = i % (TILE_W + 2);
+    // Unsigned: what is above or left of the image is far below or right of it.
+    const bool inside = top + row - 1 < pictures.height && left + column - 1 < pictures.width;
+    const Gradient g = sobel(pixel, row, column);
+    steepness[row][column] = inside ? absolute(g.x) + absolute(g.y) : 0;
+  }
+  __syncthreads();
+  if (top + y < pictures.height && left + x < pictures.width) {
+    const uint32_t place = (top + y) * pictures.width + left + x;
+    const int m = steepness[y + 1][x + 1];
+    const bool candidate = m > low && is_ridge(sobel(pixel, y + 1, x + 1), steepness, y + 1, x + 1);
+    edges[start + place] = candidate ? (m > high ? STRONG : WEAK) : NONE;
+    if (candidate) parent[start + place] = place;
+  }
+}
+
+// The component's root. Halves the path on the way: a lost race leaves a longer path within the same component.
+__device__ __forceinline__ int32_t find(volatile int32_t* parent, int32_t p) {
+  for (int32_t q = parent[p]; q != p; q = parent[p]) {
+    const int32_t next = parent[q];
+    if (next != q) parent[p] = next;
+    p = next;
+  }
+  return p;
+}
+
+// Roots are their component's first pixel. Whoever links a root that was linked in the meantime carries on from there.
+__device__ __forceinline__ void unite(int32_t* parent, int32_t p, int32_t q) {
+  while ((p = find(parent, p)) != (q = find(parent, q))) {
+    const int32_t later = max(p, q), earlier = min(p, q), before = atomicMin(&parent[later], earlier);
+    if (before == later) return;
+    p = before, q = earlier;
+  }
+}
+
+// Neighbours are linked through their common ones where these are candidates too.
+__global__ void __launch_bounds__(CANNY_THREADS)
+    link_kernel(const uint8_t* __restrict__ edges, int32_t* parent, Pictures pictures) {
+  const uint32_t p = blockIdx.x * CANNY_THREADS + threadIdx.x, width = pictures.width, x = p % width;
+  const uint32_t b = sample_of_block();
+  if (p >= pictures.size() || b >= pictures.batch || !edges[pictures.start(b) + p]) return;
+  const uint8_t* candidate = edges + pictures.start(b);
+  int32_t* components = parent + pictures.start(b);
+  if (p >= width && candidate[p - width]) {
+    unite(components, p, p - width);
+    return;
+  }
+  if (x > 0 && candidate[p - 1]) {
+    unite(components, p, p - 1);
+  } else if (x > 0 && p >= width && candidate[p - width - 1]) {
+    unite(components, p, p - width - 1);
+  }
+  if (x + 1 < width && p >= width && candidate[p - width + 1]) unite(components, p, p - width + 1);
+}
+
+// A strong pixel makes its component's root strong.
+__global__ void __launch_bounds__(CANNY_THREADS) flag_kernel(uint8_t* edges, int32_t* parent, Pictures pictures) {
+  const uint32_t p = blockIdx.x * CANNY_THREADS + threadIdx.x, b = sample_of_block();
+  if (p >= pictures.size() || b >= pictures.batch) return;
+  const int64_t start = pictures.start(b);
+  if (edges[start + p] == STRONG) edges[start + find(parent + start, p)] = STRONG;
+}
+
+// Weak pixels become what their root is.
+__global__ void __launch_bounds__(CANNY_THREADS) settle_kernel(uint8_t* edges, int32_t* parent, Pictures pictures) {
+  const uint32_t p = blockIdx.x * CANNY_THREADS + threadIdx.x, b = sample_of_block();
+  if (p >= pictures.size() || b >= pictures.batch) return;
+  const int64_t start = pictures.start(b);
+  if (edges[start + p] == WEAK) edges[start + p] = edges[start + find(parent + start, p)] == STRONG ? STRONG : NONE;
+}
+
+template <class Launch>
+void canny(const Launch& launch, const uint8_t* image, uint8_t* edges, int32_t* parent, const Pictures& pictures,
+           int low, int high) {
+  if (pictures.batch == 0 || pictures.size() == 0) return;
+  const auto tiles = [](uint32_t size, int tile) { return (static_cast<int64_t>(size) + tile - 1) / tile; };
+  const int64_t blocks = tiles(pictures.height, TILE_H) * tiles(pictures.width, TILE_W);
+  const dim3 pixels = grid_of(pictures.size(), CANNY_THREADS, pictures.batch);
+  launch(classify_kernel, grid_of(blocks, 1, pictures.batch), CANNY_THREADS, image, edges, parent, pictures,
+         std::min(low, high), std::max(low, high));
+  launch(link_kernel, pixels, CANNY_THREADS, edges, parent, pictures);
+  launch(flag_kernel, pixels, CANNY_THREADS, edges, parent, pictures);
+  launch(settle_kernel, pixels, CANNY_THREADS, edges, parent, pictures);
+}
+
+}  // namespace ralu::cuda

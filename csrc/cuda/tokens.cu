@@ -1,0 +1,71 @@
+#include "tokens.cuh"
+
+#include "launch.h"
+
+namespace ralu::cuda {
+
+void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, Tensor inverse, Tensor positions,
+                 int64_t width, int64_t count, std::optional<double> threshold) {
+  for_dtype(scores, [&](auto type) {
+    using T = decltype(type);
+    const Plan<T> plan{input<T>(scores),
+                       scores.stride(0),
+                       scores.stride(1),
+                       narrow(scores.size(1)),
+                       narrow(width),
+                       narrow(count),
+                       static_cast<float>(threshold.value_or(0.0)),
+                       output<int32_t>(cu_seqlens),
+                       output<int32_t>(source),
+                       output<int32_t>(child),
+                       output<int32_t>(inverse),
+                       output<float2>(positions)};
+    plan_tokens(Launch(scores), narrow(scores.size(0)), !threshold, plan);
+  });
+}
+
+void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
+                    double noise_scale, double carry_scale, double k, bool pixel) {
+  const Move move{narrow(low.size(0)),
+                  narrow(low.size(1) / width),
+                  narrow(width),
+                  narrow(low.size(2)),
+                  narrow(out.size(0)),
+                  low.stride(0),
+                  low.stride(1),
+                  low.stride(2),
+                  PROMOTE,
+                  static_cast<float>(scale),
+                  static_cast<float>(noise_scale),
+                  static_cast<float>(carry_scale),
+                  static_cast<float>(k)};
+  for_dtype(low, [&](auto type) {
+    using T = decltype(type);
+    promote_tokens(Launch(low), input<T>(low), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed), move,
+                   pixel);
+  });
+}
+
+void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
+                  double noise_scale, double carry_scale, double k, bool pixel) {
+  const Move move{narrow(inverse.size(0)),
+                  narrow(inverse.size(1) / (4 * width)),
+                  narrow(width),
+                  narrow(packed.size(1)),
+                  narrow(packed.size(0)),
+                  0,
+                  packed.stride(0),
+                  packed.stride(1),
+                  MERGE,
+                  static_cast<float>(scale),
+                  static_cast<float>(noise_scale),
+                  static_cast<float>(carry_scale),
+                  static_cast<float>(k)};
+  for_dtype(packed, [&](auto type) {
+    using T = decltype(type);
+    merge_tokens(Launch(packed), input<T>(packed), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed), move,
+                 pixel);
+  });
+}
+
+}  // namespace ralu::cuda

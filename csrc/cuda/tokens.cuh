@@ -1,0 +1,302 @@
+// The plan of a mixed-resolution sequence, and the two moves between the stages.
+#pragma once
+
+#include "vector.cuh"
+
+namespace ralu::cuda {
+
+// ---- the plan: one block for each sample ----
+
+constexpr int PLAN_THREADS = 1024;
+constexpr uint32_t WARP = 0xFFFFFFFF;
+
+template <class T>
+struct Plan {
+  const T* scores;
+  int64_t stride_b, stride_n;
+  uint32_t n, width, count;
+  float threshold;
+  int32_t *cu_seqlens, *source, *child, *inverse;
+  float2* positions;
+};
+
+// In the order of the scores; -0 ties with 0, and NaN is below everything.
+RALU_INLINE uint32_t sort_key(float score) {
+  if (score != score) return 0;
+  const uint32_t bits = score == 0.0f ? 0 : bits_of(score);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// Sum over this lane and those after it.
+__device__ __forceinline__ uint32_t sum_from_here(uint32_t value, uint32_t lane) {
+  for (uint32_t step = 1; step < 32; step *= 2) {
+    const uint32_t further = __shfl_down_sync(WARP, value, step);
+    if (lane + step < 32) value += further;
+  }
+  return value;
+}
+
+// The `count`-th highest key, 8 bits at a time from the top. `count` becomes its rank among the keys equal to it.
+template <class T>
+__device__ uint32_t select(const T* scores, int64_t stride, uint32_t n, uint32_t& count) {
+  __shared__ uint32_t histogram[256];
+  const uint32_t thread = threadIdx.x, lane = thread % 32;
+  uint32_t kth = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    if (thread < 256) histogram[thread] = 0;
+    __syncthreads();
+    for (uint32_t i = thread; i < n; i += PLAN_THREADS) {
+      const uint32_t key = sort_key(static_cast<float>(scores[i * stride]));
+      if ((key ^ kth) >> shift < 256) atomicAdd(&histogram[key >> shift & 255], 1u);
+    }
+    __syncthreads();
+    // Every warp for itself: a lane has eight digits.
+    uint32_t own = 0;
+    for (int i = 0; i < 8; ++i) own += histogram[8 * lane + i];
+    const uint32_t reached = sum_from_here(own, lane);
+    const uint32_t finder = 31 - __clz(__ballot_sync(WARP, reached >= count));
+    uint32_t digit = 8 * finder + 7, left = count - (__shfl_sync(WARP, reached, finder) - __shfl_sync(WARP, own, finder));
+    while (histogram[digit] < left) left -= histogram[digit--];
+    kth |= digit << shift;
+    count = left;
+    __syncthreads();
+  }
+  return kth;
+}
+
+// Scores of all samples before this block's that reach the threshold.
+template <class T>
+__device__ uint32_t promoted_before(const Plan<T>& plan) {
+  __shared__ uint32_t total;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  uint32_t count = 0;
+  for (uint32_t b = 0; b < blockIdx.x; ++b)
+    for (uint32_t i = threadIdx.x; i < plan.n; i += PLAN_THREADS)
+      count += static_cast<float>(plan.scores[b * plan.stride_b + i * plan.stride_n]) >= plan.threshold;
+  atomicAdd(&total, count);
+  __syncthreads();
+  return total;
+}
+
+template <class T, bool RANKED>
+__global__ void __launch_bounds__(PLAN_THREADS, 1) plan_kernel(Plan<T> plan) {
+  __shared__ uint32_t totals[2][32];
+  const uint32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32, b = blockIdx.x, n = plan.n;
+  const T* scores = plan.scores + b * plan.stride_b;
+  uint32_t ties_wanted = RANKED ? plan.count : 0, kth = 0xFFFFFFFF;  // no score's key
+  if (RANKED && plan.count > 0) kth = select(scores, plan.stride_n, n, ties_wanted);
+  uint32_t before = RANKED ? b * plan.count : promoted_before(plan);
+
+  // Every sample writes its start and its end, so that the last end needs no special case.
+  if (thread == 0) plan.cu_seqlens[b] = b * n + 3 * before;
+  uint32_t ties_before = 0;
+  for (uint32_t start = 0; start < n; start += PLAN_THREADS) {
+    const uint32_t token = start + thread;
+    bool above = false, tie = false;
+    if (token < n) {
+      const float score = static_cast<float>(scores[token * plan.stride_n]);
+      above = RANKED ? sort_key(score) > kth : score >= plan.threshold;
+      tie = RANKED && sort_key(score) == kth;
+    }
+    // Tokens above the limit and ties are counted together, 16 bits each. The two buffers save a barrier.
+    const uint32_t lower = (1u << lane) - 1, aboves = __ballot_sync(WARP, above), ties = __ballot_sync(WARP, tie);
+    uint32_t* total = totals[start / PLAN_THREADS % 2];
+    if (lane == 0) total[warp] = __popc(aboves) | __popc(ties) << 16;
+    __syncthreads();
+    const uint32_t from_here = sum_from_here(total[lane], lane), all = __shfl_sync(WARP, from_here, 0);
+    const uint32_t earlier = all - __shfl_sync(WARP, from_here, warp);
+    const uint32_t tie_rank = ties_before + (earlier >> 16) + __popc(ties & lower);
+    const bool promoted = above || (tie && tie_rank < ties_wanted);
+    if (token < n) {
+      const uint32_t promoted_earlier = before + (earlier & 0xFFFF) + __popc(aboves & lower) + min(tie_rank, ties_wanted);
+      const uint32_t row = b * n + token + 3 * promoted_earlier;
+      const uint32_t y = token / plan.width, x = token % plan.width;
+      int32_t* corner = plan.inverse + 4 * (static_cast<int64_t>(b) * n + y * plan.width) + 2 * x;
+      for (uint32_t m = 0; m < 4; ++m) {
+        const uint32_t place = promoted ? m : 0;
+        corner[m / 2 * 2 * plan.width + m % 2] = row + place;
+        if (place == m) {
+          plan.source[row + m] = token;
+          plan.child[row + m] = promoted ? static_cast<int32_t>(m) : -1;
+          plan.positions[row + m] = {y + 0.5f * (m / 2), x + 0.5f * (m % 2)};
+        }
+      }
+    }
+    before += all & 0xFFFF;
+    ties_before += all >> 16;
+  }
+  if (thread == 0) plan.cu_seqlens[b + 1] = b * n + n + 3 * (before + min(ties_before, ties_wanted));
+}
+
+template <class T, class Launch>
+void plan_tokens(const Launch& launch, uint32_t batch, bool ranked, const Plan<T>& plan) {
+  if (batch > 0) launch(ranked ? plan_kernel<T, true> : plan_kernel<T, false>, dim3(batch), PLAN_THREADS, plan);
+}
+
+// ---- the moves: a thread has a low token's, or its four children's, V channels ----
+
+constexpr int MOVE_THREADS = 128;
+
+struct Move {
+  uint32_t batch, height, width, channels, total;  // the low grid; packed rows
+  int64_t stride_b, stride_n, stride_c;            // of what is read
+  uint32_t stage;
+  float scale, noise_scale, carry_scale, k;
+};
+
+// Elements of the random counter for a token's channels from `channel` on; see reference.py for the numbering.
+template <bool PIXEL>
+struct Elements {
+  uint32_t first, plane, line;
+
+  RALU_INLINE Elements(uint32_t y, uint32_t x, uint32_t channel, uint32_t height, uint32_t width, uint32_t channels)
+      : first(PIXEL ? channel * height * width + 4 * width * y + 2 * x : (y * width + x) * channels + channel),
+        plane(4 * height * width),
+        line(2 * width) {}
+
+  RALU_INLINE uint32_t operator[](uint32_t i) const {
+    return PIXEL ? first + i / 4 * plane + i / 2 % 2 * line + i % 2 : first + i;
+  }
+};
+
+// write(m, child m) for the four children of a low token.
+template <class T, bool PIXEL, int V, class Write>
+__device__ __forceinline__ void enlarge_token(const float (&value)[V], const Elements<PIXEL>& element, uint64_t key,
+                                              const Move& move, const Write& write) {
+  const auto children = [&](int i) {
+    return enlarge(value[i], normals(key, element[i], move.stage, UPSAMPLED), move.scale, move.noise_scale, move.k);
+  };
+  if constexpr (PIXEL) {
+    // Channel (c, inner pixel) of the low token becomes channels (c, 0..3) of the child at that inner pixel.
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      Vector<T, V> child;
+#pragma unroll
+      for (int c = 0; c < V; c += 4) {
+        const Normals o = children(c + m);
+        child.value[c] = static_cast<T>(o.n0), child.value[c + 1] = static_cast<T>(o.n1);
+        child.value[c + 2] = static_cast<T>(o.n2), child.value[c + 3] = static_cast<T>(o.n3);
+      }
+      write(m, child);
+    }
+  } else {
+    Vector<T, V> child[4];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const Normals o = children(i);
+      child[0].value[i] = static_cast<T>(o.n0), child[1].value[i] = static_cast<T>(o.n1);
+      child[2].value[i] = static_cast<T>(o.n2), child[3].value[i] = static_cast<T>(o.n3);
+    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) write(m, child[m]);
+  }
+}
+
+template <class T, bool PIXEL, int V>
+__device__ __forceinline__ Vector<T, V> carry_token(const float (&value)[V], const Elements<PIXEL>& element,
+                                                    uint64_t key, const Move& move) {
+  Vector<T, V> carried;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float z = normal(key, element[i], move.stage, CARRIED);
+    carried.value[i] = static_cast<T>(move.scale * value[i] + move.carry_scale * z);
+  }
+  return carried;
+}
+
+// A plan made by hand may name rows that are not there: these are skipped.
+template <class T, bool PIXEL, int V>
+__global__ void __launch_bounds__(MOVE_THREADS)
+    promote_kernel(const T* __restrict__ low, T* __restrict__ out, const int32_t* __restrict__ inverse,
+                   const int64_t* __restrict__ seed, Move move, bool whole) {
+  const uint32_t groups = move.channels / V, i = blockIdx.x * MOVE_THREADS + threadIdx.x, b = sample_of_block();
+  const uint32_t token = i / groups, channel = i % groups * V, y = token / move.width, x = token % move.width;
+  const uint32_t n = move.height * move.width;
+  if (token >= n || b >= move.batch) return;
+  const Elements<PIXEL> element(y, x, channel, move.height, move.width, move.channels);
+  const int32_t* corner = inverse + 4 * (static_cast<int64_t>(b) * n + y * move.width) + 2 * x;
+  float value[V];
+  load(low + b * move.stride_b + token * move.stride_n + channel * move.stride_c, move.stride_c, whole, value);
+  const uint64_t key = static_cast<uint64_t>(seed[b]);
+  const auto write = [&](uint32_t m, const Vector<T, V>& vector) {
+    const uint32_t row = corner[m / 2 * 2 * move.width + m % 2];
+    if (row < move.total) store(out + static_cast<int64_t>(row) * move.channels + channel, vector);
+  };
+  if (corner[1] != corner[0]) {
+    enlarge_token<T>(value, element, key, move, write);
+  } else {
+    write(0, carry_token<T>(value, element, key, move));
+  }
+}
+
+template <class T, bool PIXEL, int V>
+__global__ void __launch_bounds__(MOVE_THREADS)
+    merge_kernel(const T* __restrict__ packed, T* __restrict__ out, const int32_t* __restrict__ inverse,
+                 const int64_t* __restrict__ seed, Move move, bool whole) {
+  const uint32_t groups = move.channels / V, i = blockIdx.x * MOVE_THREADS + threadIdx.x, b = sample_of_block();
+  const uint32_t token = i / groups, channel = i % groups * V, y = token / move.width, x = token % move.width;
+  const uint32_t n = move.height * move.width;
+  if (token >= n || b >= move.batch) return;
+  const int64_t first = 4 * (static_cast<int64_t>(b) * n + y * move.width) + 2 * x;
+  const int32_t* corner = inverse + first;
+  const uint64_t key = static_cast<uint64_t>(seed[b]);
+  const auto read = [&](uint32_t row, float(&value)[V]) {
+    const bool exists = row < move.total;
+    if (exists) load(packed + row * move.stride_n + channel * move.stride_c, move.stride_c, whole, value);
+    return exists;
+  };
+  const auto write = [&](uint32_t m, const Vector<T, V>& vector) {
+    store(out + (first + m / 2 * 2 * move.width + m % 2) * move.channels + channel, vector);
+  };
+  float value[V];
+  if (corner[1] == corner[0]) {
+    const Elements<PIXEL> element(y, x, channel, move.height, move.width, move.channels);
+    if (read(corner[0], value)) enlarge_token<T>(value, element, key, move, write);
+  } else {
+#pragma unroll 1
+    for (uint32_t m = 0; m < 4; ++m) {
+      const uint32_t high_y = 2 * y + m / 2, high_x = 2 * x + m % 2;
+      const Elements<PIXEL> element(high_y, high_x, channel, 2 * move.height, 2 * move.width, move.channels);
+      if (read(corner[m / 2 * 2 * move.width + m % 2], value))
+        write(m, carry_token<T>(value, element, key, move));
+    }
+  }
+}
+
+// run(granularity, V): 16 bytes of a row where its length allows, else as little as the granularity does.
+template <class T, class F>
+void for_channels(const Move& move, bool pixel, const F& run) {
+  constexpr int WIDE = 16 / sizeof(T);
+  if (pixel) {
+    move.channels % WIDE == 0 ? run(std::true_type{}, Count<WIDE>{}) : run(std::true_type{}, Count<4>{});
+  } else {
+    move.channels % WIDE == 0 ? run(std::false_type{}, Count<WIDE>{}) : run(std::false_type{}, Count<1>{});
+  }
+}
+
+template <class T, class Launch>
+void promote_tokens(const Launch& launch, const T* low, T* out, const int32_t* inverse, const int64_t* seed,
+                    const Move& move, bool pixel) {
+  const int64_t values = static_cast<int64_t>(move.height) * move.width * move.channels;
+  if (values * move.batch == 0) return;
+  for_channels<T>(move, pixel, [&](auto granularity, auto v) {
+    const bool whole = whole_vectors<v>(low, move.stride_c, {move.stride_b, move.stride_n});
+    launch(promote_kernel<T, granularity, v>, grid_of(values / v, MOVE_THREADS, move.batch), MOVE_THREADS, low, out,
+           inverse, seed, move, whole);
+  });
+}
+
+template <class T, class Launch>
+void merge_tokens(const Launch& launch, const T* packed, T* out, const int32_t* inverse, const int64_t* seed,
+                  const Move& move, bool pixel) {
+  const int64_t values = static_cast<int64_t>(move.height) * move.width * move.channels;
+  if (values * move.batch == 0) return;
+  for_channels<T>(move, pixel, [&](auto granularity, auto v) {
+    const bool whole = whole_vectors<v>(packed, move.stride_c, {move.stride_n});
+    launch(merge_kernel<T, granularity, v>, grid_of(values / v, MOVE_THREADS, move.batch), MOVE_THREADS, packed, out,
+           inverse, seed, move, whole);
+  });
+}
+
+}  // namespace ralu::cuda
