@@ -14,13 +14,20 @@ from pathlib import Path
 
 from . import __version__
 from .mini import mini_path
-from .schedule import DISTILLED, PRESETS, Schedule, preset, solve
+from .schedule import DISTILLED, PRESETS, Schedule, preset, presets, solve
 
-PROMPTS = ["fox", "penguin", "strawberry", "hamburger", "sunflower", "tropical fish"]  # names the embedded model knows
-METHODS = ["stock-50", "stock-10", "flux-5x", "flux-7x"]
+PROMPTS = ["fox", "penguin", "strawberry", "hamburger", "sunflower", "tropical fish"]  # names the embedded models know
+METHODS = {
+    "flux": ["stock-50", "stock-10", "flux-5x", "flux-7x"],
+    "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x"],
+}
 NAMES = ", ".join([*PRESETS, *DISTILLED])
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-MINI_TEXT_TOKENS = 32  # the embedded model's captions are short; padding to 512 would only cost time
+MINI = {"mini": "flux", "mini-flux": "flux", "mini-sd3": "sd3"}  # the embedded models' families
+# The embedded models' captions are short; padding them to hundreds of tokens would only cost time.
+MINI_CALL = {"flux": {"max_sequence_length": 32}, "sd3": {"max_sequence_length": 32, "guidance_scale": 3.0}}
+FIRST = {family: presets(family)[:1] for family in METHODS}
+DEFAULT = "flux-5x, or sd3-2x for SD3"
 
 
 class Mistake(Exception):
@@ -91,10 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ralu",
         formatter_class=_Help,
-        description="Region-adaptive latent upsampling: FLUX several times cheaper, without training.",
+        description="Region-adaptive latent upsampling: FLUX and SD3 several times cheaper, without training.",
         epilog="""examples:
   ralu generate "fox" -o fox.png
   ralu compare                          stock and RALU side by side, with times
+  ralu compare --model mini-sd3         the same for SD3
   ralu regions --ratios .1 .2 .3        which regions go to full resolution first
   ralu schedule --steps 4 5 6 --ends .3 .45 1
   ralu COMMAND --help                   a command's options""",
@@ -117,8 +125,9 @@ def _add(commands, run: Callable, name: str, summary: str, more: str, examples: 
 
 def _add_model(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="mini", help="mini (embedded), a pipeline folder, or a hub id (default: mini)")
-    add("--size", type=_size, help="pixels: 256, or HEIGHTxWIDTH (default: the model's own; 256 for mini)")
+    known = "mini or mini-sd3 (embedded FLUX and SD3), a pipeline folder, or a hub id (default: mini)"
+    add("--model", default="mini", help=known)
+    add("--size", type=_size, help="pixels: 256, or HEIGHTxWIDTH (default: the model's own; 256 for the embedded)")
     add("--seed", type=int, default=0, help="of the first prompt; each further one adds 1 (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, the best there is)")
     add(
@@ -145,12 +154,13 @@ def _add_generate(commands):
         "Several prompts make several numbered files.",
         """  ralu generate "fox"
   ralu generate "fox" "penguin" --preset flux-7x --seed 3 -o pictures/animal.png
+  ralu generate "fox" --model mini-sd3
   ralu generate "fox" --preset stock --steps 50
   ralu generate "a lighthouse at dusk" --model black-forest-labs/FLUX.1-dev --size 1024x768""",
     )
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT")
-    add("--preset", type=_method, default=_method("flux-5x"), help=f"{NAMES}, or stock (default: flux-5x)")
+    add("--preset", type=_method, help=f"{NAMES}, or stock (default: {DEFAULT})")
     add("--steps", type=_count, help="for --preset stock alone: a RALU preset has its own")
     add("--ratio", type=_share, help="share of the regions to enlarge early (default: the preset's)")
     _add_output(parser, "out.png")
@@ -175,9 +185,8 @@ def _add_compare(commands):
         "--methods",
         nargs="+",
         type=_method,
-        default=[_method(name) for name in METHODS],
         metavar="METHOD",
-        help=f"{NAMES}, stock-STEPS (default: {' '.join(METHODS)})",
+        help=f"{NAMES}, stock-STEPS (default: {' '.join(METHODS['flux'])}; for SD3 {' '.join(METHODS['sd3'])})",
     )
     _add_output(parser, "outputs/compare.png")
     _add_model(parser)
@@ -197,7 +206,7 @@ def _add_regions(commands):
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help=f"(default: {', '.join(PROMPTS)})")
     add("--ratios", nargs="+", type=_share, metavar="RATIO", help="shares to show (default: the preset's)")
-    add("--preset", type=_method, default=_method("flux-5x"), help=f"{NAMES} (default: flux-5x)")
+    add("--preset", type=_method, help=f"{NAMES} (default: {DEFAULT})")
     _add_output(parser, "outputs/regions.png")
     _add_model(parser)
 
@@ -244,21 +253,21 @@ def _quiet() -> Iterator[None]:
 
 def _source(model: str) -> str:
     """The folder or hub id that --model means."""
-    if model == "mini":
-        return str(mini_path("flux"))
+    if model in MINI:
+        return str(mini_path(MINI[model]))
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise Mistake(f"--model: the folder {model} is no pipeline, it has no model_index.json")
         return str(folder)
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise Mistake(f"--model: {model} is neither mini, nor a folder, nor a hub id (owner/name)")
+        raise Mistake(f"--model: {model} is neither {', nor '.join(MINI)}, nor a folder, nor a hub id (owner/name)")
     return model
 
 
-def _is_mini(source: str) -> bool:
+def _is_mini(source: str, family: str) -> bool:
     try:
-        return Path(source).resolve() == mini_path("flux").resolve()
+        return Path(source).resolve() == mini_path(family).resolve()
     except ValueError:  # a checkout without it
         return False
 
@@ -283,8 +292,6 @@ def _load(model: str, source: str, dtype: str):
     import torch
     from diffusers import DiffusionPipeline
 
-    from . import pipeline  # noqa: F401  its imports are chatty too
-
     try:
         return DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
     except Exception as error:  # the hub, the network and every file format have errors of their own
@@ -302,24 +309,37 @@ class Painting:
 
 
 class Painter:
-    """A pipeline with the size, device and seeds that the arguments ask for."""
+    """A pipeline with the size, device and seeds that the arguments ask for.
 
-    def __init__(self, args: argparse.Namespace, methods: list[Method]):
+    methods: what it is going to paint with; None for a family's own, by the lists in `default`.
+    """
+
+    def __init__(self, args: argparse.Namespace, methods: list[Method] | None, default: dict[str, list[str]]):
         source = _source(args.model)
         with _quiet():
+            from .pipeline import family  # its imports are chatty too
+
             device, dtype = _place(args)
             self.pipe = _load(args.model, source, dtype).to(device)
-        mini = _is_mini(source)
+        name = family(self.pipe)
+        self.methods = methods or [_method(text) for text in default[name]]
+        mini = _is_mini(source, name)
         own = 256 if mini else self.pipe.default_sample_size * self.pipe.vae_scale_factor
         height, width = args.size or (own, own)
-        self._check_size(height, width, methods)
+        self._check_presets(presets(name))
+        self._check_size(height, width)
         self.seed = args.seed
-        self.call = {"height": height, "width": width} | ({"max_sequence_length": MINI_TEXT_TOKENS} if mini else {})
+        self.call = {"height": height, "width": width} | (MINI_CALL[name] if mini else {})
         self.where = f"{args.model} on {device}, {dtype}, {height}×{width} pixels"
 
-    def _check_size(self, height: int, width: int, methods: list[Method]):
+    def _check_presets(self, fitting: list[str]):
+        for method in self.methods:
+            if method.preset and method.preset not in fitting:
+                raise Mistake(f"{method.name} is not for a {type(self.pipe).__name__}; choose of {', '.join(fitting)}")
+
+    def _check_size(self, height: int, width: int):
         """The pipeline would round other sizes; say so before it does."""
-        unit = self.pipe.vae_scale_factor * (4 if any(method.preset for method in methods) else 2)
+        unit = self.pipe.vae_scale_factor * (4 if any(method.preset for method in self.methods) else 2)
         if height % unit or width % unit:
             near = [[unit * max(1, pixels // unit + up) for pixels in (height, width)] for up in (0, 1)]
             raise Mistake(
@@ -350,7 +370,9 @@ class Painter:
         calls = []
         hook = self.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
         self.pipe.set_progress_bar_config(desc=label, dynamic_ncols=True, **({"leave": True} | bar))
-        steps = {"num_inference_steps": method.steps} if method.steps and not method.preset else {}
+        # A preset has its own number whatever is asked for, but SD3's progress bar goes by what is asked for.
+        count = sum(self.pipe.scheduler.schedule.steps) if method.preset else method.steps
+        steps = {"num_inference_steps": count} if count else {}
         generators = [torch.Generator().manual_seed(self.seed + first + i) for i in range(len(prompts))]
         try:
             start = time.perf_counter()
@@ -362,13 +384,15 @@ class Painter:
 
 def _generate(args: argparse.Namespace):
     method, ratio = args.preset, {} if args.ratio is None else {"ratio": args.ratio}
-    if method.preset and args.steps:
-        raise Mistake(f"--steps: {method.name} has its own steps, only --preset stock takes a number")
-    if not method.preset and ratio:
+    stock = method is not None and not method.preset
+    if args.steps and not stock:
+        raise Mistake("--steps: RALU's presets have their own steps, only --preset stock takes a number")
+    if stock and ratio:
         raise Mistake(f"--ratio: {method.name} has no regions, choose one of {NAMES}")
     if args.steps:
         method = replace(method, steps=args.steps)
-    painter = Painter(args, [method])
+    painter = Painter(args, method and [method], FIRST)
+    method = painter.methods[0]
     painter.use(method, **ratio)
     print(f"{painter.where}, {method.name}")
     for i, prompt in enumerate(args.prompts):
@@ -381,11 +405,11 @@ def _generate(args: argparse.Namespace):
 
 
 def _compare(args: argparse.Namespace):
-    painter = Painter(args, args.methods)
+    painter = Painter(args, args.methods, METHODS)
     prompts = args.prompts or PROMPTS
     print(f"{painter.where}, {len(prompts)} pictures with each method")
     warm, paintings = set(), []
-    for method in args.methods:
+    for method in painter.methods:
         if method.preset not in warm:  # all stock methods share their shapes
             painter.warm_up(method, prompts)
             warm.add(method.preset)
@@ -395,9 +419,9 @@ def _compare(args: argparse.Namespace):
     from .figures import Row, fitted, grid
 
     rows = []
-    wide = max(len("method"), *(len(method.name) for method in args.methods))
+    wide = max(len("method"), *(len(method.name) for method in painter.methods))
     print(f"\n{'method':<{wide}}  seconds  transformer calls  speed-up")
-    for method, painting in zip(args.methods, paintings, strict=True):
+    for method, painting in zip(painter.methods, paintings, strict=True):
         seconds, calls, speedup = painting.seconds, painting.calls, paintings[0].seconds / painting.seconds
         print(f"{method.name:<{wide}}  {seconds:>7.2f}  {calls:>17}  {speedup:>7.2f}x")
         details = [f"{seconds:.1f} s", f"{calls} transformer calls"]
@@ -409,9 +433,10 @@ def _compare(args: argparse.Namespace):
 
 def _regions(args: argparse.Namespace):
     method, prompts = args.preset, args.prompts or PROMPTS
-    if not method.preset:
+    if method and not method.preset:
         raise Mistake(f"--preset: {method.name} has no regions, choose one of {NAMES}")
-    painter = Painter(args, [method])
+    painter = Painter(args, method and [method], FIRST)
+    method = painter.methods[0]
 
     from ralu_kernels import plan_tokens
 

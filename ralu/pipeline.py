@@ -9,8 +9,7 @@ from .regions import Scorer
 from .schedule import Schedule, presets
 from .scheduler import RaluScheduler
 
-# With the presets that fit, the default first.
-_ARCHITECTURES = {FluxPipeline: (flux, presets("flux")), StableDiffusion3Pipeline: (sd3, presets("sd3"))}
+_FAMILIES = {"flux": (FluxPipeline, flux), "sd3": (StableDiffusion3Pipeline, sd3)}
 _OPTIONS = ("preset", "ratio", "threshold", "regions", "granularity", "carry_noise", "backend")
 
 
@@ -40,11 +39,8 @@ def enable(
     changed, for a pipeline or scheduler that RALU cannot serve and for a wrong option.
     """
     given = locals()
-    kind = next((kind for kind in _ARCHITECTURES if isinstance(pipe, kind)), None)
-    if kind is None:
-        known = ", ".join(kind.__name__ for kind in _ARCHITECTURES)
-        raise ValueError(f"RALU serves {known}, got {type(pipe).__name__}")
-    architecture, fitting = _ARCHITECTURES[kind]
+    kind, architecture = _FAMILIES[family(pipe)]
+    fitting = presets(family(pipe))
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(f"RALU needs a FlowMatchEulerDiscreteScheduler, got {type(pipe.scheduler).__name__}")
     options = {key: given[key] for key in _OPTIONS if given[key] is not None}
@@ -68,6 +64,15 @@ def enable(
         undo.callback(setattr, pipe, "scheduler", stock)
         flux.unwrapped(pipe.transformer).ralu_undo = undo.pop_all()
     return pipe
+
+
+def family(pipe: DiffusionPipeline) -> str:
+    """What `ralu.schedule.presets` takes: "flux" or "sd3". Raises ValueError for a pipeline that RALU cannot serve."""
+    found = next((name for name, (kind, _) in _FAMILIES.items() if isinstance(pipe, kind)), None)
+    if found is None:
+        known = ", ".join(kind.__name__ for kind, _ in _FAMILIES.values())
+        raise ValueError(f"RALU serves {known}, got {type(pipe).__name__}")
+    return found
 
 
 def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:

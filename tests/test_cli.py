@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 
 import ralu
@@ -173,6 +173,38 @@ def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
     assert (other["height"], other["width"]) == (256, 256)  # the tiny pipeline's own: 128 latents of 2 pixels
 
 
+def test_sd3_goes_by_its_own_presets(rows, tmp_path, monkeypatch, capsys):
+    folder, output = str(tmp_path / "sd3"), str(tmp_path / "x.png")
+    tiny.sd3().save_pretrained(folder)
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = ["--model", folder, "--size", "64", "--seed", "3", "-o", output]
+    fast = paint(ralu.enable(pipe, "sd3-2x"), PROMPTS, (3, 4))
+    assert main(["generate", PROMPTS[0], *options]) == 0
+    printed = capsys.readouterr()
+    assert "20 transformer calls" in printed.out and "20/20" in printed.err
+    assert same([Image.open(output)], paint(pipe, PROMPTS[:1], (3,)))
+
+    assert main(["regions", *PROMPTS, *options]) == 0
+    assert same(rows[-1].images, fast)
+    rows.clear()
+    assert main(["compare", *PROMPTS, *options]) == 0
+    assert [row.title for row in rows] == ["stock-28", "stock-10", "sd3-2x", "sd3-3x"]
+    assert same(rows[2].images, fast)
+    assert same(rows[3].images, paint(ralu.enable(pipe, "sd3-3x"), PROMPTS, (3, 4)))
+
+    capsys.readouterr()
+    assert main(["compare", *options, "--methods", "stock-4", "flux-5x"]) == 2
+    assert "StableDiffusion3Pipeline; choose of sd3-2x, sd3-3x, distilled-4" in capsys.readouterr().err
+
+    calls = []
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", lambda self, prompts, **given: calls.append(given))
+    monkeypatch.setattr(cli, "mini_path", lambda family: cli.Path(folder if family == "sd3" else tmp_path))
+    with pytest.raises(AttributeError):  # the pipeline gives no pictures any more
+        main(["generate", "fox", "--model", "mini-sd3", "-o", output])
+    assert calls[0]["height"] == 256 and calls[0]["guidance_scale"] < 7 and calls[0]["max_sequence_length"] == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "schedule"),
     [
@@ -207,14 +239,14 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("paint fox", "'paint'"),
         ("generate", "PROMPT"),
         ("generate fox --preset flux-9x", "flux-9x"),
-        ("generate fox --steps 4", "flux-5x has its own steps"),
+        ("generate fox --steps 4", "have their own steps"),
         ("generate fox --preset stock --ratio .3", "no regions"),
         ("generate fox --ratio 1.5", "between 0 and 1"),
         ("generate fox --size 64by64", "HEIGHTxWIDTH"),
         ("generate fox --size 60x64 --model {tiny}", "divide by 8, got 60x64; the nearest are 56x64 and 64x72"),
         ("generate fox --size 62 --preset stock --model {tiny}", "divide by 4, got 62x62"),
         ("generate fox --device nonsense --model {tiny}", "nonsense cannot be used"),
-        ("generate fox --model {tmp}/nothing", "neither mini, nor a folder, nor a hub id"),
+        ("generate fox --model {tmp}/nothing", "neither mini, nor mini-flux, nor mini-sd3, nor a folder, nor a hub id"),
         ("generate fox --model {tmp}", "no model_index.json"),
         ("generate fox --model {tmp}/broken", "cannot load"),
         ("generate fox -o {tmp}/fox.txt", ".png"),
