@@ -112,9 +112,7 @@ RALU_INLINE void box_muller(uint32_t word1, uint32_t word2, float& n1, float& n2
   n2 = radius * float_of(sine);
 }
 
-// Four normals of the counter (element, stage, kind, 0).
-RALU_INLINE Normals normals(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
-  const Words w = philox(key, element, stage, kind);
+RALU_INLINE Normals normals(Words w) {
   Normals n;
   box_muller(w.w0, w.w1, n.n0, n.n1);
   box_muller(w.w2, w.w3, n.n2, n.n3);
@@ -122,11 +120,19 @@ RALU_INLINE Normals normals(uint64_t key, uint32_t element, uint32_t stage, uint
 }
 
 // The first of them alone.
-RALU_INLINE float normal(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
-  const Words w = philox(key, element, stage, kind);
+RALU_INLINE float normal(Words w) {
   float n0, unused;
   box_muller(w.w0, w.w1, n0, unused);
   return n0;
+}
+
+// Four normals of the counter (element, stage, kind, 0).
+RALU_INLINE Normals normals(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
+  return normals(philox(key, element, stage, kind));
+}
+
+RALU_INLINE float normal(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
+  return normal(philox(key, element, stage, kind));
 }
 
 // The four children of x: scale * x + noise_scale * (n_i - k * sum of the n), RALU supplement A.1.

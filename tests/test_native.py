@@ -37,29 +37,29 @@ using namespace ralu::cpu;
 extern "C" int best() { return static_cast<int>(best_isa()); }
 
 extern "C" void upsample(int isa, const float* x, float* out, uint64_t key, int64_t width, int64_t size) {
-  vectorized([&]() RALU_BODY {
+  vectorized([&](Isa chosen) RALU_BODY {
     for (int64_t first = 0; first < size; first += RUN)
-      upsample_run(x, out, key, {size / width, width, 0, width, 1}, {0.9f, 0.4f, 0.02f, 2}, first,
-                   std::min(RUN, size - first));
+      upsample_run(chosen, x, out, key, {size / width, width, 0, width, 1}, {0.9f, 0.4f, 0.02f, 2}, first,
+                   std::min<int64_t>(RUN, size - first));
   }, static_cast<Isa>(isa));
 }
 
 extern "C" void to_bfloat16(int isa, const float* x, uint16_t* out, int64_t n) {
-  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = from_float<BFloat16>(x[i]).bits; },
+  vectorized([&](Isa) RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = from_float<BFloat16>(x[i]).bits; },
              static_cast<Isa>(isa));
 }
 
 extern "C" void to_half(int isa, const float* x, uint16_t* out, int64_t n) {
-  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = from_float<Half>(x[i]).bits; },
+  vectorized([&](Isa) RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = from_float<Half>(x[i]).bits; },
              static_cast<Isa>(isa));
 }
 
 extern "C" void from_half(int isa, const uint16_t* x, float* out, int64_t n) {
-  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(Half{x[i]}); }, static_cast<Isa>(isa));
+  vectorized([&](Isa) RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(Half{x[i]}); }, static_cast<Isa>(isa));
 }
 
 extern "C" void from_bfloat16(int isa, const uint16_t* x, float* out, int64_t n) {
-  vectorized([&]() RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(BFloat16{x[i]}); },
+  vectorized([&](Isa) RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(BFloat16{x[i]}); },
              static_cast<Isa>(isa));
 }
 """

@@ -30,12 +30,12 @@ T* output(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// body(begin, end), marked RALU_BODY, on the threads of PyTorch, which are one inside a DataLoader's worker. A task has
+// body(isa, begin, end), marked RALU_BODY, on the threads of PyTorch, which are one inside a DataLoader's worker. A task has
 // at least `grain` of the `count` pieces.
 template <class F>
 void parallel(int64_t count, int64_t grain, const F& body) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    vectorized([&]() RALU_BODY { body(begin, end); });
+    vectorized([&](Isa isa) RALU_BODY { body(isa, begin, end); });
   });
 }
 

@@ -1,6 +1,11 @@
 // SIMD by the compiler: the same portable loop is compiled for several instruction sets, and the widest that the machine
 // has is picked at run time. The build turns contraction into fused multiply-adds off, so that all give the same bits.
+// One loop is written by hand, Philox: compilers spend half their instructions on the halves of its 64-bit products.
 #pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
 
 #include "../philox.h"
 
@@ -23,20 +28,20 @@ inline Isa best_isa() {
 
 template <class F>
 void run_portable(const F& f) {
-  f();
+  f(Isa::portable);
 }
 
 template <class F>
 __attribute__((target("avx2"))) void run_avx2(const F& f) {
-  f();
+  f(Isa::avx2);
 }
 
 template <class F>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) void run_avx512(const F& f) {
-  f();
+  f(Isa::avx512);
 }
 
-// Runs f(), a lambda marked RALU_BODY whose callees are all RALU_INLINE, compiled for `isa`.
+// Runs f(isa), a lambda marked RALU_BODY whose callees are all RALU_INLINE, compiled for `isa`.
 template <class F>
 void vectorized(const F& f, Isa isa = best_isa()) {
   switch (isa) {
@@ -55,11 +60,69 @@ enum class Isa { portable };
 inline Isa best_isa() { return Isa::portable; }
 
 template <class F>
-void vectorized(const F& f, Isa = Isa::portable) {
-  f();
+void vectorized(const F& f, Isa isa = Isa::portable) {
+  f(isa);
 }
 
 #endif
+
+// ---- random words ----
+
+constexpr int32_t RUN = 256;  // values at a time: what is kept between loops stays in the first-level cache
+
+struct Run {
+  uint32_t w0[RUN], w1[RUN], w2[RUN], w3[RUN];
+
+  RALU_INLINE Words operator[](int32_t i) const { return {w0[i], w1[i], w2[i], w3[i]}; }
+};
+
+inline void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
+                            int32_t count, Run& words) {
+  for (int32_t i = 0; i < count; ++i) {
+    const Words w = philox(key, element[i] + offset, stage, kind);
+    words.w0[i] = w.w0, words.w1[i] = w.w1, words.w2[i] = w.w2, words.w3[i] = w.w3;
+  }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+// Two counters share a 64-bit lane: the one with an even index is worked on in place, the odd one shifted down. Only the
+// low halves are multiplied, so what gathers in the high halves is of no account until the end.
+#define RALU_PHILOX(NAME, TARGET, BYTES, MULTIPLY)                                                                    \
+  __attribute__((target(TARGET))) inline void NAME(uint64_t key, const uint32_t* element, uint32_t offset,            \
+                                                   uint32_t stage, uint32_t kind, int32_t count, Run& words) {        \
+    typedef uint64_t V __attribute__((vector_size(BYTES)));                                                           \
+    typedef uint32_t V32 __attribute__((vector_size(BYTES), aligned(4), may_alias));                                  \
+    const V a = V{} + 0xD2511F53u, b = V{} + 0xCD9E8D57u;                                                             \
+    for (int32_t i = 0; i < count; i += BYTES / 4) {                                                                  \
+      const V pair = (V)(*(const V32*)(element + i) + offset);                                                        \
+      V c[2][4] = {{pair, V{} + stage, V{} + kind, V{}}, {pair >> 32, V{} + stage, V{} + kind, V{}}};                 \
+      uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);                                \
+      for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)                                  \
+        for (auto& x : c) {                                                                                           \
+          const V pa = (V)MULTIPLY(a, x[0]), pb = (V)MULTIPLY(b, x[2]);                                               \
+          x[0] = (pb >> 32) ^ x[1] ^ k0, x[1] = pb, x[2] = (pa >> 32) ^ x[3] ^ k1, x[3] = pa;                         \
+        }                                                                                                             \
+      uint32_t* out[4] = {words.w0, words.w1, words.w2, words.w3};                                                    \
+      for (int w = 0; w < 4; ++w) *(V32*)(out[w] + i) = (V32)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));             \
+    }                                                                                                                 \
+  }
+#define RALU_MULTIPLY_256(x, y) _mm256_mul_epu32((__m256i)(x), (__m256i)(y))
+#define RALU_MULTIPLY_512(x, y) _mm512_mul_epu32((__m512i)(x), (__m512i)(y))
+RALU_PHILOX(philox_avx2, "avx2", 32, RALU_MULTIPLY_256)
+RALU_PHILOX(philox_avx512, "avx512f", 64, RALU_MULTIPLY_512)
+
+#endif
+
+// The words of the counters (element[i] + offset, stage, kind, 0). count is a multiple of 16 and at most RUN.
+inline void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
+                       int32_t count, Run& words) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (isa == Isa::avx512) return philox_avx512(key, element, offset, stage, kind, count, words);
+  if (isa == Isa::avx2) return philox_avx2(key, element, offset, stage, kind, count, words);
+#endif
+  philox_portable(key, element, offset, stage, kind, count, words);
+}
 
 // ---- element types, as bits: conversions that vectorise and round to the nearest even ----
 

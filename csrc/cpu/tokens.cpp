@@ -110,7 +110,7 @@ void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t
     using T = decltype(type);
     const T* from = input<T>(low);
     T* to = output<T>(out);
-    parallel(low.size(0) * n, GRAIN, [&](int64_t begin, int64_t end) RALU_BODY {
+    parallel(low.size(0) * n, GRAIN, [&](Isa isa, int64_t begin, int64_t end) RALU_BODY {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / n, token = i % n, y = token / width, x = token % width;
         const int64_t corner = 4 * (b * n + y * width) + 2 * x;
@@ -120,9 +120,9 @@ void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t
         if (rows.promoted) {
           T* const children[4] = {to + rows.row[0] * channels, to + rows.row[1] * channels,
                                   to + rows.row[2] * channels, to + rows.row[3] * channels};
-          enlarge_token(value, children, enlarged.base.data(), enlarged.offset(y, x), key, move);
+          enlarge_token(isa, value, children, enlarged.base.data(), enlarged.offset(y, x), key, move);
         } else {
-          carry_token(value, to + rows.row[0] * channels, carried.base.data(), carried.offset(y, x), key, move);
+          carry_token(isa, value, to + rows.row[0] * channels, carried.base.data(), carried.offset(y, x), key, move);
         }
       }
     });
@@ -141,7 +141,7 @@ void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_
     using T = decltype(type);
     const T* from = input<T>(packed);
     T* to = output<T>(out);
-    parallel(inverse.size(0) * n, GRAIN, [&](int64_t begin, int64_t end) RALU_BODY {
+    parallel(inverse.size(0) * n, GRAIN, [&](Isa isa, int64_t begin, int64_t end) RALU_BODY {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / n, token = i % n, y = token / width, x = token % width;
         const int64_t corner = 4 * (b * n + y * width) + 2 * x;
@@ -152,10 +152,10 @@ void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_
                                 first + (2 * width + 1) * channels};
         if (rows.promoted) {
           for (int64_t m = 0; m < 4; ++m)
-            carry_token(from + rows.row[m] * stride_n, children[m], carried.base.data(),
+            carry_token(isa, from + rows.row[m] * stride_n, children[m], carried.base.data(),
                         carried.offset(2 * y + m / 2, 2 * x + m % 2), key, move);
         } else {
-          enlarge_token(from + rows.row[0] * stride_n, children, enlarged.base.data(), enlarged.offset(y, x), key,
+          enlarge_token(isa, from + rows.row[0] * stride_n, children, enlarged.base.data(), enlarged.offset(y, x), key,
                         move);
         }
       }

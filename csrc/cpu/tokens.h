@@ -8,8 +8,6 @@
 
 namespace ralu::cpu {
 
-constexpr int64_t LANES = 256;  // channels at a time: what is kept between the loops stays in the first-level cache
-
 // The random counter's element of a token's channel is base[lane] + offset(y, x); see reference.py for the numbering.
 // Lanes are channels, but where a token is enlarged at pixel granularity: there a group of channels is gone through by
 // inner pixel, because inner pixel p of all of them makes child p.
@@ -19,8 +17,8 @@ struct Elements {
 
   Elements(int64_t height, int64_t width, int64_t channels, bool pixel, bool enlarged)
       : base((channels + 15) / 16 * 16), row(pixel ? 4 * width : width * channels), column(pixel ? 2 : channels) {
-    for (int64_t first = 0; first < channels; first += LANES) {
-      const int64_t count = std::min(LANES, channels - first);
+    for (int64_t first = 0; first < channels; first += RUN) {
+      const int64_t count = std::min<int64_t>(RUN, channels - first);
       for (int64_t lane = 0; lane < count; ++lane) {
         const int64_t inner = pixel && enlarged ? 4 * (lane % (count / 4)) + lane / (count / 4) : lane;
         const int64_t channel = first + inner, plane = channel / 4, py = channel / 2 % 2, px = channel % 2;
@@ -41,21 +39,23 @@ struct Move {
 
 // from: one low token; to: its four children.
 template <class T>
-RALU_INLINE void enlarge_token(const T* from, T* const* to, const uint32_t* base, uint32_t offset, uint64_t key,
+RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const uint32_t* base, uint32_t offset, uint64_t key,
                                const Move& move) {
-  for (int64_t first = 0; first < move.channels; first += LANES) {
-    const int32_t count = static_cast<int32_t>(std::min(LANES, move.channels - first)), quarter = count / 4;
+  for (int64_t first = 0; first < move.channels; first += RUN) {
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first)), quarter = count / 4;
     const int32_t padded = (count + 15) & ~15;  // whole vectors
     const T* source = from + first * move.stride_c;
-    float value[LANES] = {}, child[4][LANES];
+    float value[RUN] = {}, child[4][RUN];
     if (move.pixel) {
       for (int32_t p = 0; p < 4; ++p)
         for (int32_t c = 0; c < quarter; ++c) value[p * quarter + c] = to_float(source[(4 * c + p) * move.stride_c]);
     } else {
       for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
     }
+    Run words;
+    philox_run(isa, key, base + first, offset, move.stage, UPSAMPLED, padded, words);
     for (int32_t j = 0; j < padded; ++j) {
-      const Normals n = normals(key, base[first + j] + offset, move.stage, UPSAMPLED);
+      const Normals n = normals(words[j]);
       const Normals o = enlarge(value[j], n, move.scale, move.noise_scale, move.k);
       child[0][j] = o.n0, child[1][j] = o.n1, child[2][j] = o.n2, child[3][j] = o.n3;
     }
@@ -78,18 +78,18 @@ RALU_INLINE void enlarge_token(const T* from, T* const* to, const uint32_t* base
 }
 
 template <class T>
-RALU_INLINE void carry_token(const T* from, T* to, const uint32_t* base, uint32_t offset, uint64_t key,
+RALU_INLINE void carry_token(Isa isa, const T* from, T* to, const uint32_t* base, uint32_t offset, uint64_t key,
                              const Move& move) {
-  for (int64_t first = 0; first < move.channels; first += LANES) {
-    const int32_t count = static_cast<int32_t>(std::min(LANES, move.channels - first));
+  for (int64_t first = 0; first < move.channels; first += RUN) {
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first));
     const int32_t padded = (count + 15) & ~15;
     const T* source = from + first * move.stride_c;
-    float value[LANES] = {};
+    float value[RUN] = {};
     for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
-    for (int32_t j = 0; j < padded; ++j) {
-      const float z = normal(key, base[first + j] + offset, move.stage, CARRIED);
-      value[j] = move.scale * value[j] + move.carry_scale * z;
-    }
+    Run words;
+    philox_run(isa, key, base + first, offset, move.stage, CARRIED, padded, words);
+    for (int32_t j = 0; j < padded; ++j)
+      value[j] = move.scale * value[j] + move.carry_scale * normal(words[j]);
     for (int32_t c = 0; c < count; ++c) to[first + c] = from_float<T>(value[c]);
   }
 }

@@ -15,11 +15,11 @@ void upsample_renoise(Tensor x, Tensor out, Tensor seed, double scale, double no
     using T = decltype(type);
     const T* from = input<T>(x);
     T* to = output<T>(out);
-    parallel(x.size(0) * runs, 16, [&](int64_t begin, int64_t end) RALU_BODY {
+    parallel(x.size(0) * runs, 16, [&](Isa isa, int64_t begin, int64_t end) RALU_BODY {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / runs, first = i % runs * RUN;
-        upsample_run(from + b * stride_b, to + 4 * b * size, static_cast<uint64_t>(keys[b]), latent, noise, first,
-                     std::min(RUN, size - first));
+        upsample_run(isa, from + b * stride_b, to + 4 * b * size, static_cast<uint64_t>(keys[b]), latent, noise, first,
+                     std::min<int64_t>(RUN, size - first));
       }
     });
   });

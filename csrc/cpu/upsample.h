@@ -16,16 +16,24 @@ struct Latent {
   int64_t height, width, stride_c, stride_h, stride_w;
 };
 
-constexpr int64_t RUN = 256;  // elements: what is kept between the loops stays in the first-level cache
+struct Consecutive {
+  uint32_t element[RUN];
+
+  constexpr Consecutive() : element{} {
+    for (int32_t i = 0; i < RUN; ++i) element[i] = i;
+  }
+};
+
+inline constexpr Consecutive CONSECUTIVE;
 
 // x, out: one sample; elements [first, first + count) of the low grid, count <= RUN.
 template <class T>
-RALU_INLINE void upsample_run(const T* x, T* out, uint64_t key, Latent latent, Noise noise, int64_t first,
-                              int64_t count) {
+RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent latent, Noise noise, int64_t first,
+                              int32_t count) {
   const int64_t width = latent.width;
   float value[RUN] = {}, child[4][RUN];
   for (int64_t i = 0; i < count;) {
-    const int64_t row = (first + i) / width, column = (first + i) % width, m = std::min(width - column, count - i);
+    const int64_t row = (first + i) / width, column = (first + i) % width, m = std::min<int64_t>(width - column, count - i);
     const T* from = x + row / latent.height * latent.stride_c + row % latent.height * latent.stride_h +
                     column * latent.stride_w;
     if (latent.stride_w == 1) {
@@ -36,16 +44,17 @@ RALU_INLINE void upsample_run(const T* x, T* out, uint64_t key, Latent latent, N
     i += m;
   }
 
-  const int32_t padded = static_cast<int32_t>((count + 15) & ~15);  // whole vectors
-  const uint32_t start = static_cast<uint32_t>(first);
+  const int32_t padded = (count + 15) & ~15;  // whole vectors
+  Run words;
+  philox_run(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(first), noise.stage, UPSAMPLED, padded, words);
   for (int32_t j = 0; j < padded; ++j) {
-    const Normals n = normals(key, start + static_cast<uint32_t>(j), noise.stage, UPSAMPLED);
+    const Normals n = normals(words[j]);
     const Normals o = enlarge(value[j], n, noise.scale, noise.noise_scale, noise.k);
     child[0][j] = o.n0, child[1][j] = o.n1, child[2][j] = o.n2, child[3][j] = o.n3;
   }
 
   for (int64_t i = 0; i < count;) {
-    const int64_t row = (first + i) / width, column = (first + i) % width, m = std::min(width - column, count - i);
+    const int64_t row = (first + i) / width, column = (first + i) % width, m = std::min<int64_t>(width - column, count - i);
     T* top = out + 4 * row * width + 2 * column;
     T* bottom = top + 2 * width;
     for (int64_t j = 0; j < m; ++j) {
