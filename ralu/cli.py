@@ -25,7 +25,7 @@ NAMES = ", ".join([*PRESETS, *DISTILLED])
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MINI = {"mini": "flux", "mini-flux": "flux", "mini-sd3": "sd3"}  # the embedded models' families
 # The embedded models' captions are short; padding them to hundreds of tokens would only cost time.
-MINI_CALL = {"flux": {"max_sequence_length": 32}, "sd3": {"max_sequence_length": 32, "guidance_scale": 3.0}}
+MINI_CALL = {"flux": {"max_sequence_length": 32}, "sd3": {"max_sequence_length": 32, "guidance_scale": 2.0}}
 FIRST = {family: presets(family)[:1] for family in METHODS}
 DEFAULT = "flux-5x, or sd3-2x for SD3"
 

@@ -79,7 +79,7 @@ TEMPLATES = ["{}", "{}", "a {}", "the {}", "a picture of a {}", "a 3d {}", "{} e
 TEMPLATES += ["a small {} on a white background"]
 
 LATENT_CHANNELS, PATCH = 16, 8
-GUIDANCE = 3.0  # of the previews; without a meaning for FLUX, whose embedded model has no guidance
+GUIDANCE = 2.0  # of the previews; without a meaning for FLUX, whose embedded model has no guidance
 VAE_SCALE = 3.0  # AutoencoderTiny squashes latents with 3·tanh(x/3): keep unit-variance latents in its linear part
 
 
