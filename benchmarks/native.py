@@ -53,7 +53,7 @@ extern "C" void fill(float* out, int64_t n) {
     for (int64_t start = 0; start < n / 4; start += RUN) {
       const int64_t quarter = std::min<int64_t>(RUN, n / 4 - start);
       Run words;
-      philox_run(isa, 1, element, static_cast<uint32_t>(start), 2, 0, RUN, words);
+      philox_run<4>(isa, 1, element, static_cast<uint32_t>(start), 2, 0, RUN, words);
       float* o = out + 4 * start;
       for (int64_t j = 0; j < quarter; ++j) {
         const ralu::Normals x = ralu::normals(words[j]);
@@ -133,9 +133,7 @@ def eager_merge(packed, rows, promoted, carried):
 
 def dense_noise(side: int, channels: int):
     """N(0, I - c * Sigma) for every high token, by the Cholesky factor of its covariance."""
-    blocks = torch.arange(4 * side * side).view(2 * side, 2 * side) // 2
     cell = (torch.arange(2 * side)[:, None] // 2 * side + torch.arange(2 * side)[None] // 2).flatten()
-    del blocks
     covariance = torch.eye(len(cell)) - C * (cell[:, None] == cell[None]).float()
     return torch.linalg.cholesky(covariance) @ torch.randn(len(cell), channels)
 

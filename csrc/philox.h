@@ -1,7 +1,7 @@
 // Random numbers for host and device: Philox-4x32-10 and Box-Muller, the stream of triton.language.randn4x.
 //
-// Branch-free float32 arithmetic that compilers turn into SIMD. Logarithm, sine and cosine are the polynomials of Cephes:
-// the same code on every side, no table and, on a GPU, no local memory for the reduction of huge angles.
+// Branch-free float32 arithmetic that compilers turn into SIMD, the same code on every side: no table and, on a GPU, no
+// local memory for the reduction of huge angles.
 #pragma once
 
 #include <cmath>
@@ -56,11 +56,13 @@ RALU_INLINE Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2) {
   return philox_round(c, k0 + 9 * A, k1 + 9 * B);
 }
 
-// [0, 1], by the rule of triton.language.uint_to_uniform_float.
-RALU_INLINE float uniform(uint32_t word) {
+RALU_INLINE int32_t fold(uint32_t word) {
   const int32_t x = static_cast<int32_t>(word);
-  return static_cast<float>(x ^ (x >> 31)) * 4.6566127342e-10f;
+  return x ^ (x >> 31);
 }
+
+// [0, 1], by the rule of triton.language.uint_to_uniform_float.
+RALU_INLINE float uniform(uint32_t word) { return static_cast<float>(fold(word)) * 4.6566127342e-10f; }
 
 RALU_INLINE float float_of(int32_t bits) {
   float x;
@@ -74,7 +76,7 @@ RALU_INLINE int32_t bits_of(float x) {
   return bits;
 }
 
-// Natural logarithm of a normal positive number.
+// Natural logarithm of a normal positive number: the polynomial of Cephes.
 RALU_INLINE float logarithm(float x) {
   const int32_t bits = bits_of(x) - 0x3F3504F3;  // sqrt(1/2): the mantissa below is in [sqrt(1/2), sqrt(2))
   const float e = static_cast<float>(bits >> 23);
@@ -93,23 +95,22 @@ RALU_INLINE float logarithm(float x) {
   return m + y + 0.693359375f * e;
 }
 
+// Sine of r * 2 pi / 2^31, |r| <= 2^29: an odd polynomial on [-pi/2, pi/2], exact to 1e-7.
+RALU_INLINE float sine(int32_t r) {
+  const float x = static_cast<float>(r) * 2.9258361585343194e-9f, x2 = x * x;
+  return ((((2.6000548e-6f * x2 - 1.9806615e-4f) * x2 + 8.333017e-3f) * x2 - 1.6666657e-1f) * x2) * x + x;
+}
+
+// The two normals of two words. The angle stays an integer, a fraction of 2^31, until it is folded into a half turn:
+// exact, where the reduction of a float angle costs twice the operations.
 RALU_INLINE void box_muller(uint32_t word1, uint32_t word2, float& n1, float& n2) {
+  constexpr int32_t QUARTER = 1 << 29, HALF = 1 << 30;
   const float u = uniform(word1);
   const float radius = sqrtf(-2.0f * logarithm(u < 1.0e-7f ? 1.0e-7f : u));
-  const float angle = 6.283185307179586f * uniform(word2);
-  // Below 2 pi the three constants of Cody and Waite are exact.
-  const int32_t quadrant = static_cast<int32_t>(angle * 0.6366197723675814f + 0.5f);
-  const float q = static_cast<float>(quadrant);
-  const float a = ((angle - q * 1.5703125f) - q * 4.837512969970703e-4f) - q * 7.549789948768648e-8f;
-  const float a2 = a * a;
-  const float s = ((-1.9515295891e-4f * a2 + 8.3321608736e-3f) * a2 - 1.6666654611e-1f) * a2 * a + a;
-  const float c = ((2.443315711809948e-5f * a2 - 1.388731625493765e-3f) * a2 + 4.166664568298827e-2f) * a2 * a2 -
-                  0.5f * a2 + 1.0f;
-  const bool swap = quadrant & 1;
-  const int32_t cosine = bits_of(swap ? s : c) ^ (((quadrant + 1) & 2) << 30);
-  const int32_t sine = bits_of(swap ? c : s) ^ ((quadrant & 2) << 30);
-  n1 = radius * float_of(cosine);
-  n2 = radius * float_of(sine);
+  const int32_t turn = fold(word2), c = QUARTER - turn, s = HALF - turn;
+  const int32_t s2 = s < HALF - s ? s : HALF - s;
+  n1 = radius * sine(c > -HALF - c ? c : -HALF - c);
+  n2 = radius * sine(s2 > -HALF - s ? s2 : -HALF - s);
 }
 
 RALU_INLINE Normals normals(Words w) {

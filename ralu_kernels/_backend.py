@@ -55,17 +55,17 @@ _ABSENT = {"native": _why_no_native, "triton": _why_no_triton, "reference": lamb
 _ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 
-def resolve(backend: str, device: torch.device, among=tuple(_ABSENT)) -> str:
+def resolve(backend: str, device: torch.device, among=_ABSENT) -> str:
     """The implementation, of those in ``among``, that runs for ``backend`` on ``device``.
 
     "auto" is the compiled extension on a CPU, Triton on CUDA, and where these are absent the next of `_ORDER`.
     Raises ``ValueError`` for a backend that is unknown or cannot run on this device.
     """
-    reasons = {name: _ABSENT[name](device) for name in among}
     if backend == "auto":
-        return next(name for name in _ORDER.get(device.type, ("reference",)) if reasons.get(name, "unknown") is None)
-    if reasons.get(backend, "unknown") is not None:
-        states = ", ".join(f"{name!r} ({reason or 'available'})" for name, reason in reasons.items())
+        order = _ORDER.get(device.type, ("reference",))
+        return next(name for name in order if name in among and _ABSENT[name](device) is None)
+    if backend not in among or _ABSENT[backend](device) is not None:
+        states = ", ".join(f"{name!r} ({_ABSENT[name](device) or 'available'})" for name in among)
         raise ValueError(f"backend must be 'auto' or one available on {device.type}, got {backend!r}: {states}")
     return backend
 

@@ -1,5 +1,5 @@
 // SIMD by the compiler: the same portable loop is compiled for several instruction sets, and the widest that the machine
-// has is picked at run time. The build turns contraction into fused multiply-adds off, so that all give the same bits.
+// has is picked at run time. They agree to rounding: only some have fused multiply-adds.
 // One loop is written by hand, Philox: compilers spend half their instructions on the halves of its 64-bit products.
 #pragma once
 
@@ -21,8 +21,8 @@ inline Isa best_isa() {
   static const Isa best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
                               ? Isa::avx512
-                          : __builtin_cpu_supports("avx2") ? Isa::avx2
-                                                           : Isa::portable;
+                          : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2
+                                                                                            : Isa::portable;
   return best;
 }
 
@@ -32,7 +32,7 @@ void run_portable(const F& f) {
 }
 
 template <class F>
-__attribute__((target("avx2"))) void run_avx2(const F& f) {
+__attribute__((target("avx2,fma"))) void run_avx2(const F& f) {
   f(Isa::avx2);
 }
 
@@ -76,35 +76,41 @@ struct Run {
   RALU_INLINE Words operator[](int32_t i) const { return {w0[i], w1[i], w2[i], w3[i]}; }
 };
 
-inline void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
-                            int32_t count, Run& words) {
+template <int WORDS>
+void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
+                     int32_t count, Run& words) {
   for (int32_t i = 0; i < count; ++i) {
     const Words w = philox(key, element[i] + offset, stage, kind);
-    words.w0[i] = w.w0, words.w1[i] = w.w1, words.w2[i] = w.w2, words.w3[i] = w.w3;
+    words.w0[i] = w.w0, words.w1[i] = w.w1;
+    if (WORDS == 4) words.w2[i] = w.w2, words.w3[i] = w.w3;
   }
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
 // Two counters share a 64-bit lane: the one with an even index is worked on in place, the odd one shifted down. Only the
-// low halves are multiplied, so what gathers in the high halves is of no account until the end.
+// low halves are multiplied, so what gathers in the high halves is of no account until the end. Unrolled, the compiler
+// sees that half of the first two rounds is the same for all counters, and half of the last not needed for two words.
 #define RALU_PHILOX(NAME, TARGET, BYTES, MULTIPLY)                                                                    \
-  __attribute__((target(TARGET))) inline void NAME(uint64_t key, const uint32_t* element, uint32_t offset,            \
-                                                   uint32_t stage, uint32_t kind, int32_t count, Run& words) {        \
+  template <int WORDS>                                                                                                \
+  __attribute__((target(TARGET))) void NAME(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage,   \
+                                            uint32_t kind, int32_t count, Run& words) {                               \
     typedef uint64_t V __attribute__((vector_size(BYTES)));                                                           \
     typedef uint32_t V32 __attribute__((vector_size(BYTES), aligned(4), may_alias));                                  \
     const V a = V{} + 0xD2511F53u, b = V{} + 0xCD9E8D57u;                                                             \
+    const uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);                            \
     for (int32_t i = 0; i < count; i += BYTES / 4) {                                                                  \
       const V pair = (V)(*(const V32*)(element + i) + offset);                                                        \
       V c[2][4] = {{pair, V{} + stage, V{} + kind, V{}}, {pair >> 32, V{} + stage, V{} + kind, V{}}};                 \
-      uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);                                \
-      for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)                                  \
+      _Pragma("GCC unroll 10") for (uint32_t round = 0; round < 10; ++round) {                                        \
         for (auto& x : c) {                                                                                           \
           const V pa = (V)MULTIPLY(a, x[0]), pb = (V)MULTIPLY(b, x[2]);                                               \
-          x[0] = (pb >> 32) ^ x[1] ^ k0, x[1] = pb, x[2] = (pa >> 32) ^ x[3] ^ k1, x[3] = pa;                         \
+          x[0] = (pb >> 32) ^ x[1] ^ (k0 + round * 0x9E3779B9u), x[1] = pb;                                           \
+          x[2] = (pa >> 32) ^ x[3] ^ (k1 + round * 0xBB67AE85u), x[3] = pa;                                           \
         }                                                                                                             \
+      }                                                                                                               \
       uint32_t* out[4] = {words.w0, words.w1, words.w2, words.w3};                                                    \
-      for (int w = 0; w < 4; ++w) *(V32*)(out[w] + i) = (V32)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));             \
+      for (int w = 0; w < WORDS; ++w) *(V32*)(out[w] + i) = (V32)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));         \
     }                                                                                                                 \
   }
 #define RALU_MULTIPLY_256(x, y) _mm256_mul_epu32((__m256i)(x), (__m256i)(y))
@@ -114,14 +120,16 @@ RALU_PHILOX(philox_avx512, "avx512f", 64, RALU_MULTIPLY_512)
 
 #endif
 
-// The words of the counters (element[i] + offset, stage, kind, 0). count is a multiple of 16 and at most RUN.
-inline void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
-                       int32_t count, Run& words) {
+// The first WORDS (2 or 4) words of the counters (element[i] + offset, stage, kind, 0). count is a multiple of 16 and at
+// most RUN.
+template <int WORDS>
+void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
+                int32_t count, Run& words) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == Isa::avx512) return philox_avx512(key, element, offset, stage, kind, count, words);
-  if (isa == Isa::avx2) return philox_avx2(key, element, offset, stage, kind, count, words);
+  if (isa == Isa::avx512) return philox_avx512<WORDS>(key, element, offset, stage, kind, count, words);
+  if (isa == Isa::avx2) return philox_avx2<WORDS>(key, element, offset, stage, kind, count, words);
 #endif
-  philox_portable(key, element, offset, stage, kind, count, words);
+  philox_portable<WORDS>(key, element, offset, stage, kind, count, words);
 }
 
 // ---- element types, as bits: conversions that vectorise and round to the nearest even ----

@@ -45,15 +45,16 @@ RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const uint3
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first)), quarter = count / 4;
     const int32_t padded = (count + 15) & ~15;  // whole vectors
     const T* source = from + first * move.stride_c;
-    float value[RUN] = {}, child[4][RUN];
+    float value[RUN], child[4][RUN];
     if (move.pixel) {
       for (int32_t p = 0; p < 4; ++p)
         for (int32_t c = 0; c < quarter; ++c) value[p * quarter + c] = to_float(source[(4 * c + p) * move.stride_c]);
     } else {
       for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
     }
+    std::fill(value + count, value + padded, 0.0f);
     Run words;
-    philox_run(isa, key, base + first, offset, move.stage, UPSAMPLED, padded, words);
+    philox_run<4>(isa, key, base + first, offset, move.stage, UPSAMPLED, padded, words);
     for (int32_t j = 0; j < padded; ++j) {
       const Normals n = normals(words[j]);
       const Normals o = enlarge(value[j], n, move.scale, move.noise_scale, move.k);
@@ -84,10 +85,11 @@ RALU_INLINE void carry_token(Isa isa, const T* from, T* to, const uint32_t* base
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first));
     const int32_t padded = (count + 15) & ~15;
     const T* source = from + first * move.stride_c;
-    float value[RUN] = {};
+    float value[RUN];
     for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
+    std::fill(value + count, value + padded, 0.0f);
     Run words;
-    philox_run(isa, key, base + first, offset, move.stage, CARRIED, padded, words);
+    philox_run<2>(isa, key, base + first, offset, move.stage, CARRIED, padded, words);
     for (int32_t j = 0; j < padded; ++j)
       value[j] = move.scale * value[j] + move.carry_scale * normal(words[j]);
     for (int32_t c = 0; c < count; ++c) to[first + c] = from_float<T>(value[c]);

@@ -31,7 +31,7 @@ template <class T>
 RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent latent, Noise noise, int64_t first,
                               int32_t count) {
   const int64_t width = latent.width;
-  float value[RUN] = {}, child[4][RUN];
+  float value[RUN], child[4][RUN];
   for (int64_t i = 0; i < count;) {
     const int64_t row = (first + i) / width, column = (first + i) % width, m = std::min<int64_t>(width - column, count - i);
     const T* from = x + row / latent.height * latent.stride_c + row % latent.height * latent.stride_h +
@@ -45,8 +45,9 @@ RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent 
   }
 
   const int32_t padded = (count + 15) & ~15;  // whole vectors
+  std::fill(value + count, value + padded, 0.0f);
   Run words;
-  philox_run(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(first), noise.stage, UPSAMPLED, padded, words);
+  philox_run<4>(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(first), noise.stage, UPSAMPLED, padded, words);
   for (int32_t j = 0; j < padded; ++j) {
     const Normals n = normals(words[j]);
     const Normals o = enlarge(value[j], n, noise.scale, noise.noise_scale, noise.k);
