@@ -109,7 +109,7 @@ def carry(values):
 
 def indices(plan):
     """Low tokens, packed rows and raster rows of the promoted and of the carried: flat, for one batch."""
-    h, w = plan.grid
+    w = plan.grid[1]
     corners = reference._children(plan.inverse, w).flatten(0, 1).long()  # (B n, 4)
     raster = reference._children(torch.arange(corners.numel()).view(plan.batch_size, -1), w).flatten(0, 1)
     promoted = corners[:, 1] != corners[:, 0]
@@ -235,7 +235,7 @@ def main():
                     if threads == 1:
                         functions["fill"] = partial(fill, normals)
                     time_of = medians(functions, args.repeats)
-                    if op == "upsample_renoise" and size == 1024 and dtype == torch.float32:
+                    if dense := op == "upsample_renoise" and size == 1024 and dtype == torch.float32:
                         time_of |= medians({"dense": partial(dense_noise, side, CHANNELS)}, 5)
                     row = {
                         "op": op, "pixels": size, "input": "x".join(map(str, x.shape)), "dtype": str(dtype)[6:],
@@ -244,7 +244,7 @@ def main():
                            for who in ("native", "eager", "fill", "dense")},
                         "eager_over_native": f"{time_of['eager'] / time_of['native']:.2f}",
                         "native_over_fill": f"{time_of['native'] / time_of['fill']:.2f}" if threads == 1 else "",
-                        "dense_over_native": f"{time_of['dense'] / time_of['native']:.0f}" if "dense" in time_of else "",
+                        "dense_over_native": f"{time_of['dense'] / time_of['native']:.0f}" if dense else "",
                         **{f"{who}_memory": f"{memory[op][who]:.2f}" for who in ("native", "eager")},
                         **common,
                     }  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ralu_kernels
+
 Scorer = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -18,29 +20,19 @@ def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: in
 
     images: (B, 3, H, W) in [-1, 1], as a VAE decodes them; H and W are multiples of the grid's h and w.
     low, high: OpenCV's hysteresis thresholds on the L1 Sobel gradient of the 8-bit luma.
-    Returns float32 (B, n) in [0, 1], on the images' device. Blocks with the same number of edge pixels are told apart
-    by their contrast, in steps smaller than one edge pixel: without it flat pictures would fill up from the top left.
+    Returns float32 (B, n) in [0, 1], on the images' device; on CUDA, with the compiled extension, nothing leaves it.
+    Blocks with the same number of edge pixels are told apart by their contrast, in steps smaller than one edge pixel:
+    without it flat pictures would fill up from the top left.
     """
-    import cv2
-
     (h, w), (height, width) = grid, images.shape[-2:]
     if height % h or width % w:
         raise ValueError(f"images of {height}x{width} cannot be cut into a grid of {h}x{w} blocks")
-    weights = images.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)
-    luma = torch.einsum("bchw,c->bhw", images.float() * 0.5 + 0.5, weights).clamp(0, 1)
-    bytes_ = (luma * 255).round().to(torch.uint8).cpu()
-    edges = [torch.from_numpy(cv2.Canny(picture.numpy(), low, high)) for picture in bytes_]
-    edges = torch.stack(edges) if edges else bytes_
-    blocks = _blocks(edges.to(images.device) > 0, grid).float()
-    contrast = _blocks(luma, grid).std(dim=-1, correction=0)  # at most 1/2
-    return blocks.mean(dim=-1) + contrast / blocks.shape[-1]
-
-
-def _blocks(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, H, W) -> (B, n, pixels of a block)"""
-    (h, w), (b, height, width) = grid, pictures.shape
-    y, x = height // h, width // w
-    return pictures.view(b, h, y, w, x).transpose(2, 3).reshape(b, h * w, y * x)
+    red, green, blue = (images.float() * 0.5 + 0.5).unbind(1)
+    luma = (0.299 * red + 0.587 * green + 0.114 * blue).clamp(0, 1)
+    block = height // h, width // w
+    edges = ralu_kernels.edge_density((luma * 255).round().to(torch.uint8), block, low, high)
+    contrast = luma.unflatten(2, (w, block[1])).unflatten(1, (h, block[0])).std((2, 4), correction=0)  # at most 1/2
+    return (edges + contrast / (block[0] * block[1])).flatten(1)
 
 
 def canny(decode: Callable[[Tensor, tuple[int, int]], Tensor], low: int = 100, high: int = 200) -> Scorer:

@@ -55,7 +55,8 @@ extern "C" void to_half(int isa, const float* x, uint16_t* out, int64_t n) {
 }
 
 extern "C" void from_half(int isa, const uint16_t* x, float* out, int64_t n) {
-  vectorized([&](Isa) RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(Half{x[i]}); }, static_cast<Isa>(isa));
+  vectorized([&](Isa) RALU_BODY { for (int64_t i = 0; i < n; ++i) out[i] = to_float(Half{x[i]}); },
+             static_cast<Isa>(isa));
 }
 
 extern "C" void from_bfloat16(int isa, const uint16_t* x, float* out, int64_t n) {

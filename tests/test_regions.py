@@ -7,6 +7,7 @@ import torch
 
 import ralu
 from ralu.regions import canny, edge_density, gradient
+from ralu_kernels import plan_tokens
 
 
 def picture(seed=0, height=96, width=160):
@@ -52,6 +53,15 @@ def test_a_batch_scores_like_its_images_and_may_be_empty():
     assert edge_density(images[:0], (6, 10)).shape == (0, 60)
     half = edge_density(images.bfloat16(), (6, 10))
     assert half.dtype == torch.float32 and half.shape == (3, 60)
+
+
+def test_choosing_a_share_of_the_regions_needs_no_value_on_the_host():
+    """A meta tensor has no values: whatever asks for one, or for a size that depends on them, fails."""
+    scores = edge_density(torch.empty(3, 3, 96, 160, device="meta"), (6, 10))
+    plan = plan_tokens(scores, (6, 10), ratio=0.2)
+    assert scores.shape == (3, 60) and plan.source.shape == (3 * (60 + 3 * 12),)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # by a threshold the host has to wait
+        plan_tokens(scores, (6, 10), threshold=0.1)
 
 
 def test_canny_scores_what_the_decoder_shows():
