@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import ralu
 import ralu_kernels
 from ralu_kernels import merge_tokens, plan_tokens, promote_tokens, reference, upsample_renoise
 
@@ -218,3 +219,21 @@ def test_a_broken_extension_says_so(tmp_path):
     done = run_with_extension(tmp_path, b"not a shared object")
     assert done.returncode != 0
     assert "ImportError: the compiled extension of ralu_kernels is there but cannot be loaded" in done.stderr
+
+
+# ---- the whole ----
+
+
+@native
+def test_the_embedded_model_paints_the_same_picture():
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(ralu.mini_path())
+    pipe.set_progress_bar_config(disable=True)
+    arguments = dict(height=256, width=256, max_sequence_length=16, output_type="np")
+    pictures = {}
+    for backend in ("native", "reference"):
+        ralu.enable(pipe, "flux-7x", backend=backend)
+        pictures[backend] = pipe("penguin", generator=torch.Generator().manual_seed(3), **arguments).images
+    assert pictures["reference"].std() > 0.1
+    np.testing.assert_allclose(pictures["native"], pictures["reference"], rtol=0, atol=2e-3)  # of 1; half an 8-bit level
