@@ -22,8 +22,8 @@ class Launch {
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, Arguments... arguments) const {
-    kernel<<<grid, threads, 0, stream_>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const cudaLaunchConfig_t config{grid, dim3(threads), 0, stream_};
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
  private:

@@ -11,16 +11,18 @@ void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, 
     const Plan<T> plan{input<T>(scores),
                        scores.stride(0),
                        scores.stride(1),
+                       narrow(scores.size(0)),
                        narrow(scores.size(1)),
                        narrow(width),
                        narrow(count),
+                       narrow(source.size(0)),
                        static_cast<float>(threshold.value_or(0.0)),
                        output<int32_t>(cu_seqlens),
                        output<int32_t>(source),
                        output<int32_t>(child),
                        output<int32_t>(inverse),
                        output<float2>(positions)};
-    plan_tokens(Launch(scores), narrow(scores.size(0)), !threshold, plan);
+    plan_tokens(Launch(scores), !threshold, plan);
   });
 }
 

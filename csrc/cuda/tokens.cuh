@@ -5,7 +5,7 @@
 
 namespace ralu::cuda {
 
-// ---- the plan: one block for each sample ----
+// ---- the plan: one block for each sample, and one that only says where the last one ends ----
 
 constexpr int PLAN_THREADS = 1024;
 constexpr uint32_t WARP = 0xFFFFFFFF;
@@ -14,7 +14,7 @@ template <class T>
 struct Plan {
   const T* scores;
   int64_t stride_b, stride_n;
-  uint32_t n, width, count;
+  uint32_t batch, n, width, count, total;  // count: promoted in each sample; total: rows that the outputs have
   float threshold;
   int32_t *cu_seqlens, *source, *child, *inverse;
   float2* positions;
@@ -83,13 +83,13 @@ template <class T, bool RANKED>
 __global__ void __launch_bounds__(PLAN_THREADS, 1) plan_kernel(Plan<T> plan) {
   __shared__ uint32_t totals[2][32];
   const uint32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32, b = blockIdx.x, n = plan.n;
+  uint32_t before = RANKED ? b * plan.count : promoted_before(plan);
+  if (thread == 0) plan.cu_seqlens[b] = b * n + 3 * before;
+  if (b == plan.batch) return;
+
   const T* scores = plan.scores + b * plan.stride_b;
   uint32_t ties_wanted = RANKED ? plan.count : 0, kth = 0xFFFFFFFF;  // no score's key
   if (RANKED && plan.count > 0) kth = select(scores, plan.stride_n, n, ties_wanted);
-  uint32_t before = RANKED ? b * plan.count : promoted_before(plan);
-
-  // Every sample writes its start and its end, so that the last end needs no special case.
-  if (thread == 0) plan.cu_seqlens[b] = b * n + 3 * before;
   uint32_t ties_before = 0;
   for (uint32_t start = 0; start < n; start += PLAN_THREADS) {
     const uint32_t token = start + thread;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(PLAN_THREADS, 1) plan_kernel(Plan<T> plan) {
       for (uint32_t m = 0; m < 4; ++m) {
         const uint32_t place = promoted ? m : 0;
         corner[m / 2 * 2 * plan.width + m % 2] = row + place;
-        if (place == m) {
+        if (place == m && row + m < plan.total) {
           plan.source[row + m] = token;
           plan.child[row + m] = promoted ? static_cast<int32_t>(m) : -1;
           plan.positions[row + m] = {y + 0.5f * (m / 2), x + 0.5f * (m % 2)};
@@ -126,12 +126,11 @@ __global__ void __launch_bounds__(PLAN_THREADS, 1) plan_kernel(Plan<T> plan) {
     before += all & 0xFFFF;
     ties_before += all >> 16;
   }
-  if (thread == 0) plan.cu_seqlens[b + 1] = b * n + n + 3 * (before + min(ties_before, ties_wanted));
 }
 
 template <class T, class Launch>
-void plan_tokens(const Launch& launch, uint32_t batch, bool ranked, const Plan<T>& plan) {
-  if (batch > 0) launch(ranked ? plan_kernel<T, true> : plan_kernel<T, false>, dim3(batch), PLAN_THREADS, plan);
+void plan_tokens(const Launch& launch, bool ranked, const Plan<T>& plan) {
+  launch(ranked ? plan_kernel<T, true> : plan_kernel<T, false>, dim3(plan.batch + 1), PLAN_THREADS, plan);
 }
 
 // ---- the moves: a thread has a low token's, or its four children's, V channels ----

@@ -1,0 +1,31 @@
+// The operations of csrc/cuda with arguments that ctypes can pass.
+#include "ops.h"
+
+using Tensor = const torch::stable::Tensor&;
+
+extern "C" {
+
+void upsample_renoise(Tensor x, Tensor out, Tensor seed, double scale, double noise_scale, double k, int64_t stage) {
+  ralu::cuda::upsample_renoise(x, out, seed, scale, noise_scale, k, stage);
+}
+
+void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, Tensor inverse, Tensor positions,
+                 int64_t width, int64_t count, const double* threshold) {
+  ralu::cuda::plan_tokens(scores, cu_seqlens, source, child, inverse, positions, width, count,
+                          threshold ? std::optional(*threshold) : std::nullopt);
+}
+
+void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
+                    double noise_scale, double carry_scale, double k, bool pixel) {
+  ralu::cuda::promote_tokens(low, out, inverse, seed, width, scale, noise_scale, carry_scale, k, pixel);
+}
+
+void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
+                  double noise_scale, double carry_scale, double k, bool pixel) {
+  ralu::cuda::merge_tokens(packed, out, inverse, seed, width, scale, noise_scale, carry_scale, k, pixel);
+}
+
+void canny(Tensor image, Tensor edges, Tensor parent, int64_t low, int64_t high) {
+  ralu::cuda::canny(image, edges, parent, low, high);
+}
+}

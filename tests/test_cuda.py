@@ -1,0 +1,153 @@
+"""The CUDA kernels without a GPU: compiled for every architecture, and run on the host through all backends' tests."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import cuda_on_host
+import pytest
+import test_tokens
+import test_upsample
+import torch
+from cuda_on_host import CSRC, SOURCES
+
+from ralu_kernels import _backend, plan_tokens, upsample_renoise
+from ralu_kernels._backend import triton
+
+# ---- the compiler ----
+
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # setup.py's
+BITS = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
+
+
+def compile_cuda(source, out, architectures, *flags):
+    """What ptxas says of every kernel: [(architecture, mangled name, registers, bytes on the stack and spilled)]."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    includes = [f"-I{CSRC}", "-isystem", Path(torch.__file__).parent / "include"]
+    command = [cuda_on_host.toolkit() / "bin/nvcc", "-c", source, "-o", out, "-Xptxas=-v"]
+    done = subprocess.run([*command, *FLAGS, *targets, *includes, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pattern = (
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?(\d+) bytes stack frame,"
+        r" (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    return [
+        (architecture, kernel, int(registers), sum(map(int, memory)))
+        for kernel, architecture, *memory, registers in re.findall(pattern, done.stderr, re.DOTALL)
+    ]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(source, marks=pytest.mark.slow, id=source.stem) for source in SOURCES]
+)
+def compiled(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cuda") / "kernels.o"
+    return request.param, out, compile_cuda(request.param, out, ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_do_not_spill(compiled, architecture):
+    source, _, report = compiled
+    kernels = set(re.findall(r"(\w+_kernel)\(", source.with_suffix(".cuh").read_text()))
+    mine = [line for line in report if line[0] == architecture]
+    assert kernels and all(any(kernel in name for _, name, *_ in mine) for kernel in kernels)
+    for _, name, registers, memory in mine:
+        assert memory == 0 and registers <= 64, (name, registers, memory)
+
+
+def test_spills_are_seen(tmp_path):
+    """A kernel that keeps 64 numbers in 24 registers."""
+    (tmp_path / "narrow.cu").write_text(
+        "__global__ void narrow(const float* x, float* out) { float v[64];"
+        " for (int i = 0; i < 64; ++i) v[i] = x[i * blockDim.x];"
+        " for (int i = 0; i < 64; ++i) for (int j = 0; j < 64; ++j) out[64 * i + j] = v[i] * v[j]; }"
+    )
+    ((_, _, registers, memory),) = compile_cuda(
+        tmp_path / "narrow.cu", tmp_path / "narrow.o", ["90"], "-maxrregcount=24"
+    )
+    assert registers <= 24 and memory > 0
+
+
+def test_every_value_is_stored_in_vectors(compiled):
+    """Of 16 bytes where the row allows it: those are the instances with the most elements."""
+    source, out, _ = compiled
+    if triton is None:
+        pytest.skip("Triton ships the disassembler")
+    if source.stem == "canny":
+        pytest.skip("it stores single pixels")
+    code = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch=sm_90", out], capture_output=True, text=True, check=True
+    ).stdout
+    found = set()
+    name = r"Function : _ZN4ralu4cuda\d+(\w+)_kernelI(f|6__half|13__nv_bfloat16)(?:Lb[01]E)?Li(\d+)E"
+    for kernel, dtype, v, body in re.findall(name + r"(.*?)(?=Function :|\Z)", code, re.DOTALL):
+        bits = int(v) * BITS[dtype] * (2 if kernel == "upsample" else 1)
+        widths = {int(width or 32) for width in re.findall(r"STG\.E(?:\.U?(16|64|128))?\b", body)}
+        assert widths == {bits}, (kernel, dtype, v)
+        found.add((kernel, dtype, bits))
+    kernels = {"upsample"} if source.stem == "upsample" else {"promote", "merge"}
+    assert {(kernel, dtype, 128) for kernel in kernels for dtype in BITS} <= found
+
+
+# ---- the kernels themselves, on the host: as the backend "native", through the tests of all backends ----
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    cuda_on_host.library()
+    monkeypatch.setitem(_backend._ABSENT, "native", lambda device: None)
+    monkeypatch.setattr(torch.ops, "ralu_kernels_C", cuda_on_host.operations())
+    return "native"
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+test_plan = test_tokens.test_plan
+test_plan_breaks_ties_by_place = test_tokens.test_plan_breaks_ties_by_place
+test_plan_of_a_large_grid = test_tokens.test_plan_of_a_large_grid
+test_threshold_is_not_rounded = test_tokens.test_threshold_is_not_rounded_to_the_scores_dtype
+test_moves_against_oracle = test_tokens.test_moves_against_oracle
+test_moves_are_exact = test_tokens.test_moves_are_exact
+test_empty_moves = test_tokens.test_empty_moves
+test_moves_of_any_layout = test_tokens.test_noncontiguous
+test_carry_noise = test_tokens.test_carry_noise
+test_tokens_and_latents_share_their_noise = test_tokens.test_tokens_and_latents_share_their_noise
+test_tokens_noise_depends_on_seed_and_place = test_tokens.test_noise_depends_on_seed_and_place_alone
+test_latents_against_oracle = test_upsample.test_against_oracle
+test_latents_of_any_layout = test_upsample.test_layouts
+test_latents_move_is_exact = test_upsample.test_move_is_exact
+test_latents_noise_depends_on_seed_and_place = test_upsample.test_noise_depends_on_seed_and_place_alone
+
+
+def test_more_samples_than_one_side_of_a_grid(backend):
+    x, seed = torch.randn(70_000, 1, 1, 1), torch.arange(70_000)
+    settings = (0.9, 0.4, 0.02, seed)
+    expected = upsample_renoise(x, *settings, backend="reference")
+    torch.testing.assert_close(upsample_renoise(x, *settings, backend=backend), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("row", [-1, 30, 2**31 - 1])
+def test_rows_outside_are_skipped(backend, row):
+    """The memory beyond what a plan made by hand may name keeps its content."""
+    inverse = plan_tokens(torch.rand(1, 12), (3, 4), ratio=0.5).inverse
+    promoted = inverse.view(3, 2, 4, 2).transpose(1, 2).reshape(12, 4)
+    broken = inverse.where(inverse != promoted[promoted[:, 0] != promoted[:, 1]][0, 2], row)
+    low, around, seed = torch.ones(1, 12, 8), torch.zeros(32, 8), torch.zeros(1, dtype=torch.int64)
+    arguments = (broken, seed, 4, 1.0, 0.0, 0.0, 0.0, True)
+    torch.ops.ralu_kernels_C.promote_tokens(low, around[1:31], *arguments)
+    assert around.sum() == 29 * 8 and not around[0].any() and not around[31].any()
+    merged = torch.zeros(1, 48, 8)
+    torch.ops.ralu_kernels_C.merge_tokens(torch.ones(30, 8), merged, *arguments)
+    assert merged.sum() == 47 * 8
+
+
+def test_a_plan_stays_inside_its_outputs(backend):
+    outputs = [torch.full(size, -7, dtype=torch.int32) for size in ((2,), (12,), (12,), (1, 48))]
+    rows = [outputs[1][:11], outputs[2][:11]]
+    positions = torch.zeros(12, 2)
+    torch.ops.ralu_kernels_C.plan_tokens(torch.zeros(1, 12), outputs[0], *rows, outputs[3], positions[:11], 4, 0, None)
+    assert outputs[1].tolist() == [*range(11), -7] and outputs[2][11] == -7 and not positions[11].any()
