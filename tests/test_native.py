@@ -236,4 +236,4 @@ def test_the_embedded_model_paints_the_same_picture():
         ralu.enable(pipe, "flux-7x", backend=backend)
         pictures[backend] = pipe("penguin", generator=torch.Generator().manual_seed(3), **arguments).images
     assert pictures["reference"].std() > 0.1
-    np.testing.assert_allclose(pictures["native"], pictures["reference"], rtol=0, atol=2e-3)  # of 1; half an 8-bit level
+    np.testing.assert_allclose(pictures["native"], pictures["reference"], rtol=0, atol=2e-3)  # half an 8-bit level
