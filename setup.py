@@ -21,6 +21,9 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", 
 # Nobody reads errno or traps of these loops; both would keep them from becoming SIMD.
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
 
+# PyTorch forbids the conversions of half precision that these kernels use.
+NVCC_FLAGS = ["-O3", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+
 
 def why_no_native() -> str | None:
     if platform.system() == "Windows":
@@ -76,7 +79,7 @@ def extension() -> dict:
     macros, flags = MACROS, {"cxx": CXX_FLAGS}
     if wanted("RALU_CUDA", "the CUDA kernels", why_no_cuda):
         kind, sources = CUDAExtension, [*sources, *glob("csrc/cuda/*.cu")]
-        macros, flags = [*macros, ("RALU_CUDA", None), ("USE_CUDA", None)], {**flags, "nvcc": ["-O3"]}
+        macros, flags = [*macros, ("RALU_CUDA", None), ("USE_CUDA", None)], {**flags, "nvcc": NVCC_FLAGS}
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(f"{CUDA_HOME}/bin/nvcc"))
     module = kind(

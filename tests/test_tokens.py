@@ -346,6 +346,10 @@ def test_compile(backend, device, dynamic):
         assert all(torch.equal(getattr(plan, name), getattr(expected_plan, name)) for name in FIELDS)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="PyTorch 2.10 and 2.11 do not see that two sizes that depend on the data are the same sum",
+)
 @torch._dynamo.config.patch(capture_scalar_outputs=True)
 def test_compile_with_a_threshold(device):
     def f(scores, low):

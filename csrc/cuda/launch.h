@@ -16,7 +16,9 @@ class Launch {
  public:
   explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    // The macro for this has another name in every release.
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                    "no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
