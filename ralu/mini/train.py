@@ -464,7 +464,7 @@ def main():
     images = pictures(args.data)
     pca, vae = PatchPCA(images), build_vae()
     if args.model == "sd3":
-        vae = AutoencoderTiny.from_pretrained(mini_path("flux") / "vae")
+        vae.load_state_dict(AutoencoderTiny.from_pretrained(mini_path("flux") / "vae").state_dict())
     elif args.only != "transformer":
         train_vae(vae, images, pca, args.vae_steps, args.device, out)
     if args.only == "vae":
