@@ -109,7 +109,10 @@ class LayoutHook:
 
 
 class WholeDecode:
-    """Stands in for `vae.decode`: an interrupted run ends in any stage, and the pipeline decodes what it has."""
+    """Stands in for `vae.decode`: an interrupted run ends in any stage, and the pipeline decodes what it has.
+
+    The decoder alone sees those latents: nothing of the pipeline's own is called between its loop and the decoding.
+    """
 
     def __init__(self, pipe: StableDiffusion3Pipeline, scheduler: RaluScheduler):
         self.pipe, self.scheduler, self.stock = weakref.ref(pipe), scheduler, pipe.vae.decode
