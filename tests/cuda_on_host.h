@@ -1,6 +1,5 @@
 // CUDA and PyTorch's stable ABI, as far as csrc/cuda needs them, for a machine without a GPU. A block's threads are
 // fibers that take turns at barriers; blocks run on several threads of the host, so that their races are real.
-// What a warp does together here waits for the whole block: kernels must do it in all threads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +11,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 // ---- the language ----
@@ -44,38 +45,55 @@ struct Fiber {
 
 class Block {
  public:
+  // One warp goes ahead as far as it can before the next one starts, so that forgotten barriers show.
   void run(const std::function<void()>& kernel, uint32_t threads) {
-    kernel_ = &kernel, threads_ = threads, started_ = 0;
-    for (size_t used = 0; started_ < threads_; ++used) {
-      if (used == fibers_.size()) fibers_.push_back(std::make_unique<Fiber>());
-      Fiber& fiber = *fibers_[used];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = Fiber::STACK;
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, reinterpret_cast<void (*)()>(+[](Block* self) { self->run_threads(); }), 1, this);
-      resume(fiber);
+    kernel_ = &kernel, used_ = 0;
+    std::vector<std::vector<Fiber*>> warps((threads + 31) / 32);
+    for (uint32_t warp = 0; warp < warps.size(); ++warp) {
+      started_ = 32 * warp, end_ = min(threads, started_ + 32);
+      while (started_ < end_) resume(fresh());
+      finish(warps[warp]);
     }
-    while (!waiting_.empty())
-      for (Fiber* fiber : std::exchange(waiting_, {})) resume(*fiber);
+    for (bool waiting = true; waiting;) {
+      waiting = false;
+      for (auto& warp : warps) {
+        for (Fiber* fiber : std::exchange(warp, {})) resume(*fiber);
+        finish(warp);
+        waiting |= !warp.empty();
+      }
+    }
   }
 
-  void barrier() {
-    Fiber& self = *current_;
-    waiting_.push_back(&self);
-    swapcontext(&self.context, &scheduler_);
-    threadIdx.x = self.thread;
-  }
+  void wait_for_block() { wait(at_block_); }
+  void wait_for_warp() { wait(at_warp_); }
 
   uint32_t exchanged[1024];
+  std::minstd_rand random;
 
  private:
-  // One fiber runs one thread after the other until one of them has to wait.
+  Fiber& fresh() {
+    if (used_ == fibers_.size()) fibers_.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *fibers_[used_++];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Fiber::STACK;
+    fiber.context.uc_link = &scheduler_;
+    makecontext(&fiber.context, reinterpret_cast<void (*)()>(+[](Block* self) { self->run_threads(); }), 1, this);
+    return fiber;
+  }
+
+  // A fiber runs one thread after the other until one of them has to wait.
   void run_threads() {
-    for (Fiber& self = *current_; started_ < threads_;) {
+    for (Fiber& self = *current_; started_ < end_;) {
       threadIdx.x = self.thread = started_++;
       (*kernel_)();
     }
+  }
+
+  void finish(std::vector<Fiber*>& warp) {
+    while (!at_warp_.empty())
+      for (Fiber* fiber : std::exchange(at_warp_, {})) resume(*fiber);
+    warp = std::exchange(at_block_, {});
   }
 
   void resume(Fiber& fiber) {
@@ -83,24 +101,32 @@ class Block {
     swapcontext(&scheduler_, &fiber.context);
   }
 
+  void wait(std::vector<Fiber*>& others) {
+    Fiber& self = *current_;
+    others.push_back(&self);
+    swapcontext(&self.context, &scheduler_);
+    threadIdx.x = self.thread;
+  }
+
   const std::function<void()>* kernel_;
-  uint32_t threads_, started_;
+  size_t used_;
+  uint32_t started_, end_;
   ucontext_t scheduler_;
   Fiber* current_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<Fiber*> waiting_;
+  std::vector<Fiber*> at_warp_, at_block_;
 };
 
 inline thread_local Block block;
 
-inline void __syncthreads() { block.barrier(); }
+inline void __syncthreads() { block.wait_for_block(); }
 
 template <class F>
 uint32_t of_warp(uint32_t value, const F& f) {
   block.exchanged[threadIdx.x] = value;
-  block.barrier();
+  block.wait_for_warp();
   const uint32_t result = f(block.exchanged + threadIdx.x / 32 * 32);
-  block.barrier();
+  block.wait_for_warp();
   return result;
 }
 
@@ -126,7 +152,9 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
 
+// After a random delay, in which other threads of the warp may change what led here.
 inline int32_t atomicMin(int32_t* to, int32_t value) {
+  for (auto delay = block.random() % 4; delay > 0; --delay) block.wait_for_warp();
   int32_t before = __atomic_load_n(to, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(to, &before, min(before, value), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return before;
@@ -183,6 +211,8 @@ struct DeviceGuard {
 }  // namespace accelerator
 
 }  // namespace torch::stable
+
+constexpr int AOTI_TORCH_SUCCESS = 0;
 
 inline int aoti_torch_get_current_cuda_stream(int, void** stream) {
   *stream = nullptr;

@@ -51,6 +51,7 @@ def library() -> ctypes.CDLL:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-x", "c++"]
+        flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]  # a GPU would trap too
         paths = ["-include", TESTS / "cuda_on_host.h", f"-I{folder}", f"-I{CSRC}", "-isystem", include]
         out = Path(folder, "cuda_on_host.so")
         subprocess.run([compiler, *flags, *paths, *SOURCES, TESTS / "cuda_on_host.cpp", "-o", out], check=True)
