@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test sanitize lint train-mini evaluate-mini aot clean
+.PHONY: install demo test sanitize lint bench train-mini evaluate-mini aot clean
 
 install: $(VENV)/installed
 
@@ -15,6 +15,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 
 demo: install
 	$(BIN)/ralu compare --output outputs/compare.png
+	$(BIN)/ralu compare --model mini-sd3 --output outputs/compare-sd3.png
 	$(BIN)/ralu regions --output outputs/regions.png
 	$(BIN)/ralu schedule --output outputs/schedule.png
 
@@ -34,11 +35,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: install
+	$(BIN)/python benchmarks/native.py
+
 train-mini: install
-	$(BIN)/python -m ralu.mini.train
+	$(BIN)/python -m ralu.mini.train --model $(or $(MODEL),flux)
 
 evaluate-mini: install
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py --family $(or $(MODEL),flux)
 
 aot: install
 	$(BIN)/python benchmarks/aot.py

@@ -7,7 +7,7 @@ distance    mean L2 distance to the caption's own picture, in pixel units
 blockiness  mean absolute horizontal difference across 8-pixel block borders over elsewhere: grid artefacts raise it
 tflop       transformer work for one picture, counted from the operators that ran, attention included
 
-    python benchmarks/quality.py [--captions 64] [--methods stock-50 flux-5x ...]
+    python benchmarks/quality.py [--family flux|sd3] [--captions 64] [--methods stock-50 flux-5x ...]
 """
 
 import argparse
@@ -30,8 +30,11 @@ from ralu.mini.train import CAPTIONS, PatchPCA, pictures
 
 SIZE, TEXT_TOKENS = 256, 32
 # A method is "stock-STEPS", a preset, or a preset with options of `ralu.enable` behind a slash.
-METHODS = ["stock-50", "stock-10", "stock-7"]
-METHODS += [preset + options for preset in ("flux-5x", "flux-7x") for options in ("", "/granularity=token")]
+METHODS = {
+    "flux": ["stock-50", "stock-10", "stock-7"]
+    + [preset + options for preset in ("flux-5x", "flux-7x") for options in ("", "/granularity=token")],
+    "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x"],
+}
 
 
 def prepare(pipe, method: str) -> int:
@@ -48,11 +51,13 @@ def prepare(pipe, method: str) -> int:
 
 def paint(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tensor:
     """Clean latents, (B, 16, 32, 32)."""
-    packed = pipe(
+    sd3 = isinstance(pipe, diffusers.StableDiffusion3Pipeline)
+    latents = pipe(
         captions, height=SIZE, width=SIZE, num_inference_steps=steps, max_sequence_length=TEXT_TOKENS,
         output_type="latent", generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **({"guidance_scale": 2.0} if sd3 else {}),
     ).images  # fmt: skip
-    return pipe._unpack_latents(packed, SIZE, SIZE, pipe.vae_scale_factor)
+    return latents if sd3 else pipe._unpack_latents(latents, SIZE, SIZE, pipe.vae_scale_factor)
 
 
 def count_tflop(pipe, steps: int) -> float:
@@ -90,21 +95,23 @@ def interval(hits: int, n: int) -> tuple[float, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="pipeline folder (the embedded model)")
+    parser.add_argument("--family", choices=METHODS, default="flux", help="which embedded model")
     parser.add_argument("--captions", type=int, default=64, help="how many, evenly spread over the training set")
     parser.add_argument("--seed", type=int, default=0, help="picture i is painted with seed + i")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", help="the first is what the others' work is compared with")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training pictures are kept")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quality.csv"))
+    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/quality-FAMILY.csv)")
     args = parser.parse_args()
+    methods = args.methods or METHODS[args.family]
+    output = args.output or Path(f"benchmarks/results/quality-{args.family}.csv")
 
     images = pictures(args.data)
     pca = PatchPCA(images)
     # Unwhitened, the latent distance is the distance between the pictures' PCA reconstructions.
     known = pca.encode(images).flatten(2) * pca.std[:, None].float()
     chosen = np.linspace(0, len(CAPTIONS), args.captions, endpoint=False).astype(int).tolist()
-    pipe = diffusers.FluxPipeline.from_pretrained(args.model or ralu.mini_path("flux"), dtype=torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(args.family), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
@@ -114,7 +121,7 @@ def main():
         "commit": commit, "date": date.today().isoformat(),
     }  # fmt: skip
     rows = []
-    for method in args.methods:
+    for method in methods:
         steps = prepare(pipe, method)
         tflop, latents = count_tflop(pipe, steps), []
         for i in tqdm(range(0, len(chosen), args.batch), desc=method):
@@ -137,8 +144,8 @@ def main():
             **common,
         })  # fmt: skip
         print({key: rows[-1][key] for key in ("method", "score", "distance", "blockiness", "flop_ratio")})
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="") as file:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)

@@ -19,7 +19,7 @@ from ralu_kernels._backend import triton
 # The code is translated once for each key, and assembled for each architecture that takes it.
 ARCHITECTURES = {"80": ("80", "86", "89"), "90": ("90",), "100": ("100", "120")}
 # As setup.py builds them.
-FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY"]
+FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 BITS = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
 
