@@ -11,7 +11,7 @@ import test_upsample
 import torch
 from cuda_on_host import CSRC, SOURCES
 
-from ralu_kernels import _backend, plan_tokens, upsample_renoise
+from ralu_kernels import _backend, merge_tokens, plan_tokens, promote_tokens, upsample_renoise
 from ralu_kernels._backend import triton
 
 # ---- the compiler ----
@@ -129,6 +129,21 @@ def test_more_samples_than_one_side_of_a_grid(backend):
     settings = (0.9, 0.4, 0.02, seed)
     expected = upsample_renoise(x, *settings, backend="reference")
     torch.testing.assert_close(upsample_renoise(x, *settings, backend=backend), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", _backend.DTYPES, ids=str)
+def test_unaligned_rows_are_not_read_as_vectors(backend, dtype):
+    """Rows without gaps between their values, but of a size, or from a place, that no vector starts at."""
+    settings = dict(scale=0.9, noise_scale=0.4, c=0.02, seed=1, backend=backend)
+    plan = plan_tokens(torch.rand(2, 12), (3, 4), ratio=0.5)
+    for cut in (slice(0, 8), slice(1, 9)):
+        for x, operation in (
+            (torch.randn(2, 4, 6, 9), lambda x: upsample_renoise(x, **settings)),
+            (torch.randn(2, 12, 9), lambda low: promote_tokens(low, plan, **settings)),
+            (torch.randn(60, 9), lambda packed: merge_tokens(packed, plan, **settings)),
+        ):
+            x = x.to(dtype)[..., cut]
+            assert torch.equal(operation(x), operation(x.contiguous()))
 
 
 @pytest.mark.parametrize("row", [-1, 30, 2**31 - 1])
