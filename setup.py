@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from glob import glob
 
 from setuptools import setup
@@ -30,6 +31,8 @@ def why_no_native() -> str | None:
         return "Windows is not served"
     if not shutil.which((os.environ.get("CXX") or "c++").split()[0]):
         return "no C++ compiler is on the PATH"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Python's headers are not installed"
     try:
         import torch
     except ImportError:
@@ -45,8 +48,12 @@ def why_no_cuda() -> str | None:
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None:
+    nvcc = f"{CUDA_HOME}/bin/nvcc"
+    if not os.path.exists(nvcc):
         return "no CUDA toolkit is found (CUDA_HOME, or nvcc on the PATH)"
+    release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if not release or release[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is not of CUDA {torch.version.cuda}, with which torch is built"
     return None
 
 
