@@ -10,7 +10,7 @@ from .schedule import Schedule, presets
 from .scheduler import RaluScheduler
 
 _FAMILIES = {"flux": (FluxPipeline, flux), "sd3": (StableDiffusion3Pipeline, sd3)}
-_OPTIONS = ("preset", "ratio", "threshold", "regions", "granularity", "carry_noise", "backend")
+_OPTIONS = ("preset", "ratio", "threshold", "regions", "granularity", "carry_noise", "matching", "upsampler", "backend")
 
 
 def enable(
@@ -22,6 +22,8 @@ def enable(
     regions: str | Scorer | None = None,
     granularity: str | None = None,
     carry_noise: str | None = None,
+    matching: str | None = None,
+    upsampler: str | None = None,
     backend: str | None = None,
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.

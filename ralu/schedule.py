@@ -28,25 +28,38 @@ class Transition:
     c: float
 
 
-def transition(end: float, c: float) -> Transition:
-    """Eq. S10-S11 for a stage that ended at time `end` in (0, 1), with 0 < c <= 1/4."""
+MATCHINGS = ("covariance", "snr", "off")
+
+
+def transition(end: float, c: float, matching: str = "covariance") -> Transition:
+    """Eq. S10-S11 for a stage that ended at time `end` in (0, 1), with 0 < c <= 1/4.
+
+    matching: "covariance" is the paper's. The others are for comparison: "snr" goes back to the same start, with white
+    noise (c = 0) of the same variance, (1 - start)² in all; "off" neither goes back nor adds noise.
+    """
     if not 0 < end < 1:
         raise ValueError(f"end must lie strictly between 0 and 1, got {end}")
     if not 0 < c <= 0.25:
         raise ValueError(f"c must lie in (0, 1/4], got {c}")
+    if matching not in MATCHINGS:
+        raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {matching!r}")
+    if matching == "off":
+        return Transition(start=end, scale=1.0, noise_scale=0.0, c=0.0)
     delta = (1 - end) / math.sqrt(c)
-    return Transition(start=end / (delta + end), scale=1 / (delta + end), noise_scale=delta / (delta + end), c=c)
+    move = Transition(start=end / (delta + end), scale=1 / (delta + end), noise_scale=delta / (delta + end), c=c)
+    return move if matching == "covariance" else replace(move, noise_scale=move.noise_scale * math.sqrt(1 - c), c=0.0)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Three stages: half resolution, mixed resolution, full resolution.
 
-    steps:  transformer calls of each stage, for example (4, 5, 6).
-    ends:   time at which each stage ends; the last is 1.
-    shifts: timestep shift h of each stage.
-    c:      share of correlated noise, in (0, 1/4].
-    ratio:  share of the low-resolution tokens that are upsampled early, in [0, 1].
+    steps:    transformer calls of each stage, for example (4, 5, 6).
+    ends:     time at which each stage ends; the last is 1.
+    shifts:   timestep shift h of each stage.
+    c:        share of correlated noise, in (0, 1/4].
+    ratio:    share of the low-resolution tokens that are upsampled early, in [0, 1].
+    matching: what happens between stages, see `transition`.
     """
 
     steps: tuple[int, int, int]
@@ -54,6 +67,7 @@ class Schedule:
     shifts: tuple[float, float, float]
     c: float
     ratio: float = 0.2
+    matching: str = "covariance"
 
     def __post_init__(self):
         _check(self.steps, self.ends)
@@ -61,15 +75,14 @@ class Schedule:
             object.__setattr__(self, name, tuple(map(kind, getattr(self, name))))
         if len(self.shifts) != 3 or min(self.shifts) <= 0:
             raise ValueError(f"shifts must be three positive numbers, got {self.shifts}")
-        if not 0 < self.c <= 0.25:
-            raise ValueError(f"c must lie in (0, 1/4], got {self.c}")
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio must lie in [0, 1], got {self.ratio}")
+        _ = self.transitions  # checks c and matching
 
     @property
     def transitions(self) -> tuple[Transition, Transition]:
         """From stage 1 to 2 and from 2 to 3."""
-        return transition(self.ends[0], self.c), transition(self.ends[1], self.c)
+        return tuple(transition(end, self.c, self.matching) for end in self.ends[:2])
 
     @property
     def starts(self) -> tuple[float, float, float]:

@@ -21,7 +21,9 @@ from ralu_kernels._backend import resolve
 from ralu_kernels.tokens import CARRY_NOISES, GRANULARITIES
 
 from . import regions as region_scorers
+from . import upsampling
 from .schedule import Schedule, preset
+from .upsampling import UPSAMPLERS
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
 
@@ -73,6 +75,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
     carry_noise: "exact" gives carried tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
+    matching:    what happens between stages, see `ralu.schedule.transition`: "covariance" (the paper's), "snr" or "off";
+                 None for the preset's.
+    upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", `ralu.upsampling`.
     backend:     which `ralu_kernels` backend runs.
     stock:       the arguments of `FlowMatchEulerDiscreteScheduler`.
     """
@@ -85,6 +90,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         regions: str | region_scorers.Scorer | None = "canny",
         granularity: str = "pixel",
         carry_noise: str = "exact",
+        matching: str | None = None,
+        upsampler: str = "nearest",
         backend: str = "auto",
         **stock,
     ):
@@ -102,11 +109,15 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         bent = [key for key in _BENDING if self.config.get(key)]
         if bent:
             raise ValueError(f"the stock scheduler's {', '.join(bent)} would distort RALU's schedule; it must be off")
-        self.schedule = _schedule(preset, ratio, self.config)
+        self.schedule = _schedule(preset, self.config, ratio=ratio, matching=matching)
+        if upsampler not in UPSAMPLERS:
+            raise ValueError(f"upsampler must be one of {', '.join(UPSAMPLERS)}, got {upsampler!r}")
+        if upsampler != "nearest" and self.schedule.matching != "snr":
+            raise ValueError(f"upsampler={upsampler!r} needs matching='snr', got {self.schedule.matching!r}")
         self.register_to_config(
             preset=asdict(preset) if isinstance(preset, Schedule) else preset,
-            ratio=ratio, threshold=threshold, granularity=granularity, carry_noise=carry_noise, backend=backend,
-            regions=None if callable(regions) else regions,
+            ratio=ratio, threshold=threshold, granularity=granularity, carry_noise=carry_noise, matching=matching,
+            upsampler=upsampler, backend=backend, regions=None if callable(regions) else regions,
         )  # fmt: skip
         self._scorer = regions if callable(regions) else None
         self.bound = False
@@ -262,7 +273,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         backend, threshold = self.config.backend, self.config.threshold
         choice = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
         plan = plan_tokens(scores.to(low.device, torch.float32), self.grid, **choice, backend=backend)
-        packed = promote_tokens(low, plan, *self._noise(0), self._seeds, **self._rules)
+        packed = self._move(promote_tokens, upsampling.promote, low, plan, 0)
         batch, length = len(low), plan.max_seqlen
         if packed.shape[0] == batch * length:
             self.layout = Layout(2, plan.positions.view(batch, length, 2), plan=plan)
@@ -278,15 +289,17 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         plan, mask, mixed, grid = self.layout.plan, self.layout.mask, self._pack(mixed), self._high_grid
         packed = mixed.flatten(0, 1) if mask is None else mixed[mask]
         self.layout = Layout(3, raster(grid, len(mixed), mixed.device))
-        return self._unpack(merge_tokens(packed, plan, *self._noise(1), self._seeds, **self._rules), grid)
+        return self._unpack(self._move(merge_tokens, upsampling.merge, packed, plan, 1), grid)
+
+    def _move(self, fused: Callable, interpolated: Callable, tokens: Tensor, plan: TokenPlan, k: int) -> Tensor:
+        move, kind = self.schedule.transitions[k], self.config.upsampler
+        if kind == "nearest":
+            return fused(tokens, plan, move.scale, move.noise_scale, move.c, self._seeds, **self._rules)
+        return interpolated(tokens, plan, move, self._seeds, kind, self.config.granularity, self.config.backend)
 
     @property
     def _high_grid(self) -> tuple[int, int]:
         return 2 * self.grid[0], 2 * self.grid[1]
-
-    def _noise(self, k: int):
-        move = self.schedule.transitions[k]
-        return move.scale, move.noise_scale, move.c
 
     @property
     def _rules(self):
@@ -318,12 +331,13 @@ _BENDING = (
 )  # fmt: skip
 
 
-def _schedule(chosen: str | dict | Schedule, ratio: float | None, config) -> Schedule:
+def _schedule(chosen: str | dict | Schedule, config, **changes) -> Schedule:
     if isinstance(chosen, str):
         # FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
-        return preset(chosen, shift=3.0 if config.use_dynamic_shifting else config.shift, ratio=ratio)
-    schedule = Schedule(**chosen) if isinstance(chosen, dict) else chosen
-    return schedule if ratio is None else replace(schedule, ratio=ratio)
+        schedule = preset(chosen, shift=3.0 if config.use_dynamic_shifting else config.shift)
+    else:
+        schedule = Schedule(**chosen) if isinstance(chosen, dict) else chosen
+    return replace(schedule, **{key: value for key, value in changes.items() if value is not None})
 
 
 @torch.no_grad()

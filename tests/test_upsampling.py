@@ -1,0 +1,180 @@
+"""Other upsamplers and kinds of matching: weights against PyTorch and the formula, moments against the flow's."""
+
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import ralu
+from ralu.schedule import PRESETS, transition
+from ralu.upsampling import UPSAMPLERS, enlarge, merge, promote, weights
+from ralu_kernels import merge_tokens, plan_tokens, promote_tokens
+
+SMOOTH = UPSAMPLERS[1:]
+GRANULARITIES = ("pixel", "token")
+
+
+def lanczos(size):
+    """Three lobes in float64: normalised over the pixels that exist."""
+    out = torch.zeros(2 * size, size, dtype=torch.float64)
+    for i in range(2 * size):
+        for j in range(size):
+            x = (i + 0.5) / 2 - (j + 0.5)
+            if abs(x) < 3:
+                out[i, j] = (
+                    torch.sinc(torch.tensor(x, dtype=torch.float64)) * math.sin(math.pi * x / 3) / (math.pi * x / 3)
+                )
+    return out / out.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16])
+@pytest.mark.parametrize("kind", SMOOTH)
+def test_weights(kind, size):
+    impulses = torch.eye(size)[None, None]
+    if kind == "lanczos":
+        expected = lanczos(size)
+    else:
+        expected = F.interpolate(impulses, size=(2 * size, size), mode=kind, antialias=True)[0, 0].double()
+    torch.testing.assert_close(weights(kind, size).double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+def test_enlarging_tokens_is_enlarging_their_image(kind, granularity):
+    """Pixel granularity is PyTorch's interpolation of the latent, token granularity that of the grid of tokens."""
+    h, w = 3, 5
+    image = torch.randn(2, 4, 2 * h, 2 * w) if granularity == "pixel" else torch.randn(2, 16, h, w)
+
+    def pack(planes):
+        return (F.pixel_unshuffle(planes, 2) if granularity == "pixel" else planes).flatten(2).transpose(1, 2)
+
+    larger = F.interpolate(image, scale_factor=2, mode=kind, antialias=True)
+    got, _ = enlarge(pack(image), (h, w), kind, granularity)
+    torch.testing.assert_close(got, pack(larger), rtol=0, atol=1e-5)
+
+
+def mixed_plan(batch, h, w):
+    scores = torch.zeros(h, w)
+    scores[0, 0] = scores[1, 1] = scores[1, 2] = scores[h - 1, w - 1] = 1.0
+    return plan_tokens(scores.flatten().expand(batch, -1), (h, w), ratio=4 / (h * w))
+
+
+def moments(kind, matching, granularity, stage, e=0.4, c=0.1, batch=6000):
+    """Mean and variance over many samples of a move from a flow at time e to a known picture, and what is due."""
+    h, w, channels = 3, 4, 8
+    move = transition(e, c, matching)
+    generator = torch.Generator().manual_seed(stage)
+    plan, seed = mixed_plan(batch, h, w), torch.arange(batch) * 7919
+    x1 = torch.linspace(-2, 2, channels // 4).repeat_interleave(4)  # a flat picture: no upsampler changes it
+    rows = h * w if stage == 2 else plan.source.shape[0] // batch
+    x = e * x1 + (1 - e) * torch.randn(batch, rows, channels, generator=generator)
+    if stage == 3:
+        x = x.flatten(0, 1)
+    if kind == "nearest":
+        fused = promote_tokens if stage == 2 else merge_tokens
+        out = fused(x, plan, move.scale, move.noise_scale, move.c, seed, granularity=granularity)
+    else:
+        out = (promote if stage == 2 else merge)(x, plan, move, seed, kind, granularity)
+    out = out.view(batch, -1, channels).double()
+    return out, move, x1
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", UPSAMPLERS)
+def test_the_signal_to_noise_ratio_is_the_flows_at_every_value(kind, granularity, stage):
+    out, move, x1 = moments(kind, "snr", granularity, stage)
+    count = out.shape[0]
+    std = 1 - move.start
+    assert ((out.mean(0) - move.start * x1).abs() < 5 * std / math.sqrt(count)).all()
+    assert ((out.var(0) / std**2 - 1).abs() < 5.5 * math.sqrt(2 / count)).all()
+
+
+def test_snr_matching_leaves_the_covariance_wrong():
+    """Siblings share a²·(1-e)²: c of their variance. With covariance matching nothing is shared."""
+    shared = {}
+    for matching in ("snr", "covariance"):
+        out, move, x1 = moments("nearest", matching, "token", 2)
+        noise = (out - move.start * x1) / (1 - move.start)
+        shared[matching] = (noise[:, 0] * noise[:, 1]).mean().item()  # the first two children of token 0
+    assert shared["snr"] == pytest.approx(0.1, abs=0.02)
+    assert shared["covariance"] == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_without_matching_tokens_are_copied_and_time_goes_on(granularity):
+    schedule, seen = PRESETS["flux-5x"], []
+
+    def velocity(x, sigma, layout):
+        seen.append((layout.stage, sigma, x))
+        return torch.zeros_like(x)
+
+    noise = torch.randn(1, 64, 16)
+    options = dict(matching="off", granularity=granularity)
+    ralu.sample(velocity, noise, (8, 8), "flux-5x", **options)
+    last = {stage: x for stage, _, x in seen}
+    first = {stage: (sigma, x) for stage, sigma, x in reversed(seen)}
+    assert [first[stage][0] for stage in (2, 3)] == pytest.approx([1 - end for end in schedule.ends[:2]])
+    assert set(first[2][1].flatten().tolist()) <= set(last[1].flatten().tolist())
+    assert set(first[3][1].flatten().tolist()) == set(last[1].flatten().tolist())
+
+
+@pytest.mark.parametrize("kind", SMOOTH)
+def test_promoted_tokens_alone_are_interpolated(kind):
+    """Without noise left (the last moment of the flow) a move only interpolates: against PyTorch, token by token."""
+    h, w = 3, 4
+    plan, move = mixed_plan(2, h, w), transition(1 - 1e-9, 0.1, "snr")
+    low = torch.randn(2, h * w, 8)
+    high, _ = enlarge(low, (h, w), kind, "pixel")
+    packed = promote(low, plan, move, torch.zeros(2, dtype=torch.int64), kind, "pixel")
+    for row, (source, child) in enumerate(zip(plan.source.tolist(), plan.child.tolist(), strict=True)):
+        sample, y, x = int(row >= plan.cu_seqlens[1]), source // w, source % w
+        place = (2 * y + child // 2) * 2 * w + 2 * x + child % 2
+        expected = low[sample, source] if child < 0 else high[sample, place]
+        torch.testing.assert_close(packed[row], expected, rtol=0, atol=1e-5)
+    # What was promoted stays; a flat remainder is enlarged without a seam.
+    flat = torch.where(plan.child[:, None] >= 0, packed, torch.full((), 0.5))
+    merged = merge(flat, plan, move, torch.zeros(2, dtype=torch.int64), kind, "pixel")
+    children = (plan.child >= 0)[plan.inverse.long()]
+    torch.testing.assert_close(merged[children], flat[plan.inverse.long()][children], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SMOOTH)
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_a_batch_equals_its_single_runs(family, kind):
+    pipe = tiny.flux() if family == "flux" else tiny.sd3()
+    ralu.enable(pipe, upsampler=kind, matching="snr")
+    together = tiny.paint(pipe, tiny.PROMPTS[:2], seeds=(1, 2))
+    alone = [tiny.paint(pipe, prompt, seeds=(seed,)) for prompt, seed in zip(tiny.PROMPTS[:2], (1, 2), strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-4)
+    assert not torch.equal(together, tiny.paint(ralu.enable(pipe), tiny.PROMPTS[:2], seeds=(1, 2)))
+
+
+def test_threshold_counts_may_differ():
+    pipe = ralu.enable(tiny.flux(), upsampler="bicubic", matching="snr", regions="gradient", threshold=0.4)
+    together = tiny.paint(pipe, tiny.PROMPTS, seeds=(1, 2, 3), output_type="latent")
+    alone = [
+        tiny.paint(pipe, p, seeds=(s,), output_type="latent") for p, s in zip(tiny.PROMPTS, (1, 2, 3), strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-4)
+
+
+def test_options_are_saved(tmp_path):
+    ralu.RaluScheduler("flux-7x", matching="snr", upsampler="lanczos").save_pretrained(tmp_path)
+    again = ralu.RaluScheduler.from_pretrained(tmp_path)
+    assert again.schedule.matching == "snr" and again.config.upsampler == "lanczos"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(upsampler="area", matching="snr"), "upsampler must be one of nearest, bilinear, bicubic, lanczos"),
+        (dict(upsampler="bicubic"), "upsampler='bicubic' needs matching='snr', got 'covariance'"),
+        (dict(matching="on"), "matching must be one of covariance, snr, off, got 'on'"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ralu.RaluScheduler("flux-5x", **options)
