@@ -1,13 +1,22 @@
-"""How well RALU keeps the embedded model's pictures, and at what cost.
+"""How well RALU keeps the embedded model's pictures, at what cost, and what each of its choices is worth.
 
-For captions of the training set with fixed seeds, each method's pictures are compared with all training pictures:
+For captions of the training set with fixed seeds, each method's pictures are compared with the training pictures and
+with the first method's pictures of the same captions and seeds:
 
 score       share of pictures whose nearest training picture (L2 over PCA latents, in pixel units) is the caption's own
 distance    mean L2 distance to the caption's own picture, in pixel units
+frechet     Frechet distance to the first method's pictures: mean and deviation of each latent channel as features
+edge_error  mean of |edge energy / edge energy of the first method's picture - 1|; energy: mean Sobel gradient of luma
 blockiness  mean absolute horizontal difference across 8-pixel block borders over elsewhere: grid artefacts raise it
 tflop       transformer work for one picture, counted from the operators that ran, attention included
 
-    python benchmarks/quality.py [--family flux|sd3] [--captions 64] [--methods stock-50 flux-5x ...]
+The score has Wilson's 95% interval, the others a standard error (_se) by leaving out a sixteenth of the captions in
+turn. Frechet distances are taken seed by seed and averaged; the row "NAME, other seeds" compares the first method's
+pictures of one seed with those of the next, which is what chance alone does.
+
+    python benchmarks/quality.py [--family flux|sd3] [--captions 151] [--seeds 0 1] [--methods stock-50 flux-5x ...]
+
+Pictures are kept in --cache and painted once: an interrupted run goes on, and another table costs seconds.
 """
 
 import argparse
@@ -15,26 +24,37 @@ import csv
 import math
 import platform
 import subprocess
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import cv2
 import diffusers
 import numpy as np
+import scipy.linalg
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ralu
-from ralu.mini.train import CAPTIONS, PatchPCA, pictures
+from ralu.mini.train import CAPTIONS, GUIDANCE, PatchPCA, pictures
 
 SIZE, TEXT_TOKENS = 256, 32
-# A method is "stock-STEPS", a preset, or a preset with options of `ralu.enable` behind a slash.
+# A method is "stock-STEPS", a preset, or a preset with options of `ralu.enable` behind a slash; shifts=3 is for the
+# preset with all its timestep shifts at 3. The threshold promotes a fifth of the tokens on average.
 METHODS = {
-    "flux": ["stock-50", "stock-10", "stock-7"]
-    + [preset + options for preset in ("flux-5x", "flux-7x") for options in ("", "/granularity=token")],
-    "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x"],
-}
+    "flux": [
+        "stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x", "flux-7x/granularity=token",
+        *(f"flux-5x/{options}" for options in (
+            "granularity=token", "granularity=token,carry_noise=release", "carry_noise=release",
+            "regions=gradient", "regions=random", "ratio=0", "ratio=0.1", "ratio=0.3", "ratio=0.5", "ratio=1",
+            "threshold=0.075", "upsampler=bilinear,matching=snr", "upsampler=bicubic,matching=snr",
+            "upsampler=lanczos,matching=snr", "matching=snr", "matching=off", "shifts=3",
+        )),
+    ],
+    "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x", "sd3-2x/granularity=token", "sd3-3x/granularity=token"],
+}  # fmt: skip
 
 
 def prepare(pipe, method: str) -> int:
@@ -44,8 +64,11 @@ def prepare(pipe, method: str) -> int:
     if name.startswith("stock-"):
         return int(name.removeprefix("stock-"))
     chosen = dict(option.split("=") for option in options.split(",") if option)
-    numbers = ("ratio", "threshold")
-    ralu.enable(pipe, name, **{key: float(value) if key in numbers else value for key, value in chosen.items()})
+    chosen |= {key: float(chosen[key]) for key in ("ratio", "threshold") if key in chosen}
+    preset = name
+    if shift := chosen.pop("shifts", None):
+        preset = replace(ralu.PRESETS[name], shifts=(float(shift),) * 3)
+    ralu.enable(pipe, preset, **chosen)
     return 50
 
 
@@ -55,13 +78,13 @@ def paint(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tens
     latents = pipe(
         captions, height=SIZE, width=SIZE, num_inference_steps=steps, max_sequence_length=TEXT_TOKENS,
         output_type="latent", generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **({"guidance_scale": 2.0} if sd3 else {}),
+        **({"guidance_scale": GUIDANCE} if sd3 else {}),
     ).images  # fmt: skip
     return latents if sd3 else pipe._unpack_latents(latents, SIZE, SIZE, pipe.vae_scale_factor)
 
 
-def count_tflop(pipe, steps: int) -> float:
-    """Transformer work for one picture. Attention in its plain form, which the counter knows on every device."""
+def count_tflop(pipe, steps: int, captions: list[str]) -> float:
+    """Transformer work for one picture, the captions' mean. Attention in its plain form, which the counter knows."""
     counter, total = FlopCounterMode(display=False), 0
 
     def before(*_):
@@ -74,16 +97,47 @@ def count_tflop(pipe, steps: int) -> float:
 
     hooks = [pipe.transformer.register_forward_pre_hook(before), pipe.transformer.register_forward_hook(after)]
     with sdpa_kernel(SDPBackend.MATH):
-        paint(pipe, CAPTIONS[:1], [0], steps)
+        for i, caption in enumerate(captions):
+            paint(pipe, [caption], [i], steps)
     for hook in hooks:
         hook.remove()
-    return total / 1e12
+    return total / len(captions) / 1e12
 
 
-def blockiness(images: torch.Tensor) -> float:
-    steps = images.diff(dim=-1).abs().mean(dim=(0, 1, 2))
+# ---- measures ----
+
+
+def features(latents: torch.Tensor) -> np.ndarray:
+    """(N, 16, h, w) -> (N, 32)."""
+    return torch.cat([latents.mean((2, 3)), latents.std((2, 3))], dim=1).double().numpy()
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the normal distributions with the samples' moments: |m - n|² + tr(S + T - 2·(S·T)^(1/2))."""
+    s, t = np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(s @ t).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * root))
+
+
+def edge_energy(images: torch.Tensor) -> np.ndarray:
+    """Mean Sobel gradient of every picture's luma, (N, 3, H, W) in [-1, 1] -> (N,)."""
+    luma = np.einsum("nchw,c->nhw", images.clamp(-1, 1).numpy(), np.float32([0.299, 0.587, 0.114]))
+    return np.array([np.hypot(cv2.Sobel(x, cv2.CV_32F, 1, 0), cv2.Sobel(x, cv2.CV_32F, 0, 1)).mean() for x in luma])
+
+
+def blockiness(images: torch.Tensor) -> np.ndarray:
+    """(across borders, elsewhere) of every picture, (N, 2)."""
+    steps = images.diff(dim=-1).abs().mean(dim=(1, 2))
     border = torch.arange(1, images.shape[-1]) % 8 == 0
-    return (steps[border].mean() / steps[~border].mean()).item()
+    return torch.stack([steps[:, border].mean(1), steps[:, ~border].mean(1)], dim=1).double().numpy()
+
+
+def jackknife(statistic, captions: int, blocks: int = 16) -> tuple[float, float]:
+    """A statistic of a choice of captions (bool, (captions,)): its value for all and its standard error."""
+    block = np.arange(captions) * blocks // captions
+    left_out = np.array([statistic(block != i) for i in range(blocks)])
+    error = math.sqrt((blocks - 1) / blocks * ((left_out - left_out.mean()) ** 2).sum())
+    return statistic(np.ones(captions, dtype=bool)), error
 
 
 def interval(hits: int, n: int) -> tuple[float, float]:
@@ -93,57 +147,109 @@ def interval(hits: int, n: int) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
+# ---- the table ----
+
+
+def painted(pipe, method: str, captions: list[int], seed: int, batch: int, cache: Path, commit: str) -> dict:
+    """Latents (N, 16, 32, 32) of captions by number, the work for one of them, and the commit that painted them."""
+    file = cache / f"{method.replace('/', '+')}-{len(captions)}-{seed}.pt"
+    if not file.exists():
+        steps, latents = prepare(pipe, method), []
+        for i in tqdm(range(0, len(captions), batch), desc=f"{method}, seed {seed}"):
+            seeds = [1000 * seed + k for k in range(i, min(i + batch, len(captions)))]
+            latents.append(paint(pipe, [CAPTIONS[k] for k in captions[i : i + batch]], seeds, steps))
+        # With a threshold the work differs from picture to picture.
+        counted = [CAPTIONS[k] for k in captions[:: max(1, len(captions) // 16)][: 16 if "threshold" in method else 1]]
+        tflop = count_tflop(pipe, steps, counted)
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save({"latents": torch.cat(latents), "tflop": tflop, "commit": commit}, file)
+    return torch.load(file)
+
+
+class Pictures:
+    """What the measures need of a method's pictures, seeds first: (seeds, captions, ...)."""
+
+    def __init__(self, runs: list[dict], vae, pca: PatchPCA, known: torch.Tensor, captions: list[int]):
+        latents = torch.stack([run["latents"] for run in runs])
+        with torch.no_grad():
+            parts = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.flatten(0, 1).split(16)]
+        images, shape = torch.cat(parts), latents.shape[:2]
+        made = (latents.flatten(3) * pca.std[:, None].float()).flatten(0, 1).flatten(1)
+        distances, own = torch.cdist(made, known), torch.tensor(captions).repeat(shape[0])
+        self.hits = (distances.argmin(1) == own).view(shape).numpy()
+        self.distance = distances.gather(1, own[:, None]).view(shape).double().numpy()
+        self.features = features(latents.flatten(0, 1)).reshape(*shape, -1)
+        self.edge_energy = edge_energy(images).reshape(shape)
+        self.blockiness = blockiness(images).reshape(*shape, 2)
+
+
+def measures(of: Pictures, reference: Pictures, captions: int) -> dict:
+    def frechet_to(mask):
+        pairs = zip(of.features, reference.features, strict=True)
+        return float(np.mean([frechet(a[mask], b[mask]) for a, b in pairs]))
+
+    low, high = interval(int(of.hits.sum()), of.hits.size)
+    found = {"score": f"{of.hits.mean():.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}"}
+    errors = np.abs(of.edge_energy / reference.edge_energy - 1)
+    for name, statistic, digits in (
+        ("distance", lambda mask: of.distance[:, mask].mean(), 2),
+        ("frechet", frechet_to, 3),
+        ("edge_error", lambda mask: errors[:, mask].mean(), 3),
+        ("blockiness", lambda mask: np.divide(*of.blockiness[:, mask].mean((0, 1))), 3),
+    ):
+        value, error = jackknife(statistic, captions)
+        found |= {name: f"{value:.{digits}f}", f"{name}_se": f"{error:.{digits}f}"}
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=METHODS, default="flux", help="which embedded model")
-    parser.add_argument("--captions", type=int, default=64, help="how many, evenly spread over the training set")
-    parser.add_argument("--seed", type=int, default=0, help="picture i is painted with seed + i")
-    parser.add_argument("--methods", nargs="+", help="the first is what the others' work is compared with")
+    parser.add_argument("--captions", type=int, default=len(CAPTIONS), help="how many, evenly spread over the set")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="picture i is painted with 1000·seed + i")
+    parser.add_argument("--methods", nargs="+", help="the first is what the others are compared with")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training pictures are kept")
+    parser.add_argument("--cache", type=Path, help="where the painted latents are kept (default: runs/quality-FAMILY)")
     parser.add_argument("--output", type=Path, help="(default: benchmarks/results/quality-FAMILY.csv)")
     args = parser.parse_args()
     methods = args.methods or METHODS[args.family]
     output = args.output or Path(f"benchmarks/results/quality-{args.family}.csv")
+    cache = args.cache or Path(f"runs/quality-{args.family}")
 
     images = pictures(args.data)
     pca = PatchPCA(images)
     # Unwhitened, the latent distance is the distance between the pictures' PCA reconstructions.
-    known = pca.encode(images).flatten(2) * pca.std[:, None].float()
+    known = (pca.encode(images).flatten(2) * pca.std[:, None].float()).flatten(1)
     chosen = np.linspace(0, len(CAPTIONS), args.captions, endpoint=False).astype(int).tolist()
     pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(args.family), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     common = {
-        "captions": args.captions, "seed": args.seed, "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__,
-        "commit": commit, "date": date.today().isoformat(),
+        "captions": args.captions, "seeds": " ".join(map(str, args.seeds)),
+        "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "diffusers": diffusers.__version__, "date": date.today().isoformat(),
     }  # fmt: skip
+    kept = [
+        {method: painted(pipe, method, chosen, seed, args.batch, cache, commit) for method in methods}
+        for seed in args.seeds
+    ]
     rows = []
     for method in methods:
-        steps = prepare(pipe, method)
-        tflop, latents = count_tflop(pipe, steps), []
-        for i in tqdm(range(0, len(chosen), args.batch), desc=method):
-            seeds = [args.seed + k for k in range(i, min(i + args.batch, len(chosen)))]
-            latents.append(paint(pipe, [CAPTIONS[k] for k in chosen[i : i + args.batch]], seeds, steps))
-        latents = torch.cat(latents)
-        made = latents.flatten(2) * pca.std[:, None].float()
-        distances = torch.cdist(made.flatten(1), known.flatten(1))
-        hits = int((distances.argmin(1) == torch.tensor(chosen)).sum())
-        own = distances[torch.arange(len(chosen)), chosen]
-        with torch.no_grad():
-            decoded = torch.cat([pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample for z in latents.split(16)])
-        low, high = interval(hits, len(chosen))
-        rows.append({
-            "method": method,
-            "score": f"{hits / len(chosen):.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}",
-            "distance": f"{own.mean():.2f}", "distance_se": f"{own.std() / math.sqrt(len(chosen)):.2f}",
-            "blockiness": f"{blockiness(decoded):.3f}", "tflop": f"{tflop:.4f}",
-            "flop_ratio": f"{float(rows[0]['tflop']) / tflop if rows else 1:.2f}",
-            **common,
-        })  # fmt: skip
-        print({key: rows[-1][key] for key in ("method", "score", "distance", "blockiness", "flop_ratio")})
+        runs = [of_seed[method] for of_seed in kept]
+        of = Pictures(runs, pipe.vae, pca, known, chosen)
+        if not rows:
+            reference, work = of, runs[0]["tflop"]
+        tflop = float(np.mean([run["tflop"] for run in runs]))
+        own = {"tflop": f"{tflop:.4f}", "flop_ratio": f"{work / tflop:.2f}", "commit": runs[0]["commit"]}
+        rows.append({"method": method} | measures(of, reference, args.captions) | own | common)
+        if len(rows) == 1 and len(runs) > 1:
+            turned = Pictures(runs[1:] + runs[:1], pipe.vae, pca, known, chosen)
+            rows.append(
+                {"method": f"{method}, other seeds"} | measures(turned, reference, args.captions) | own | common
+            )
+        print({key: rows[-1][key] for key in ("method", "score", "distance", "frechet", "edge_error", "blockiness")})
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())

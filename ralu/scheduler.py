@@ -75,7 +75,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
     carry_noise: "exact" gives carried tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
-    matching:    what happens between stages, see `ralu.schedule.transition`: "covariance" (the paper's), "snr" or "off";
+    matching:    between stages "covariance" (the paper's), "snr" or "off", see `ralu.schedule.transition`;
                  None for the preset's.
     upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", `ralu.upsampling`.
     backend:     which `ralu_kernels` backend runs.
