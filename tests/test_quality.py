@@ -1,0 +1,63 @@
+"""The measures of benchmarks/quality.py against closed forms, SciPy and a picture whose answer is known."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import quality
+
+ROOM = np.random.default_rng(0)
+
+
+def test_frechet_of_diagonal_normals():
+    """Against its closed form for independent features: (m - n)² + (s - t)², feature by feature."""
+    a, b = ROOM.standard_normal((2, 4000, 3)) * np.array([[[1.0, 2.0, 0.5]], [[3.0, 2.0, 1.0]]])
+    a, b = (x @ whiten(x) * scale for x, scale in ((a, [1.0, 2.0, 0.5]), (b, [3.0, 2.0, 1.0])))
+    b = b - b.mean(0) + a.mean(0) + [0.0, 0.3, -1.0]
+    assert quality.frechet(a, b) == pytest.approx(2.0**2 + 0.5**2 + 0.3**2 + 1.0, rel=1e-6)
+    assert quality.frechet(a, a) == pytest.approx(0.0, abs=1e-6)
+
+
+def whiten(x):
+    """Makes the sample covariance the identity, exactly."""
+    return np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = ROOM.standard_normal(64)
+    value, error = quality.jackknife(lambda mask: values[mask].mean(), 64, blocks=64)
+    assert value == pytest.approx(values.mean())
+    assert error == pytest.approx(scipy.stats.sem(values), rel=1e-9)
+
+
+@pytest.mark.parametrize("hits, n", [(0, 10), (7, 10), (64, 64), (150, 302)])
+def test_interval_of_a_share(hits, n):
+    expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert quality.interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_edge_energy_of_a_ramp():
+    """A grey ramp that climbs by g a pixel: Sobel's kernel weighs the step with 8, and borders are mirrored to 0."""
+    ramp = (torch.arange(32) * 0.01).expand(2, 3, 32, 32)
+    inside = 8 * 0.01 * 30 / 32
+    assert quality.edge_energy(ramp) == pytest.approx([inside, inside], rel=1e-4)
+
+
+def test_blockiness_of_a_known_grid():
+    """Steps of 3 at borders of 8-pixel blocks and of 1 elsewhere."""
+    steps = torch.where(torch.arange(1, 64) % 8 == 0, 3.0, 1.0)
+    row = torch.cat([torch.zeros(1), steps.cumsum(0)]).expand(1, 3, 64, 64)
+    across, elsewhere = quality.blockiness(row)[0]
+    assert (across, elsewhere) == pytest.approx((3.0, 1.0))
+
+
+def test_features_are_moments_of_the_channels():
+    z = torch.from_numpy(ROOM.standard_normal((2, 16, 8, 8)))
+    got = quality.features(z)
+    np.testing.assert_allclose(got[:, :16], z.numpy().mean((2, 3)))
+    np.testing.assert_allclose(got[:, 16:], z.numpy().std((2, 3), ddof=1))
