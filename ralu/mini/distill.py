@@ -57,7 +57,8 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
         saved = torch.load(state)
         set_peft_model_state_dict(transformer, saved["lora"])
         optimizer.load_state_dict(saved["optimizer"])
-        ema, start = saved["ema"], saved["step"]
+        torch._foreach_copy_(ema, saved["ema"])
+        start = saved["step"]
         torch.manual_seed(start), random.seed(start)
     running, clock = {}, time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="distil", mininterval=5)
@@ -88,7 +89,7 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(ema, parameters, max(5e-3, 1 / (step + 2)))
+        torch._foreach_lerp_(ema, [p.detach() for p in parameters], max(5e-3, 1 / (step + 2)))
         running[size] = 0.98 * running.get(size, loss.item()) + 0.02 * loss.item()
         if step % 20 == 0:
             bar.set_postfix({str(k): f"{r:.4f}" for k, r in sorted(running.items())})
