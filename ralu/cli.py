@@ -79,6 +79,20 @@ def _share(text: str) -> float:
     return value
 
 
+def _region_source(text: str):
+    """What `ralu.enable` takes: a name, or a mask that is read now, so that a missing file is told at once."""
+    if text in ("canny", "gradient", "random"):
+        return text
+    from PIL import Image
+
+    try:
+        return Image.open(text).convert("L")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of canny, gradient, random, nor a picture that can be read"
+        ) from error
+
+
 def _count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
@@ -138,6 +152,14 @@ def _add_model(parser: argparse.ArgumentParser):
     )
 
 
+def _add_region_source(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--regions", type=_region_source, default="canny", metavar="SOURCE",
+        help="what goes first: canny (edges of a preview), gradient (of the latent), random, or a picture as a mask, "
+        "bright places first (default: canny)",
+    )  # fmt: skip
+
+
 def _add_output(parser: argparse.ArgumentParser, default: str, *more: str):
     kind = _file(*PICTURES, *more)
     parser.add_argument(
@@ -163,6 +185,7 @@ def _add_generate(commands):
     add("--preset", type=_method, help=f"{NAMES}, or stock (default: {DEFAULT})")
     add("--steps", type=_count, help="for --preset stock alone: a RALU preset has its own")
     add("--ratio", type=_share, help="share of the regions to enlarge early (default: the preset's)")
+    _add_region_source(parser)
     _add_output(parser, "out.png")
     _add_model(parser)
 
@@ -198,15 +221,18 @@ def _add_regions(commands):
         _regions,
         "regions",
         "show which regions go to full resolution first",
-        "They are the blue squares over the half-resolution preview at the end of stage 1. The last row is the "
-        "finished picture, painted with the preset's own ratio.",
+        "They are the blue squares over the half-resolution preview at the end of stage 1, a row for each share of "
+        "regions. The last row is the finished picture, painted with the preset's own.",
         """  ralu regions
-  ralu regions "fox" "pizza" --ratios .1 .2 .3""",
+  ralu regions "fox" "pizza" --ratios .1 .2 .3 --regions gradient
+  ralu regions "fox" --regions mask.png""",
     )
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help=f"(default: {', '.join(PROMPTS)})")
-    add("--ratios", nargs="+", type=_share, metavar="RATIO", help="shares to show (default: the preset's)")
+    shares = {"nargs": "+", "type": _share, "default": [0.1, 0.2, 0.3, 0.5]}
+    add("--ratios", metavar="RATIO", help="shares to show (default: .1 .2 .3 .5)", **shares)
     add("--preset", type=_method, help=f"{NAMES} (default: {DEFAULT})")
+    _add_region_source(parser)
     _add_output(parser, "outputs/regions.png")
     _add_model(parser)
 
@@ -383,17 +409,18 @@ class Painter:
 
 
 def _generate(args: argparse.Namespace):
-    method, ratio = args.preset, {} if args.ratio is None else {"ratio": args.ratio}
-    stock = method is not None and not method.preset
+    method, stock = args.preset, args.preset is not None and not args.preset.preset
+    options = {"regions": args.regions} | ({} if args.ratio is None else {"ratio": args.ratio})
     if args.steps and not stock:
         raise Mistake("--steps: RALU's presets have their own steps, only --preset stock takes a number")
-    if stock and ratio:
-        raise Mistake(f"--ratio: {method.name} has no regions, choose one of {NAMES}")
+    for name, default in (("ratio", None), ("regions", "canny")):
+        if stock and getattr(args, name) != default:
+            raise Mistake(f"--{name}: {method.name} has no regions, choose one of {NAMES}")
     if args.steps:
         method = replace(method, steps=args.steps)
     painter = Painter(args, method and [method], FIRST)
     method = painter.methods[0]
-    painter.use(method, **ratio)
+    painter.use(method, **options)
     print(f"{painter.where}, {method.name}")
     for i, prompt in enumerate(args.prompts):
         painting = painter.paint(method, [prompt], label=prompt[:40], first=i)
@@ -442,26 +469,25 @@ def _regions(args: argparse.Namespace):
 
     from .figures import Row, fitted, grid, overlay
     from .flux import decode
-    from .regions import edge_density
 
-    seen = {}
+    painter.use(method, regions=args.regions)
+    scheduler, seen = painter.pipe.scheduler, {}
+    own, scorer = scheduler.schedule.ratio, scheduler.scorer
 
-    def scorer(x0, cells):
-        """The pipeline's own scorer; it keeps what it saw."""
-        previews = decode(painter.pipe, x0, cells)
-        seen.update(cells=cells, scores=edge_density(previews, cells))
-        seen["previews"] = painter.pipe.image_processor.postprocess(previews.detach(), output_type="pil")
+    def watched(x0, cells):
+        seen.update(cells=cells, scores=scorer(x0, cells))
+        previews = decode(painter.pipe, x0, cells).detach()
+        seen["previews"] = painter.pipe.image_processor.postprocess(previews, output_type="pil")
         return seen["scores"]
 
-    painter.use(method, regions=scorer)
-    own = painter.pipe.scheduler.schedule.ratio
+    scheduler.scorer = watched
     print(f"{painter.where}, {method.name}")
     painting = painter.paint(method, prompts, method.name)
 
     cells, total, rows = seen["cells"], seen["scores"].shape[1], []
     finished = [fitted(image) for image in painting.images]
     previews = [preview.resize(finished[0].size) for preview in seen["previews"]]
-    for ratio in args.ratios or [own]:
+    for ratio in args.ratios:
         plan = plan_tokens(seen["scores"], cells, ratio=ratio)
         chosen = [_promoted(plan, i) for i in range(len(prompts))]
         marked = [overlay(preview, tokens, cells) for preview, tokens in zip(previews, chosen, strict=True)]

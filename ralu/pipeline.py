@@ -3,6 +3,8 @@
 from contextlib import ExitStack
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
+from PIL import Image
+from torch import Tensor
 
 from . import flux, sd3
 from .regions import Scorer
@@ -19,7 +21,7 @@ def enable(
     *,
     ratio: float | None = None,
     threshold: float | None = None,
-    regions: str | Scorer | None = None,
+    regions: str | Image.Image | Tensor | Scorer | None = None,
     granularity: str | None = None,
     carry_noise: str | None = None,
     matching: str | None = None,
@@ -55,7 +57,7 @@ def enable(
             saved |= {"ratio": None, "threshold": None}
         options = saved | options
         if options["regions"] is None:
-            raise ValueError("this pipeline was saved with a scorer of your own: pass it again as regions=")
+            raise ValueError("this pipeline was saved with a scorer or mask of your own: pass it again as regions=")
     scheduler = RaluScheduler(**_stock_arguments(config), **({"preset": fitting[0]} | options))
 
     disable(pipe)

@@ -6,11 +6,14 @@ of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import ralu_kernels
+from ralu_kernels.reference import philox
 
 Scorer = Callable[[Tensor, tuple[int, int]], Tensor]
 
@@ -53,3 +56,30 @@ def gradient(x0: Tensor, grid: tuple[int, int]) -> Tensor:
     dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
     dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     return (dx.square() + dy.square()).mean(dim=1).sqrt().flatten(1)
+
+
+def random(seeds: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Scores without meaning, even in [0, 1], for comparison: float32 (B, n) from each sample's seed, int64 (B,).
+
+    Philox with the counter (token, 1, 0, 0), which no noise uses: its second word is the stage, 2 or 3.
+    """
+    token = torch.arange(grid[0] * grid[1], device=seeds.device)
+    return philox(seeds[:, None], token, 1, 0, 0)[0] / 2**32
+
+
+def mask(picture: Image.Image | Tensor) -> Scorer:
+    """A scorer from a mask of your own: the brighter a token's block is on average, the sooner it goes.
+
+    picture: an image of any size, or a tensor (H, W) or (B, H, W) with a mask for each picture of the batch.
+    """
+    if isinstance(picture, Image.Image):
+        picture = torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)
+    if picture.dim() not in (2, 3):
+        raise ValueError(f"a mask must be of shape (H, W) or (B, H, W), got {tuple(picture.shape)}")
+    planes = picture.float().reshape(-1, 1, *picture.shape[-2:])
+
+    def scorer(x0: Tensor, grid: tuple[int, int]) -> Tensor:
+        scores = F.adaptive_avg_pool2d(planes.to(x0.device), grid).flatten(1)
+        return scores.expand(len(x0), -1) if picture.dim() == 2 else scores
+
+    return scorer

@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import SchedulerMixin as SchedulerMixin  # see ralu/__init__.py
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils import logging
+from PIL import Image
 from torch import Tensor
 
 from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens
@@ -26,6 +27,7 @@ from .schedule import Schedule, preset
 from .upsampling import UPSAMPLERS
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
+REGIONS = ("canny", "gradient", "random")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     preset:      a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is.
     ratio:       share of tokens to upsample early; None for the preset's.
     threshold:   upsample early what scores at least this much instead; counts then differ between images.
-    regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences) or a scorer, see `ralu.regions`.
+    regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
+                 mask (an image, or a tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
     carry_noise: "exact" gives carried tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    between stages "covariance" (the paper's), "snr" or "off", see `ralu.schedule.transition`;
@@ -87,7 +90,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         preset: str | dict | Schedule = "flux-5x",
         ratio: float | None = None,
         threshold: float | None = None,
-        regions: str | region_scorers.Scorer | None = "canny",
+        regions: str | Image.Image | Tensor | region_scorers.Scorer | None = "canny",
         granularity: str = "pixel",
         carry_noise: str = "exact",
         matching: str | None = None,
@@ -100,8 +103,11 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if carry_noise not in CARRY_NOISES:
             raise ValueError(f"carry_noise must be one of {', '.join(CARRY_NOISES)}, got {carry_noise!r}")
-        if not callable(regions) and regions not in ("canny", "gradient", None):
-            raise ValueError(f"regions must be 'canny', 'gradient' or a callable, got {regions!r}")
+        if isinstance(regions, Image.Image | Tensor):
+            regions = region_scorers.mask(regions)
+        if not callable(regions) and regions not in (*REGIONS, None):
+            names = ", ".join(map(repr, REGIONS))
+            raise ValueError(f"regions must be {names}, an image, a tensor or a callable, got {regions!r}")
         if threshold is not None and not isinstance(threshold, int | float):
             raise ValueError(f"threshold must be a number, got {threshold!r}")
         if ratio is not None and threshold is not None:
@@ -119,7 +125,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             ratio=ratio, threshold=threshold, granularity=granularity, carry_noise=carry_noise, matching=matching,
             upsampler=upsampler, backend=backend, regions=None if callable(regions) else regions,
         )  # fmt: skip
-        self._scorer = regions if callable(regions) else None
+        self.scorer = regions if callable(regions) else None
         self.bound = False
         self._run = self.layout = None
 
@@ -144,11 +150,15 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
                        with channel c·4 + 2·row + column for latent channel c, and `unpack(tokens, (rows, columns))`
                        undoes it. A mixed sequence is one row. The methods below take and give samples as the model's.
         """
-        if self._scorer is None:
+        if self.scorer is None:
             if self.config.regions == "canny" and decode is None:
                 raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
-            named = {"canny": region_scorers.canny(decode), "gradient": region_scorers.gradient}
-            self._scorer = named[self.config.regions]
+            named = {
+                "canny": region_scorers.canny(decode),
+                "gradient": region_scorers.gradient,
+                "random": lambda x0, grid: region_scorers.random(self._seeds, grid),
+            }
+            self.scorer = named[self.config.regions]
         self._stage_changed, self._pack, self._unpack = stage_changed, pack, unpack
         self.bound = True
 
@@ -158,8 +168,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     def __getstate__(self):
         """Copies are not bound: a scheduler that is copied or pickled must not take the model along."""
-        scorer = self._scorer if self.config.regions is None else None
-        loose = {"_scorer": scorer, "bound": False, "_run": None, "layout": None}
+        scorer = self.scorer if self.config.regions is None else None
+        loose = {"scorer": scorer, "bound": False, "_run": None, "layout": None}
         return self.__dict__ | loose | dict.fromkeys(("_stage_changed", "_pack", "_unpack"))
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -266,7 +276,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def _mix(self, low: Tensor, x0: Tensor) -> Tensor:
         """Stage 1 to 2: upsample the chosen regions, re-noise everything."""
         low, x0 = self._pack(low), self._pack(x0)
-        scores = self._scorer(x0, self.grid)
+        scores = self.scorer(x0, self.grid)
         if scores.shape != low.shape[:2]:
             expected, got = tuple(low.shape[:2]), tuple(scores.shape)
             raise ValueError(f"the scorer must return one score a token, {expected}, got {got}")

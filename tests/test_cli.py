@@ -119,8 +119,19 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
             count = f"{len(chosen)} of {grid[0] * grid[1]} regions"
             assert count in row.details
             assert f"ratio {ratio:g}: {count}\n" in printed
+    # A picture as a mask: its bright tokens go first.
+    tokens = [3, 10, 11, 63]
+    picture = np.zeros(grid[0] * grid[1], np.uint8)
+    picture[tokens] = 255
+    Image.fromarray(picture.reshape(grid)).save(tmp_path / "mask.png")
+    masked = [*options, "--ratios", "0.0625", "--regions", str(tmp_path / "mask.png"), "-o", str(tmp_path / "m.png")]
+    before = rows[0].images[0]
+    rows.clear()
+    assert main(["regions", *PROMPTS, *masked]) == 0
+    assert [marked(image, grid) for image in rows[0].images] == [tokens, tokens]
+
     # What no square covers is the decoded prediction, enlarged.
-    overlaid = rows[0].images[0]
+    overlaid = before
     preview = pipe.image_processor.postprocess(previews, output_type="pil")[0].resize(overlaid.size)
     height, width = overlaid.height // grid[0], overlaid.width // grid[1]
     free = ~np.isin(np.arange(grid[0] * grid[1]).reshape(grid), marked(overlaid, grid))
@@ -241,6 +252,8 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("generate fox --preset flux-9x", "flux-9x"),
         ("generate fox --steps 4", "have their own steps"),
         ("generate fox --preset stock --ratio .3", "no regions"),
+        ("generate fox --preset stock --regions random", "no regions"),
+        ("generate fox --regions {tmp}/nothing.png", "nor a picture that can be read"),
         ("generate fox --ratio 1.5", "between 0 and 1"),
         ("generate fox --size 64by64", "HEIGHTxWIDTH"),
         ("generate fox --size 60x64 --model {tiny}", "divide by 8, got 60x64; the nearest are 56x64 and 64x72"),

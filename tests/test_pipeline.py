@@ -527,7 +527,7 @@ def test_enable_refuses_what_it_cannot_serve(stock):
 def test_sample_is_the_pipelines_loop(pipe):
     expected = tiny.paint(pipe, seeds=(4,), output_type="latent")
     embeds, pooled, text_ids = pipe.encode_prompt(PROMPTS[0], PROMPTS[0], max_sequence_length=16)
-    preview = pipe.scheduler._scorer
+    preview = pipe.scheduler.scorer
     ralu.disable(pipe)
 
     def velocity(x, sigma, layout):

@@ -1,12 +1,17 @@
 """Scores against OpenCV on the same picture, and pictures whose edges are known."""
 
+from itertools import pairwise
+
 import cv2
 import numpy as np
 import pytest
+import scipy.stats
+import tiny
 import torch
+from PIL import Image
 
 import ralu
-from ralu.regions import canny, edge_density, gradient
+from ralu.regions import canny, edge_density, gradient, mask, random
 from ralu_kernels import plan_tokens
 
 
@@ -88,3 +93,66 @@ def test_gradient_equals_numpy(grid):
 def test_a_scorer_of_the_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"one score a token, \(1, 16\), got \(1, 4\)"):
         ralu.sample(lambda x, sigma, layout: x, torch.randn(1, 64, 16), (8, 8), regions=lambda x0, grid: x0[:, :4, 0])
+
+
+def test_random_scores_are_even_and_each_samples_own():
+    seeds = torch.tensor([3, -(2**40), 7])
+    scores = random(seeds, (40, 50))
+    assert scores.shape == (3, 2000) and len(scores.unique()) > 5990
+    for sample in scores:
+        assert scipy.stats.kstest(sample.numpy(), "uniform").pvalue > 1e-3
+    assert np.abs(np.corrcoef(scores.numpy())[np.triu_indices(3, 1)]).max() < 0.08
+    assert torch.equal(random(seeds[1:2], (40, 50)), scores[1:2])
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_mask_scores_by_the_mean_of_each_block(batch):
+    picture = torch.rand(*batch, 24, 40, generator=torch.Generator().manual_seed(0))
+    scores = mask(picture)(torch.zeros(3, 15, 8), (3, 5))
+    blocks = picture.double().numpy().reshape(-1, 3, 8, 5, 8).mean((2, 4)).reshape(-1, 15)
+    np.testing.assert_allclose(scores.numpy(), np.broadcast_to(blocks, (3, 15)), rtol=1e-5)
+
+
+def test_a_mask_may_be_an_image_of_any_size():
+    image = Image.new("RGB", (50, 30), "black")
+    image.paste("white", (25, 0, 50, 15))
+    assert mask(image)(torch.zeros(2, 4, 8), (2, 2)).tolist() == [[0, 1, 0, 0]] * 2
+
+
+def test_a_mask_of_another_rank_or_batch_is_refused():
+    with pytest.raises(ValueError, match=r"\(H, W\) or \(B, H, W\), got \(2, 1, 4, 4\)"):
+        ralu.RaluScheduler(regions=torch.zeros(2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"one score a token, \(1, 16\), got \(2, 16\)"):
+        ralu.sample(lambda x, sigma, layout: x, torch.randn(1, 64, 16), (8, 8), regions=torch.zeros(2, 8, 8))
+
+
+def chosen(pipe, **options):
+    """The tokens promoted in each picture of a run of three."""
+    plans = []
+    ralu.enable(pipe, **options)
+
+    def keep(pipe, step, timestep, kwargs):
+        plans.append(pipe.scheduler.layout and pipe.scheduler.layout.plan)
+        return kwargs
+
+    images = tiny.paint(pipe, tiny.PROMPTS, seeds=(5, 6, 7), callback_on_step_end=keep)
+    plan = next(plan for plan in plans if plan is not None)
+    ends = plan.cu_seqlens.tolist()
+    spans = [slice(*span) for span in pairwise(ends)]
+    return images, [plan.source[span][plan.child[span] == 0].tolist() for span in spans]
+
+
+def test_pipelines_take_masks():
+    wanted = [[0, 9, 63], [8], []]
+    picture = torch.zeros(3, 64)
+    for row, tokens in zip(picture, wanted, strict=True):
+        row[tokens] = 1
+    _, promoted = chosen(tiny.flux(), regions=picture.view(3, 8, 8), threshold=0.5)
+    assert promoted == wanted
+
+
+def test_pipelines_choose_at_random_but_every_picture_always_the_same():
+    pipe = tiny.flux()
+    images, promoted = chosen(pipe, regions="random", ratio=0.25)
+    assert len({tuple(tokens) for tokens in promoted}) == 3 and {len(tokens) for tokens in promoted} == {16}
+    torch.testing.assert_close(tiny.paint(pipe, tiny.PROMPTS[1], seeds=(6,)), images[1:2], rtol=0, atol=1e-4)
