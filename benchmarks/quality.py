@@ -14,9 +14,9 @@ The score has Wilson's 95% interval, the others a standard error (_se) by leavin
 turn. Frechet distances are taken seed by seed and averaged; the row "NAME, other seeds" compares the first method's
 pictures of one seed with those of the next, which is what chance alone does.
 
-    python benchmarks/quality.py [--family flux|sd3] [--captions 151] [--seeds 0 1] [--methods stock-50 flux-5x ...]
+    python benchmarks/quality.py [--family flux|schnell|sd3] [--captions 152] [--seeds 0 1] [--methods METHOD ...]
 
-Pictures are kept in --cache and painted once: an interrupted run goes on, and another table costs seconds.
+Pictures are kept in --cache and painted once: an interrupted run goes on, and another table or --picture costs seconds.
 """
 
 import argparse
@@ -38,6 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ralu
+from ralu.cli import PROMPTS
+from ralu.figures import Row, grid
 from ralu.mini.train import CAPTIONS, GUIDANCE, PatchPCA, pictures
 
 SIZE, TEXT_TOKENS = 256, 32
@@ -53,6 +55,7 @@ METHODS = {
             "upsampler=lanczos,matching=snr", "matching=snr", "matching=off", "shifts=3",
         )),
     ],
+    "schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4/granularity=token"],
     "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x", "sd3-2x/granularity=token", "sd3-3x/granularity=token"],
 }  # fmt: skip
 
@@ -202,6 +205,18 @@ def measures(of: Pictures, reference: Pictures, captions: int) -> dict:
     return found
 
 
+def show(pipe, methods: list[str], runs: list[dict], captions: list[int]):
+    """The same few pictures of every method, a row a method, and what sets the rows apart."""
+    columns = [i for i, k in enumerate(captions) if CAPTIONS[k] in PROMPTS]
+    rows = []
+    for method, run in zip(methods, runs, strict=True):
+        with torch.no_grad():
+            images = pipe.vae.decode(run["latents"][columns] / pipe.vae.config.scaling_factor).sample
+        name, _, options = method.partition("/")
+        rows.append(Row(name, pipe.image_processor.postprocess(images, output_type="pil"), options.split(",")))
+    return grid([CAPTIONS[captions[i]] for i in columns], rows, "The embedded model, the same seeds in every row.")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=METHODS, default="flux", help="which embedded model")
@@ -211,6 +226,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training pictures are kept")
     parser.add_argument("--cache", type=Path, help="where the painted latents are kept (default: runs/quality-FAMILY)")
+    parser.add_argument("--picture", type=Path, help="save a few pictures of every method here, and make no table")
     parser.add_argument("--output", type=Path, help="(default: benchmarks/results/quality-FAMILY.csv)")
     args = parser.parse_args()
     methods = args.methods or METHODS[args.family]
@@ -235,6 +251,9 @@ def main():
         {method: painted(pipe, method, chosen, seed, args.batch, cache, commit) for method in methods}
         for seed in args.seeds
     ]
+    if args.picture:
+        show(pipe, methods, [kept[0][method] for method in methods], chosen).save(args.picture)
+        return
     rows = []
     for method in methods:
         runs = [of_seed[method] for of_seed in kept]

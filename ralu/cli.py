@@ -23,7 +23,7 @@ METHODS = {
 }
 NAMES = ", ".join([*PRESETS, *DISTILLED])
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-MINI = {"mini": "flux", "mini-flux": "flux", "mini-sd3": "sd3"}  # the embedded models' families
+MINI = {"mini": "flux", "mini-flux": "flux", "mini-schnell": "schnell", "mini-sd3": "sd3"}  # the embedded models
 # The embedded models' captions are short; padding them to hundreds of tokens would only cost time.
 MINI_CALL = {"flux": {"max_sequence_length": 32}, "sd3": {"max_sequence_length": 32, "guidance_scale": 2.0}}
 FIRST = {family: presets(family)[:1] for family in METHODS}
@@ -139,7 +139,7 @@ def _add(commands, run: Callable, name: str, summary: str, more: str, examples: 
 
 def _add_model(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("model").add_argument
-    known = "mini or mini-sd3 (embedded FLUX and SD3), a pipeline folder, or a hub id (default: mini)"
+    known = f"{', '.join(MINI)} (embedded), a pipeline folder, or a hub id (default: mini, which is mini-flux)"
     add("--model", default="mini", help=known)
     add("--size", type=_size, help="pixels: 256, or HEIGHTxWIDTH (default: the model's own; 256 for the embedded)")
     add("--seed", type=int, default=0, help="of the first prompt; each further one adds 1 (default: 0)")
@@ -200,6 +200,7 @@ def _add_compare(commands):
         "warm-up that is not timed. Speed-ups are against the first method.",
         """  ralu compare
   ralu compare "fox" "pizza" --methods stock-20 flux-5x --seed 7
+  ralu compare --model mini-schnell --methods stock-4 distilled-4
   ralu compare "a red bicycle" --model black-forest-labs/FLUX.1-dev""",
     )
     add = parser.add_argument
@@ -291,11 +292,8 @@ def _source(model: str) -> str:
     return model
 
 
-def _is_mini(source: str, family: str) -> bool:
-    try:
-        return Path(source).resolve() == mini_path(family).resolve()
-    except ValueError:  # a checkout without it
-        return False
+def _is_mini(source: str) -> bool:
+    return Path(source).resolve().parent == mini_path("flux").resolve().parent
 
 
 def _place(args: argparse.Namespace) -> tuple[str, str]:
@@ -349,7 +347,7 @@ class Painter:
             self.pipe = _load(args.model, source, dtype).to(device)
         name = family(self.pipe)
         self.methods = methods or [_method(text) for text in default[name]]
-        mini = _is_mini(source, name)
+        mini = _is_mini(source)
         own = 256 if mini else self.pipe.default_sample_size * self.pipe.vae_scale_factor
         height, width = args.size or (own, own)
         self._check_presets(presets(name))

@@ -174,7 +174,7 @@ def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
         raise Given
 
     monkeypatch.setattr(FluxPipeline, "__call__", call)
-    for embedded in (folder, str(tmp_path)):
+    for embedded in (folder, str(tmp_path / "elsewhere")):
         monkeypatch.setattr(cli, "mini_path", lambda _, path=embedded: cli.Path(path))
         with pytest.raises(Given):
             main(["generate", "fox", "--model", folder, "-o", str(tmp_path / "x.png")])
@@ -210,7 +210,7 @@ def test_sd3_goes_by_its_own_presets(rows, tmp_path, monkeypatch, capsys):
 
     calls = []
     monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", lambda self, prompts, **given: calls.append(given))
-    monkeypatch.setattr(cli, "mini_path", lambda family: cli.Path(folder if family == "sd3" else tmp_path))
+    monkeypatch.setattr(cli, "mini_path", lambda name: tmp_path / name)
     with pytest.raises(AttributeError):  # the pipeline gives no pictures any more
         main(["generate", "fox", "--model", "mini-sd3", "-o", output])
     assert calls[0]["height"] == 256 and calls[0]["guidance_scale"] < 7 and calls[0]["max_sequence_length"] == 32
@@ -259,7 +259,10 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("generate fox --size 60x64 --model {tiny}", "divide by 8, got 60x64; the nearest are 56x64 and 64x72"),
         ("generate fox --size 62 --preset stock --model {tiny}", "divide by 4, got 62x62"),
         ("generate fox --device nonsense --model {tiny}", "nonsense cannot be used"),
-        ("generate fox --model {tmp}/nothing", "neither mini, nor mini-flux, nor mini-sd3, nor a folder, nor a hub id"),
+        (
+            "generate fox --model {tmp}/nothing",
+            "neither mini, nor mini-flux, nor mini-schnell, nor mini-sd3, nor a folder, nor a hub id",
+        ),
         ("generate fox --model {tmp}", "no model_index.json"),
         ("generate fox --model {tmp}/broken", "cannot load"),
         ("generate fox -o {tmp}/fox.txt", ".png"),

@@ -1,11 +1,12 @@
-"""Distil the embedded FLUX model to few steps: a LoRA, as few-step FLUX checkpoints are often given away.
+"""Distil the embedded FLUX model to four steps, as FLUX.1-schnell was from FLUX.1-dev's kin.
 
-Nobody needs this to use RALU; it is how `ralu/mini/flux-4step` was made, for the preset `distilled-4`:
+Nobody needs this to use RALU; it is how `ralu/mini/schnell` was made, for the preset `distilled-4`:
 
     python -m ralu.mini.distill --steps STEPS
 
 Consistency distillation (Song et al., ICML 2023): the clean picture predicted at a noise level must be the one
-predicted one Euler step of the teacher further on. The teacher is the model without the LoRA.
+predicted one Euler step of the teacher further on. What learns is a LoRA, the teacher is the model without it, and in
+the end the two are fused.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from ralu.mini.train import (
 from ralu.schedule import shifted
 
 LEVELS = 24  # Euler steps the teacher would take from noise to picture
+TURNS = (256, 4), (128, 12)  # pixels and pictures of the training steps in turn
 
 
 def targets(transformer: torch.nn.Module) -> list[str]:
@@ -64,13 +66,12 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="distil", mininterval=5)
 
     def predict(x, sigma, text):
-        with torch.autocast("cpu", torch.bfloat16):
-            return x - sigma[:, None, None, None] * velocity(transformer, x, sigma, *text).float()
+        return x - sigma[:, None, None, None] * velocity(transformer, x, sigma, *text)
 
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 4e-4 * min(1, (step + 1) / 50, (steps - step) / (0.5 * steps))
-        size, count = family.turns[step % len(family.turns)]
+        size, count = TURNS[step % len(TURNS)]
         pick = torch.randint(len(CAPTIONS), (count,))
         x = latents[size][pick]
         u = torch.rand(count)
@@ -109,7 +110,7 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/flux-4step"), help="checkpoints, previews, the result")
+    parser.add_argument("--out", type=Path, default=Path("runs/schnell"), help="checkpoints, previews, the result")
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the pictures are downloaded to")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rank", type=int, default=32)
@@ -128,10 +129,11 @@ def main():
     latents = {size: pca.encode(resize(images, size)) for size in (256, 128)}
     weight = (pca.std / pca.std.mean()).float().view(-1, 1, 1)
     distil(pipe, latents, weight, args.steps, args.out)
-    lora = {name: value.half() for name, value in get_peft_model_state_dict(pipe.transformer).items()}
-    FluxPipeline.save_lora_weights(args.out / "flux-4step", transformer_lora_layers=lora)
-    pipe.scheduler.save_pretrained(args.out / "flux-4step")
-    print("saved", args.out / "flux-4step")
+    pipe.transformer.fuse_lora()
+    pipe.transformer.unload_lora()
+    pipe.transformer.half(), pipe.vae.half()  # as the training script does, and for its reason
+    pipe.save_pretrained(args.out / "schnell")
+    print("saved", args.out / "schnell")
 
 
 if __name__ == "__main__":
