@@ -1,6 +1,7 @@
 // The plan of a mixed-resolution sequence, and the two moves between the stages.
 #pragma once
 
+#include "../sort_key.h"
 #include "vector.cuh"
 
 namespace ralu::cuda {
@@ -19,13 +20,6 @@ struct Plan {
   int32_t *cu_seqlens, *source, *child, *inverse;
   float2* positions;
 };
-
-// In the order of the scores; -0 ties with 0, and NaN is below everything.
-RALU_INLINE uint32_t sort_key(float score) {
-  if (score != score) return 0;
-  const uint32_t bits = score == 0.0f ? 0 : bits_of(score);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
 
 // Sum over this lane and those after it.
 __device__ __forceinline__ uint32_t sum_from_here(uint32_t value, uint32_t lane) {
