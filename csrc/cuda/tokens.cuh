@@ -202,9 +202,11 @@ __device__ __forceinline__ Vector<T, V> carry_token(const float (&value)[V], uin
     }
   } else {
     static_assert(V == 1);
-    const Normals n = normals(key, element, move.stage, CARRIED);
-    const float first = channel % 2 ? n.n1 : n.n0, second = channel % 2 ? n.n3 : n.n2;
-    carried.value[0] = carry(0, channel / 2 % 2 ? second : first);
+    const Words w = philox(key, element, move.stage, CARRIED);
+    const bool later = channel / 2 % 2;
+    float even, odd;
+    box_muller(later ? w.w2 : w.w0, later ? w.w3 : w.w1, even, odd);
+    carried.value[0] = carry(0, channel % 2 ? odd : even);
   }
   return carried;
 }
