@@ -29,6 +29,8 @@ NVCC_FLAGS = ["-O3", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CON
 def why_no_native() -> str | None:
     if platform.system() == "Windows":
         return "Windows is not served"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "free-threaded Python has no limited API"
     if not shutil.which((os.environ.get("CXX") or "c++").split()[0]):
         return "no C++ compiler is on the PATH"
     if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
@@ -54,6 +56,8 @@ def why_no_cuda() -> str | None:
     release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if not release or release[1] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is not of CUDA {torch.version.cuda}, with which torch is built"
+    if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(nvcc)):
+        return f"{nvcc} knows none of the GPUs {', '.join(ARCHITECTURES)}: TORCH_CUDA_ARCH_LIST can name others"
     return None
 
 
@@ -70,14 +74,18 @@ def wanted(switch: str, what: str, obstacle) -> bool:
 
 
 def architectures(nvcc: str) -> str:
-    """Those that this toolkit knows, and PTX for what comes later."""
+    """Those that this toolkit knows, and PTX for what comes later; empty if it knows none."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     numbers = set(re.findall(r"compute_(\d+)", known))
-    return ";".join(a for a in ARCHITECTURES if a.replace(".", "") in numbers) + "+PTX"
+    served = ";".join(a for a in ARCHITECTURES if a.replace(".", "") in numbers)
+    return served and served + "+PTX"
 
 
 def extension() -> dict:
     if not wanted("RALU_NATIVE", "the C++ kernels", why_no_native):
+        for left in glob("ralu_kernels/_C*.so"):  # by an earlier editable install: it would still be imported
+            print(f"ralu: removing {left}")
+            os.remove(left)
         return {}
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension

@@ -1,5 +1,6 @@
 """FLUX: per-sample positions in a batch, and what a stock `FluxPipeline` needs to take a `RaluScheduler`."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch.nn.functional as F
@@ -68,10 +69,10 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
 
 
-def decode(pipe: DiffusionPipeline, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Latents as tokens (B, h·w, C), FLUX's or SD3's, to images (B, 3, H, W) in [-1, 1]."""
+def decode(pipe: DiffusionPipeline, tokens: Tensor, grid: tuple[int, int], decoder: Callable | None = None) -> Tensor:
+    """Latents as tokens (B, h·w, C), FLUX's or SD3's, to images (B, 3, H, W) in [-1, 1]; the decoder is the VAE's."""
     latents = unpack(tokens, grid) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+    return (decoder or pipe.vae.decode)(latents.to(pipe.vae.dtype), return_dict=False)[0]
 
 
 def install(pipe: FluxPipeline, scheduler: RaluScheduler, undo: ExitStack):

@@ -323,7 +323,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if plan is None:
             plan = plan_tokens(sample.new_zeros(sample.shape[:2], dtype=torch.float32), self.grid, ratio=0.0)
         packed = sample.flatten(0, 1) if mask is None else sample[mask]
-        return self._unpack(merge_tokens(packed, plan, 1.0, 0.0, 0.0, self._seeds, **self._rules), self._high_grid)
+        return self._unpack(merge_tokens(packed, plan, 1.0, 0.0, 0.0, 0, **self._rules), self._high_grid)
 
     def finish(self, sample: Tensor) -> Tensor:
         """End the run here, in whatever stage it is: `full_resolution` of its last sample."""

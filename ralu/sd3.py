@@ -63,10 +63,10 @@ class Positions:
         return (first, first + 1 - places), ((first + 1).clamp(max=self.size - 1), places - first)
 
     def _deviation(self) -> float:
-        """Of the stored buffer from the formula, row by row: SD3.5-medium's has 226 million values."""
-        stored = self.embed.pos_embed.view(self.size, self.size, -1)
-        whole = torch.arange(self.size, device=stored.device)
-        return max((self.formula(row.expand_as(whole), whole) - stored[row]).abs().max().item() for row in whole)
+        """Of the stored buffer from the formula, whose halves are the same for all rows, and for all columns."""
+        columns, rows = self.embed.pos_embed.view(self.size, self.size, -1).chunk(2, dim=-1)
+        axis = self._axis(torch.arange(self.size, device=rows.device))
+        return max(float((part - axis).abs().max()) for part in (columns, rows.transpose(0, 1)))
 
 
 class LayoutHook:
@@ -119,9 +119,18 @@ class WholeDecode:
         self.before = vars(pipe.vae).get("decode")
 
     def __call__(self, latents: Tensor, *args, **kwargs):
-        if getattr(self.pipe(), "_interrupt", False):
+        if getattr(self.pipe(), "_interrupt", False) and self._are_the_runs(latents):
             latents = self.scheduler.finish(latents)
         return self.stock(latents, *args, **kwargs)
+
+    def _are_the_runs(self, latents: Tensor) -> bool:
+        """A run that returned its latents leaves the pipeline interrupted: what is decoded then may be any others."""
+        layout = self.scheduler.layout
+        if layout is None:
+            return False
+        (h, w), length = self.scheduler.grid, layout.positions.shape[1]
+        tokens = {1: (h, w), 2: (1, length), 3: (2 * h, 2 * w)}[layout.stage]
+        return latents.shape[-2:] == (2 * tokens[0], 2 * tokens[1])
 
     @staticmethod
     def take_off(vae: torch.nn.Module):
@@ -138,9 +147,10 @@ def install(pipe: StableDiffusion3Pipeline, scheduler: RaluScheduler, undo: Exit
     if transformer.config.patch_size != 2:
         raise ValueError(f"RALU needs a transformer with patch_size 2, got {transformer.config.patch_size}")
     undo.callback(WholeDecode.take_off, vae)
-    scheduler.bind(lambda tokens, grid: decode(pipe, tokens, grid), pack=pack, unpack=unpack)
+    whole = WholeDecode(pipe, scheduler)
+    scheduler.bind(lambda tokens, grid: decode(pipe, tokens, grid, whole.stock), pack=pack, unpack=unpack)
     undo.callback(scheduler.unbind)
-    vae.decode = WholeDecode(pipe, scheduler)
+    vae.decode = whole
 
     hook = LayoutHook(scheduler, transformer.pos_embed, pipe.vae_scale_factor * 2)
     transformer.pos_embed.cropped_pos_embed = hook.cropped_pos_embed

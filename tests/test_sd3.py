@@ -394,6 +394,39 @@ def test_an_interrupted_run_decodes_what_there_is(stock, step, monkeypatch):
     assert isinstance(vars(vae)["decode"], FunctionType)  # the caller's own, put back
 
 
+@pytest.mark.parametrize("step", [0, 8])
+def test_latents_of_an_interrupted_run_are_decoded_as_they_are(pipe, step):
+    """output_type="latent" leaves the decoding to the caller, who may have made them full-size, or have others."""
+
+    def stop(pipe, i, t, values):
+        pipe._interrupt = i == step
+        return values
+
+    latents = tiny.paint(pipe, callback_on_step_end=stop, output_type="latent")
+    full = pipe.scheduler.full_resolution(latents)
+    assert latents.shape != full.shape == (1, 4, 32, 32)
+    decode = type(pipe.vae).decode.__get__(pipe.vae)
+    with torch.no_grad():
+        for others in (full, torch.randn(1, 4, 12, 20)):
+            assert torch.equal(pipe.vae.decode(others).sample, decode(others).sample)
+        assert torch.equal(pipe.vae.decode(latents).sample, decode(full).sample)
+
+
+def test_an_interruption_does_not_touch_the_preview(pipe, monkeypatch):
+    """It may come from another thread, while the last step of stage 1 is being made."""
+    run = pipe.transformer.forward
+    last = PRESETS["sd3-2x"].steps[0] - 1
+
+    def forward(*args, **kwargs):
+        pipe._interrupt = pipe.scheduler.step_index == last
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "forward", forward)
+    latents = tiny.paint(pipe, output_type="latent")
+    assert pipe.scheduler.running and pipe.scheduler.layout.stage == 2
+    assert latents.shape == (1, 4, 2, 2 * pipe.scheduler.layout.plan.max_seqlen)
+
+
 def test_pipelines_that_share_a_vae(stock):
     """Whichever is disabled first, the decoder ends as it was."""
     other = tiny.sd3("3.0")

@@ -1,33 +1,16 @@
-// From a tensor's dtype to a C++ type, and the loops' share of PyTorch's threads.
+// The number types of the loops, and their share of PyTorch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include "../ops.h"
+#include "../dispatch.h"
 #include "simd.h"
 
 namespace ralu::cpu {
 
 template <class F>
 void for_dtype(const Tensor& x, const F& f) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: STD_TORCH_CHECK(false, "the dtype must be float32, float16 or bfloat16");
-  }
-}
-
-template <class T>
-const T* input(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <class T>
-T* output(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
+  ralu::for_dtype<Half, BFloat16>(x, f);
 }
 
 // body(isa, begin, end), marked RALU_BODY, on the threads of PyTorch, which are one inside a DataLoader's worker. A task has

@@ -2,18 +2,12 @@
 
 #include <numeric>
 
+#include "../sort_key.h"
 #include "dispatch.h"
 
 namespace ralu::cpu {
 
 // ---- the plan ----
-
-// In the order of the scores; -0 ties with 0, and NaN is below everything.
-static uint32_t sort_key(float score) {
-  if (score != score) return 0;
-  const uint32_t bits = bits_of(score == 0.0f ? 0.0f : score);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
 
 static void promote_highest(const std::vector<float>& scores, int64_t count, uint8_t* promoted) {
   std::vector<uint32_t> key(scores.size());
@@ -80,15 +74,23 @@ void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, 
 
 // ---- the moves ----
 
-// The packed rows of a low token's four children, which are one row if it was carried.
-struct Rows {
-  int64_t row[4];
+// A low token of a plan.
+struct LowToken {
+  int64_t sample, index, corner;  // corner: the first of its children on the high grid, counted through all samples
+  int64_t row[4];                 // the packed rows of its children, which are one row if it was carried
   bool promoted;
-
-  // corner: the place of the first child in `inverse`.
-  RALU_INLINE Rows(const int32_t* corner, int64_t width)
-      : row{corner[0], corner[1], corner[2 * width], corner[2 * width + 1]}, promoted(row[1] != row[0]) {}
 };
+
+// body(token), marked RALU_BODY, for the low tokens [begin, end) of a batch's, n in a sample.
+template <class F>
+RALU_INLINE void for_low_tokens(int64_t begin, int64_t end, const int32_t* inverse, int64_t n, int64_t width,
+                                const F& body) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t corner = 4 * (i - i % width) + 2 * (i % width);
+    const int32_t* high = inverse + corner;
+    body(LowToken{i / n, i % n, corner, {high[0], high[1], high[2 * width], high[2 * width + 1]}, high[1] != high[0]});
+  }
+}
 
 static Move move_of(int64_t channels, int64_t stride_c, uint32_t stage, double scale, double noise_scale,
                     double carry_scale, double k, bool pixel) {
@@ -111,20 +113,20 @@ void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t
     const T* from = input<T>(low);
     T* to = output<T>(out);
     parallel(low.size(0) * n, GRAIN, [&](Isa isa, int64_t begin, int64_t end) RALU_BODY {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / n, token = i % n, y = token / width, x = token % width;
-        const int64_t corner = 4 * (b * n + y * width) + 2 * x;
-        const Rows rows(covered_by + corner, width);
-        const T* value = from + b * stride_b + token * stride_n;
-        const uint64_t key = static_cast<uint64_t>(keys[b]);
-        if (rows.promoted) {
-          T* const children[4] = {to + rows.row[0] * channels, to + rows.row[1] * channels,
-                                  to + rows.row[2] * channels, to + rows.row[3] * channels};
-          enlarge_token(isa, value, children, element.base.data(), element.offset(y, x), key, move);
+      Carried<T> carried(isa, move);
+      for_low_tokens(begin, end, covered_by, n, width, [&](const LowToken& token) RALU_BODY {
+        const T* value = from + token.sample * stride_b + token.index * stride_n;
+        const uint64_t key = static_cast<uint64_t>(keys[token.sample]);
+        T* first = to + token.row[0] * channels;
+        if (token.promoted) {
+          T* const children[4] = {first, to + token.row[1] * channels, to + token.row[2] * channels,
+                                  to + token.row[3] * channels};
+          enlarge_token(isa, value, children, element, token.index, key, move);
         } else {
-          carry_token(isa, value, to + rows.row[0] * channels, token, key, move);
+          carried.add(value, first, token.index, key);
         }
-      }
+      });
+      carried.finish();
     });
   });
 }
@@ -141,23 +143,21 @@ void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_
     const T* from = input<T>(packed);
     T* to = output<T>(out);
     parallel(inverse.size(0) * n, GRAIN, [&](Isa isa, int64_t begin, int64_t end) RALU_BODY {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / n, token = i % n, y = token / width, x = token % width;
-        const int64_t corner = 4 * (b * n + y * width) + 2 * x;
-        const Rows rows(covered_by + corner, width);
-        const uint64_t key = static_cast<uint64_t>(keys[b]);
-        T* first = to + corner * channels;
-        T* const children[4] = {first, first + channels, first + 2 * width * channels,
-                                first + (2 * width + 1) * channels};
-        if (rows.promoted) {
+      Carried<T> carried(isa, move);
+      for_low_tokens(begin, end, covered_by, n, width, [&](const LowToken& token) RALU_BODY {
+        const uint64_t key = static_cast<uint64_t>(keys[token.sample]);
+        const int64_t place[4] = {0, 1, 2 * width, 2 * width + 1};
+        T* first = to + token.corner * channels;
+        if (token.promoted) {
           for (int64_t m = 0; m < 4; ++m)
-            carry_token(isa, from + rows.row[m] * stride_n, children[m],
-                        (2 * y + m / 2) * 2 * width + 2 * x + m % 2, key, move);
+            carried.add(from + token.row[m] * stride_n, first + place[m] * channels,
+                        token.corner - 4 * n * token.sample + place[m], key);
         } else {
-          enlarge_token(isa, from + rows.row[0] * stride_n, children, element.base.data(), element.offset(y, x), key,
-                        move);
+          T* const children[4] = {first, first + channels, first + place[2] * channels, first + place[3] * channels};
+          enlarge_token(isa, from + token.row[0] * stride_n, children, element, token.index, key, move);
         }
-      }
+      });
+      carried.finish();
     });
   });
 }

@@ -8,15 +8,18 @@
 
 namespace ralu::cpu {
 
-// The random counter's element of an enlarged token's channel is base[lane] + offset(y, x); see reference.py for the
+// The random counter's element of an enlarged token's channel is base[lane] + offset(token); see reference.py for the
 // numbering. Lanes are channels, but at pixel granularity: there a group of channels is gone through by inner pixel,
 // because inner pixel p of all of them makes child p.
 struct Elements {
   std::vector<uint32_t> base;
-  int64_t row, column;
+  int64_t width, row, column;
 
   Elements(int64_t height, int64_t width, int64_t channels, bool pixel)
-      : base((channels + 15) / 16 * 16), row(pixel ? 4 * width : width * channels), column(pixel ? 2 : channels) {
+      : base((channels + 15) / 16 * 16),
+        width(width),
+        row(pixel ? 4 * width : width * channels),
+        column(pixel ? 2 : channels) {
     for (int64_t first = 0; first < channels; first += RUN) {
       const int64_t count = std::min<int64_t>(RUN, channels - first);
       for (int64_t lane = 0; lane < count; ++lane) {
@@ -27,7 +30,7 @@ struct Elements {
     }
   }
 
-  uint32_t offset(int64_t y, int64_t x) const { return static_cast<uint32_t>(y * row + x * column); }
+  uint32_t offset(int64_t token) const { return static_cast<uint32_t>(token / width * row + token % width * column); }
 };
 
 struct Move {
@@ -39,8 +42,8 @@ struct Move {
 
 // from: one low token; to: its four children.
 template <class T>
-RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const uint32_t* base, uint32_t offset, uint64_t key,
-                               const Move& move) {
+RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const Elements& element, int64_t token,
+                               uint64_t key, const Move& move) {
   for (int64_t first = 0; first < move.channels; first += RUN) {
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first)), quarter = count / 4;
     const int32_t padded = (count + 15) & ~15;  // whole vectors
@@ -54,7 +57,7 @@ RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const uint3
     }
     std::fill(value + count, value + padded, 0.0f);
     Run words;
-    philox_run(isa, key, base + first, offset, move.stage, UPSAMPLED, padded, words);
+    philox_run(isa, key, element.base.data() + first, element.offset(token), move.stage, UPSAMPLED, padded, words);
     for (int32_t j = 0; j < padded; ++j) {
       const Normals n = normals(words[j]);
       const Normals o = enlarge(value[j], n, move.scale, move.noise_scale, move.k);
@@ -78,26 +81,59 @@ RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const uint3
   }
 }
 
-// token: its place in the grid of its own size.
+// Carried tokens, or pieces of long ones, gathered until their random numbers fill a run.
 template <class T>
-RALU_INLINE void carry_token(Isa isa, const T* from, T* to, int64_t token, uint64_t key, const Move& move) {
-  const int64_t fours = (move.channels + 3) / 4;
-  for (int64_t first = 0; first < fours; first += RUN) {
-    const int32_t calls = static_cast<int32_t>(std::min<int64_t>(RUN, fours - first)), padded = (calls + 15) & ~15;
-    const int32_t count = static_cast<int32_t>(std::min<int64_t>(4 * RUN, move.channels - 4 * first));
+class Carried {
+ public:
+  RALU_INLINE Carried(Isa isa, const Move& move) : isa_(isa), move_(move) {}
+
+  // token: its place in the grid of its own size.
+  RALU_INLINE void add(const T* from, T* to, int64_t token, uint64_t key) {
+    const int64_t fours = (move_.channels + 3) / 4;
+    for (int64_t first = 0; first < fours; first += RUN) {
+      const int32_t m = static_cast<int32_t>(std::min<int64_t>(RUN, fours - first));
+      if (used_ + m > RUN || key != key_) finish();
+      key_ = key;
+      const uint32_t element = static_cast<uint32_t>(token * fours + first);
+      for (int32_t j = 0; j < m; ++j) element_[used_ + j] = element + j;
+      const int32_t count = static_cast<int32_t>(std::min<int64_t>(4 * RUN, move_.channels - 4 * first));
+      piece_[pieces_++] = {from + 4 * first * move_.stride_c, to + 4 * first, count};
+      used_ += m;
+    }
+  }
+
+  RALU_INLINE void finish() {
+    const int32_t padded = (used_ + 15) & ~15;  // whole vectors
     Run words;
-    philox_run(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(token * fours + first), move.stage, CARRIED, padded,
-               words);
+    philox_run(isa_, key_, element_, 0, move_.stage, CARRIED, padded, words);
     float z[4 * RUN];
     for (int32_t j = 0; j < padded; ++j) {
       const Normals n = normals(words[j]);
       z[4 * j] = n.n0, z[4 * j + 1] = n.n1, z[4 * j + 2] = n.n2, z[4 * j + 3] = n.n3;
     }
-    const T* source = from + 4 * first * move.stride_c;
-    T* target = to + 4 * first;
-    for (int32_t c = 0; c < count; ++c)
-      target[c] = from_float<T>(move.scale * to_float(source[c * move.stride_c]) + move.carry_scale * z[c]);
+    const float* noise = z;
+    for (int32_t i = 0; i < pieces_; ++i) {
+      const Piece& p = piece_[i];
+      for (int32_t c = 0; c < p.count; ++c)
+        p.to[c] = from_float<T>(move_.scale * to_float(p.from[c * move_.stride_c]) + move_.carry_scale * noise[c]);
+      noise += (p.count + 3) & ~3;
+    }
+    used_ = pieces_ = 0;
   }
-}
+
+ private:
+  struct Piece {
+    const T* from;
+    T* to;
+    int32_t count;
+  };
+
+  const Isa isa_;
+  const Move& move_;
+  uint64_t key_ = 0;
+  int32_t used_ = 0, pieces_ = 0;
+  uint32_t element_[RUN] = {};
+  Piece piece_[RUN];
+};
 
 }  // namespace ralu::cpu

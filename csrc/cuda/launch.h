@@ -4,9 +4,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include "../ops.h"
+#include "../dispatch.h"
 #include "vector.cuh"
 
 namespace ralu::cuda {
@@ -35,23 +34,7 @@ class Launch {
 
 template <class F>
 void for_dtype(const Tensor& x, const F& f) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(__half{});
-    case ScalarType::BFloat16: return f(__nv_bfloat16{});
-    default: STD_TORCH_CHECK(false, "the dtype must be float32, float16 or bfloat16");
-  }
-}
-
-template <class T>
-const T* input(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <class T>
-T* output(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
+  ralu::for_dtype<__half, __nv_bfloat16>(x, f);
 }
 
 inline uint32_t narrow(int64_t size) { return static_cast<uint32_t>(size); }

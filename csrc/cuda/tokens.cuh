@@ -1,6 +1,7 @@
 // The plan of a mixed-resolution sequence, and the two moves between the stages.
 #pragma once
 
+#include "../sort_key.h"
 #include "vector.cuh"
 
 namespace ralu::cuda {
@@ -19,13 +20,6 @@ struct Plan {
   int32_t *cu_seqlens, *source, *child, *inverse;
   float2* positions;
 };
-
-// In the order of the scores; -0 ties with 0, and NaN is below everything.
-RALU_INLINE uint32_t sort_key(float score) {
-  if (score != score) return 0;
-  const uint32_t bits = score == 0.0f ? 0 : bits_of(score);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
 
 // Sum over this lane and those after it.
 __device__ __forceinline__ uint32_t sum_from_here(uint32_t value, uint32_t lane) {
@@ -208,9 +202,11 @@ __device__ __forceinline__ Vector<T, V> carry_token(const float (&value)[V], uin
     }
   } else {
     static_assert(V == 1);
-    const Normals n = normals(key, element, move.stage, CARRIED);
-    const float first = channel % 2 ? n.n1 : n.n0, second = channel % 2 ? n.n3 : n.n2;
-    carried.value[0] = carry(0, channel / 2 % 2 ? second : first);
+    const Words w = philox(key, element, move.stage, CARRIED);
+    const bool later = channel / 2 % 2;
+    float even, odd;
+    box_muller(later ? w.w2 : w.w0, later ? w.w3 : w.w1, even, odd);
+    carried.value[0] = carry(0, channel % 2 ? odd : even);
   }
   return carried;
 }
