@@ -163,8 +163,9 @@ def estimate(
     preview:       whether a preview is decoded to find edges, as regions="canny" does.
     dtype:         of weights and activations; None for a given pipeline's own, else bfloat16.
 
-    The peak is that of a pipeline that is wholly on the device, under fused attention. What libraries keep for
-    themselves (workspaces, fragments, their own code) is more. Adapters and quantisation are not looked at.
+    The peak is that of a pipeline that is wholly on the device, under fused attention, all of it in one dtype (loaded
+    as float16, T5 keeps a part in float32). What libraries keep for themselves (workspaces, fragments, their own code)
+    is more. Adapters and quantisation are not looked at.
     Raises ValueError for an unknown model or method, and for sizes that do not fit.
     """
     parts = describe(model)
@@ -301,7 +302,8 @@ def _stored(folder: str | Path) -> Iterator[tuple[str, tuple[type, dict]]]:
 
 def _json(config) -> str:
     plain = config if isinstance(config, dict) else config.to_dict()
-    return json.dumps({key: value for key, value in plain.items() if not key.startswith("_")}, sort_keys=True)
+    kept = {key: value for key, value in plain.items() if not key.startswith("_") and key != "quantization_config"}
+    return json.dumps(kept, sort_keys=True)
 
 
 @lru_cache
