@@ -5,6 +5,7 @@ on where it was. `python -m ralu.evaluate FOLDER METRIC ...` scores a folder tha
 that needs no diffusers: for a package that does not get along with this one's requirements.
 """
 
+import argparse
 import base64
 import hashlib
 import html
@@ -33,6 +34,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+
+from . import __version__
 
 SAMPLE = 1_000_000  # between the seeds of a prompt's samples, so that those of neighbouring lines never meet
 SHOWN = 12  # prompts in the report's grid
@@ -144,7 +147,7 @@ def settle(folder: Path, wanted: dict, write: bool = True):
 def setting(painter, prompts: list[Prompt]) -> dict:
     """Everything that the pictures of `painter`'s methods depend on, for `settle`. Leaves the last method in use."""
     pipe = painter.pipe
-    versions = {name: metadata.version(name) for name in ("ralu", "diffusers", "transformers", "torch")}
+    versions = {"ralu": __version__} | {name: metadata.version(name) for name in ("diffusers", "transformers", "torch")}
     found = painter.call | {
         "dtype": str(pipe.dtype), "seed": painter.seed, "prompts": [[prompt.line, prompt.text] for prompt in prompts],
         "versions": versions, "model": _digest(pipe),
@@ -290,7 +293,9 @@ METRICS = {
     "clip-iqa": Metric("CLIP-IQA", "higher", "pyiqa", "RN50.pt in {hub}/clip", _clip_iqa),
     "image-reward": Metric(
         "ImageReward", "higher", "image-reward",
-        "ImageReward.pt and med_config.json in ~/.cache/ImageReward, and bert-base-uncased's tokenizer", _image_reward,
+        "ImageReward.pt and med_config.json in ~/.cache/ImageReward, and bert-base-uncased's tokenizer; where it cannot "
+        "load beside transformers 5, `python -m ralu.evaluate FOLDER image-reward` scores in another environment",
+        _image_reward,
     ),
 }  # fmt: skip
 
@@ -511,4 +516,10 @@ def main(folder: Path, metrics: list[str]):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(prog="python -m ralu.evaluate", description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("metrics", nargs="+", choices=METRICS)
+    try:
+        main(**vars(parser.parse_args()))
+    except Missing as why:
+        sys.exit(str(why))
