@@ -293,8 +293,8 @@ METRICS = {
     "clip-iqa": Metric("CLIP-IQA", "higher", "pyiqa", "RN50.pt in {hub}/clip", _clip_iqa),
     "image-reward": Metric(
         "ImageReward", "higher", "image-reward",
-        "ImageReward.pt and med_config.json in ~/.cache/ImageReward, and bert-base-uncased's tokenizer; where it cannot "
-        "load beside transformers 5, `python -m ralu.evaluate FOLDER image-reward` scores in another environment",
+        "ImageReward.pt and med_config.json in ~/.cache/ImageReward, and bert-base-uncased's tokenizer; if it cannot "
+        "be loaded beside transformers 5, `python -m ralu.evaluate FOLDER image-reward` scores in another environment",
         _image_reward,
     ),
 }  # fmt: skip
@@ -318,21 +318,18 @@ def score(
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"by": None, "scores": {}}
         known = kept["scores"] if metric.version in (None, kept["by"]) else {}
         if todo := [picture for picture in pictures if picture.name not in known]:
-            mine, why = {}, ""
+            with state.local_main_process_first():  # it may download
+                scorer = scorer or _loaded(metric, device)
+            mine, why = {}, scorer if isinstance(scorer, str) else ""
+            share = [] if why else todo[state.process_index :: state.num_processes]
             try:
-                with state.local_main_process_first():  # it may download
-                    scorer = scorer or _loaded(metric, device)
-                if isinstance(scorer, Exception):
-                    raise scorer
-                share = todo[state.process_index :: state.num_processes]
                 for picture in tqdm(share, f"{name}, {method}", disable=not state.is_main_process, dynamic_ncols=True):
                     mine[picture.name] = scorer(folder / method / picture.name, picture.prompt.text)
-            except Exception as error:  # packages, downloads and file formats have errors of their own
-                why = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+            except Exception as error:  # a package has errors of its own, and the other processes wait for this one
+                why = f"it fails at {method}/{picture.name} ({_short(error)})"
             parts = gather_object([(mine, why)])
             if why := next((why for _, why in parts if why), ""):
-                needs = metric.needs.format(hub=torch.hub.get_dir())
-                raise Missing(f"it needs the package {metric.package}, and {needs} ({why})")
+                raise Missing(why)
             for part, _ in parts:
                 known |= part
             if state.is_main_process:
@@ -341,11 +338,17 @@ def score(
     return found
 
 
-def _loaded(metric: Metric, device: str) -> Callable[[Path, str], float] | Exception:
+def _loaded(metric: Metric, device: str) -> Callable[[Path, str], float] | str:
+    """Its scorer, or why there is none."""
     try:
         return metric.load(device)
-    except Exception as error:  # to be raised where no other process waits for this one
-        return error
+    except Exception as error:  # packages, downloads and file formats have errors of their own
+        needs = metric.needs.format(hub=torch.hub.get_dir())
+        return f"it needs the package {metric.package}, and {needs} ({_short(error)})"
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:

@@ -345,6 +345,11 @@ def test_scores_are_kept_and_a_metric_that_cannot_be_had_is_left_out(tmp_path, m
     tabulate(wanted)
     assert len(calls) == 4
 
+    (tmp_path / "scores" / "niqe" / "stock-4.json").unlink()
+    (tmp_path / "stock-4" / "00001-00.png").write_bytes(b"no picture")
+    with pytest.raises(Missing, match=r"fails at stock-4/00001-00\.png \(UnidentifiedImageError"):
+        evaluate.score("niqe", tmp_path, ["stock-4"], wanted, state, "cpu")
+
 
 def test_scores_of_another_environment_are_reported(tmp_path, monkeypatch):
     """ImageReward's package is called as its README does; where it is absent, the scores that it gave stay."""
