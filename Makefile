@@ -11,6 +11,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
+	$(BIN)/pip install --quiet --no-deps "pyiqa>=0.1.16" iqa-torch  # torchvision, which pyiqa asks for, would bring CUDA
 	touch $@
 
 demo: install

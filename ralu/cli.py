@@ -23,6 +23,7 @@ METHODS = {
     "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x"],
 }
 NAMES = ", ".join([*PRESETS, *DISTILLED])
+METRICS = ["niqe", "clip-iqa", "image-reward", "geneval", "t2i-compbench"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MINI = {"mini": "flux", "mini-flux": "flux", "mini-schnell": "schnell", "mini-sd3": "sd3"}  # the embedded models
 # The embedded models' captions are short; padding them to hundreds of tokens would only cost time.
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
   ralu generate "fox" -o fox.png
   ralu compare                          stock and RALU side by side, with times
   ralu compare --model mini-sd3         the same for SD3
+  ralu evaluate --prompts prompts.txt   many pictures, scored, with a report
   ralu regions --ratios .1 .2 .3        which regions go to full resolution first
   ralu schedule --steps 4 5 6 --ends .3 .45 1
   ralu estimate --model sd3-medium      operations and memory, before anything runs
@@ -125,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ralu {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for add in (_add_generate, _add_compare, _add_regions, _add_schedule, _add_estimate):
+    for add in (_add_generate, _add_compare, _add_evaluate, _add_regions, _add_schedule, _add_estimate):
         add(commands)
     return parser
 
@@ -205,16 +207,55 @@ def _add_compare(commands):
   ralu compare --model mini-schnell --methods stock-4 distilled-4
   ralu compare "a red bicycle" --model black-forest-labs/FLUX.1-dev""",
     )
-    add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help=f"(default: {', '.join(PROMPTS)})")
-    add(
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help=f"(default: {', '.join(PROMPTS)})")
+    _add_methods(parser)
+    _add_output(parser, "outputs/compare.png")
+    _add_model(parser)
+
+
+def _add_methods(parser: argparse.ArgumentParser):
+    parser.add_argument(
         "--methods",
         nargs="+",
         type=_method,
         metavar="METHOD",
         help=f"{NAMES}, stock-STEPS (default: {' '.join(METHODS['flux'])}; for SD3 {' '.join(METHODS['sd3'])})",
     )
-    _add_output(parser, "outputs/compare.png")
+
+
+def _add_evaluate(commands):
+    parser = _add(
+        commands,
+        _evaluate,
+        "evaluate",
+        "paint a file of prompts with several methods and score the pictures",
+        "An interrupted run goes on where it was; `accelerate launch` spreads it over GPUs or processes. The folder's "
+        "report.html has a table and pictures. A metric that lacks a package or weights is left out and says so.",
+        """  ralu evaluate --prompts prompts.txt --methods stock-50 flux-5x --metrics niqe
+  accelerate launch --num_processes 8 -m ralu.cli evaluate --prompts evaluation_metadata.jsonl \\
+      --samples 4 --metrics geneval --model black-forest-labs/FLUX.1-dev -o geneval""",
+    )
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, metavar="FILE", help='text, a prompt a line, or .jsonl with a "prompt"')
+    _add_methods(parser)
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["niqe"],
+        metavar="METRIC",
+        help=f"{', '.join(METRICS)} (default: niqe)",
+    )
+    add("--samples", type=_count, default=1, help="pictures of a prompt; their seeds differ by 1000000 (default: 1)")
+    add("--batch", type=_count, default=1, help="pictures painted at once (default: 1)")
+    add(
+        "-o",
+        "--output",
+        type=lambda folder: Path(folder, "report.html"),
+        default="outputs/evaluation",
+        metavar="FOLDER",
+        help="where all is kept (default: outputs/evaluation)",
+    )
     _add_model(parser)
 
 
@@ -426,8 +467,8 @@ class Painter:
             self.use(method, replace(self.pipe.scheduler.schedule, steps=(1, 1, 1)))
         self.paint(replace(method, steps=1), prompts, f"{method.name}, warm-up", leave=False)
 
-    def paint(self, method: Method, prompts: list[str], label: str, first: int = 0, **bar) -> Painting:
-        """A picture for each prompt, in one batch. first: the first prompt's place among all, which sets its seed."""
+    def paint(self, method: Method, prompts: list[str], label: str, seeds: list[int] | None = None, **bar) -> Painting:
+        """A picture for each prompt, in one batch. seeds: theirs; by default the first of --seed, and 1 more each."""
         import torch
 
         calls = []
@@ -436,7 +477,8 @@ class Painter:
         # A preset has its own number whatever is asked for, but SD3's progress bar goes by what is asked for.
         count = sum(self.pipe.scheduler.schedule.steps) if method.preset else method.steps
         steps = {"num_inference_steps": count} if count else {}
-        generators = [torch.Generator().manual_seed(self.seed + first + i) for i in range(len(prompts))]
+        seeds = seeds or [self.seed + i for i in range(len(prompts))]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         try:
             start = time.perf_counter()
             images = self.pipe(prompts, generator=generators, **steps, **self.call).images
@@ -460,7 +502,7 @@ def _generate(args: argparse.Namespace):
     painter.use(method, **options)
     print(f"{painter.where}, {method.name}")
     for i, prompt in enumerate(args.prompts):
-        painting = painter.paint(method, [prompt], label=prompt[:40], first=i)
+        painting = painter.paint(method, [prompt], label=prompt[:40], seeds=[args.seed + i])
         path = args.output
         if len(args.prompts) > 1:
             path = path.with_stem(f"{path.stem}-{i + 1:0{len(str(len(args.prompts)))}d}")
@@ -493,6 +535,27 @@ def _compare(args: argparse.Namespace):
     note = f"{painter.where}. Seconds for a row, in one batch; speed-up over the first row. Same seeds in all rows."
     grid(prompts, rows, note).save(args.output)
     print(f"\n{args.output}")
+
+
+def _evaluate(args: argparse.Namespace):
+    from . import evaluate
+
+    folder, prompts = args.output.parent, evaluate.read_prompts(args.prompts)
+    pictures = [evaluate.Picture(prompt, sample) for sample in range(args.samples) for prompt in prompts]
+    state = evaluate.processes(args.device)
+    if state.num_processes > 1:
+        args.device = str(state.device)
+    painter = Painter(args, args.methods and list(dict.fromkeys(args.methods)), METHODS)
+    evaluate.settle(folder, evaluate.setting(painter, prompts), write=state.is_main_process)
+    evaluate.paint(painter, folder, pictures, args.batch, state)
+    names = [method.name for method in painter.methods]
+    table = evaluate.tabulate(folder, names, pictures, args.metrics, state, str(painter.pipe.device))
+    if state.is_main_process:
+        evaluate.write_text(args.output, evaluate.page(painter.where, folder, table, prompts))
+        for method, cells in table.rows.items():
+            print(f"{method}: " + ", ".join(f"{head} {cell}" for head, cell in zip(table.heads, cells, strict=True)))
+        print(*table.notes, args.output, sep="\n")
+    state.destroy_process_group()
 
 
 def _regions(args: argparse.Namespace):
@@ -633,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = _parser()
         args = parser.parse_args(argv)
         if "run" not in args:
-            parser.error("which command? generate, compare, regions, schedule or estimate")
+            parser.error("which command? generate, compare, evaluate, regions, schedule or estimate")
         if "output" in args:
             _make_room(args.output)
         args.run(args)

@@ -1,0 +1,459 @@
+"""`ralu evaluate`: one, two and killed processes against the pipeline itself, scores against the metrics' authors."""
+
+import base64
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+import ralu
+from ralu import cli, evaluate
+from ralu.cli import main
+from ralu.evaluate import Missing, Picture, Prompt
+
+METHODS = ["stock-2", "flux-7x"]
+CAPTIONS = ["fox", "", "penguin", "pizza"]  # with a blank line, which counts
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    room = tmp_path_factory.mktemp("evaluate")
+    (room / "prompts.txt").write_text("\n".join(CAPTIONS))
+    return room
+
+
+def arguments(room, folder, *more):
+    options = ["--prompts", room / "prompts.txt", "--methods", *METHODS, "--metrics", "geneval", "--size", 64]
+    return ["evaluate", *map(str, [*options, "--seed", 5, "--device", "cpu", "-o", folder, *more])]
+
+
+@pytest.fixture(scope="module")
+def whole(room):
+    """What one process paints without interruption."""
+    assert main(arguments(room, room / "whole")) == 0
+    return room / "whole"
+
+
+def painted(folder):
+    return {str(path.relative_to(folder)): path for method in METHODS for path in folder.glob(f"{method}/*")}
+
+
+def same(folder, other):
+    ours, theirs = painted(folder), painted(other)
+    pixels = ((np.asarray(Image.open(ours[name])), np.asarray(Image.open(theirs[name]))) for name in ours)
+    return ours.keys() == theirs.keys() and all(np.array_equal(a, b) for a, b in pixels)
+
+
+def test_pictures_are_the_pipelines(whole):
+    pipe = FluxPipeline.from_pretrained(ralu.mini_path())
+    pipe.set_progress_bar_config(disable=True)
+    lines = {0: "fox", 2: "penguin", 3: "pizza"}
+    assert sorted(painted(whole)) == sorted(f"{method}/{line:05d}-00.png" for method in METHODS for line in lines)
+    for line, caption in lines.items():
+        for method, steps in zip(METHODS, (2, 10), strict=True):
+            (ralu.disable if steps == 2 else ralu.enable)(pipe, *([method] if steps == 10 else []))
+            call = {"num_inference_steps": steps, "height": 64, "width": 64, "max_sequence_length": 32}
+            image = pipe(caption, generator=tiny.generators(5 + line), **call).images[0]
+            path = whole / method / f"{line:05d}-00.png"
+            assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+            made = evaluate.record(path)
+            assert (made["prompt"], made["seed"], made["calls"]) == (caption, 5 + line, steps)
+
+
+def test_two_processes_paint_the_same(room, whole):
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    settings = "--mixed_precision no --dynamo_backend no -m ralu.cli"
+    command = [sys.executable, "-m", *launch.split(), *settings.split(), *arguments(room, room / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report.html") == 1  # one of them reports
+    assert same(room / "two", whole)
+    assert all(evaluate.record(path)["processes"] == 2 for path in painted(room / "two").values())
+
+
+def test_a_killed_run_goes_on(room, whole, monkeypatch):
+    folder = room / "killed"
+    command = [sys.executable, "-m", "ralu.cli", *arguments(room, folder)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob("*/*.png")) and run.poll() is None:
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+
+    left = {name: path for name, path in painted(folder).items() if path.suffix == ".png"}
+    missing = sorted(painted(whole).keys() - left.keys())
+    assert left and missing
+    before = {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in left.items()}
+    half = folder / f"{missing[0]}.part"  # as if it had been killed while it wrote this one
+    half.parent.mkdir(exist_ok=True)
+    half.write_bytes(painted(whole)[missing[0]].read_bytes()[:100])
+
+    saved, save = [], evaluate._save
+    monkeypatch.setattr(evaluate, "_save", lambda image, path, made: saved.append(path) or save(image, path, made))
+    assert main(arguments(room, folder)) == 0
+    assert sorted(str(path.relative_to(folder)) for path in saved) == missing
+    assert same(folder, whole)  # nor is a half-written file left
+    assert {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in left.items()} == before
+
+    saved.clear()
+    assert main(arguments(room, folder)) == 0
+    assert not saved
+
+
+# ---- without a model ----
+
+
+class Painter:
+    """Paints each seed as a colour, in no time."""
+
+    def __init__(self, *methods, seed=0):
+        self.pipe = SimpleNamespace(device=torch.device("cpu"))
+        self.methods, self.seed, self.batches = [cli._method(name) for name in methods], seed, []
+        self.use = self.warm_up = lambda *_: None
+
+    def paint(self, method, prompts, label, seeds, **bar):
+        self.batches.append((method.name, prompts, seeds))
+        images = [Image.new("RGB", (8, 8), colour(seed)) for seed in seeds]
+        return cli.Painting(images, len(prompts) / 2, method.steps)
+
+
+SAMPLE = 1_000_000  # between the seeds of two samples, as --help says
+
+
+def colour(seed):
+    return seed % SAMPLE, seed // SAMPLE, 0
+
+
+def process(index=0, count=1):
+    return SimpleNamespace(process_index=index, num_processes=count, is_main_process=not index, wait_for_everyone=int)
+
+
+def pictures(texts, samples=1, **metadata):
+    prompts = [Prompt(line, text, {"prompt": text} | metadata) for line, text in enumerate(texts)]
+    return [Picture(prompt, sample) for sample in range(samples) for prompt in prompts]
+
+
+def test_processes_share_the_work_and_seeds_stay(tmp_path, monkeypatch):
+    wanted = pictures("abcdefg", samples=2)
+    painters = [Painter("stock-4", "stock-2", seed=3) for _ in range(3)]
+    there = evaluate._there
+    monkeypatch.setattr(evaluate, "_there", lambda room, part: 0)  # all look before one paints
+    for index, painter in enumerate(painters):
+        evaluate.paint(painter, tmp_path, wanted, 2, process(index, 3))
+    done = [(method, seed) for painter in painters for method, _, seeds in painter.batches for seed in seeds]
+    seeds = [3 + line + SAMPLE * sample for sample in (0, 1) for line in range(7)]
+    assert sorted(done) == sorted((method, seed) for method in ("stock-4", "stock-2") for seed in seeds)
+
+    monkeypatch.setattr(evaluate, "_there", there)
+    gone, kept = tmp_path / "stock-2" / "00004-01.png", tmp_path / "stock-2" / "00003-01.png"
+    gone.unlink()
+    before, painter = kept.stat().st_ino, Painter("stock-4", "stock-2", seed=3)
+    evaluate.paint(painter, tmp_path, wanted, 2, process())
+    assert painter.batches == [("stock-2", ["d", "e"], [3 + SAMPLE + 3, 3 + SAMPLE + 4])]  # the batch it was in
+    assert Image.open(gone).getpixel((0, 0)) == colour(3 + SAMPLE + 4)
+    assert kept.stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--size": "32"}, "another height: 64, now 32"),
+        ({"--seed": "1"}, "another seed: 0, now 1"),
+        ({"--dtype": "bfloat16"}, "another dtype"),
+        ({"--prompts": "other.txt"}, "another prompts"),
+        ({"--model": "other"}, "another model"),
+        ({"--methods": "stock-2 flux-7x"}, "another method flux-7x"),
+        ({"--methods": "stock-1 stock-2"}, None),
+        ({"--samples": "2", "--batch": "2"}, None),
+    ],
+)
+def test_other_settings_do_not_mix(change, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny.flux()
+    pipe.save_pretrained("model")
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias += 1
+    pipe.save_pretrained("other")
+    Path("prompts.txt").write_text("a cat\na dog")
+    Path("other.txt").write_text("a cat\na cow")
+    options = {"--prompts": "prompts.txt", "--model": "model", "--size": "64", "--methods": "stock-1", "-o": "out"}
+    options |= {"--metrics": "geneval"}
+    first = options | {"--methods": "stock-1 flux-7x"} if words and "flux-7x" in words else options
+
+    def run(options):
+        return main(["evaluate", *(word for key, value in options.items() for word in (key, *value.split()))])
+
+    assert run(first) == 0
+    before = {path: path.read_bytes() for path in Path("out").rglob("*.*")}
+    if words and "flux-7x" in words:
+        monkeypatch.setitem(ralu.PRESETS, "flux-7x", ralu.PRESETS["flux-5x"])
+    capsys.readouterr()
+    assert run(options | change) == (2 if words else 0)
+    printed = capsys.readouterr().err
+    if words:
+        assert printed.count("\n") == 1 and words in printed
+        assert before == {path: path.read_bytes() for path in Path("out").rglob("*.*")}
+    else:
+        assert all(path.read_bytes() == data for path, data in before.items() if path.suffix == ".png")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.txt", "\n \n", "has no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\nfox', 'line 2 of p.jsonl has no "prompt": fox'),
+        ("p.jsonl", '{"prompt": 3}', "line 1"),
+        ("p.jsonl", "[1]", "line 1"),
+    ],
+)
+def test_prompt_files_that_are_none(name, text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        evaluate.read_prompts(Path(name))
+
+
+def test_prompt_files(tmp_path):
+    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_text("\ufeffa fox\n\nein Bär\tspatial\n", encoding="utf-8")
+    assert evaluate.read_prompts(text) == [Prompt(0, "a fox"), Prompt(2, "ein Bär")]
+    lines.write_text('{"tag": "colors", "prompt": "a\u2028b"}\n', encoding="utf-8")
+    (prompt,) = evaluate.read_prompts(lines)
+    assert (prompt.text, prompt.metadata["tag"]) == ("a\u2028b", "colors")
+
+
+def test_the_command_knows_all_metrics():
+    assert [*evaluate.METRICS, *evaluate.LAYOUTS] == cli.METRICS
+
+
+# ---- metrics ----
+
+
+def test_interval():
+    """Student's t for four degrees of freedom is 2.776 at 97.5 %; samples of a prompt count once."""
+    values = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    expected = (3.0, 3 - 2.77645 * 0.5**0.5, 3 + 2.77645 * 0.5**0.5)
+    assert evaluate.interval(values) == pytest.approx(expected, rel=1e-5)
+    assert evaluate.interval(np.vstack([values - 1, values, values + 1])) == pytest.approx(expected, rel=1e-5)
+    holes = np.array([[np.nan, 1.0, 2.0, 3.0, 9.0, 5.0], [np.nan, np.inf, np.nan, np.nan, -1.0, np.nan]])
+    assert evaluate.interval(holes) == pytest.approx(expected, rel=1e-5)
+    assert evaluate.interval(values[:, :1])[0] == 1.0 and np.isnan(evaluate.interval(values[:, :1])[1:]).all()
+    assert np.isnan(evaluate.interval(values * np.nan)).all()
+
+
+def absent(name):
+    raise metadata.PackageNotFoundError(name)
+
+
+needs_pyiqa = pytest.mark.skipif(find_spec("pyiqa") is None, reason="pyiqa is not installed")
+needs_parameters = pytest.mark.skipif(find_spec("iqa") is None, reason="iqa-torch is not installed")
+
+
+@needs_pyiqa
+@needs_parameters
+@pytest.mark.parametrize(
+    ("name", "matlab", "rel"),
+    [("I04", 3.65492152353770, 1e-5), ("I06", 3.23547743716998, 1e-3), ("I08", 3.18403333858339, 3e-3)],
+)
+def test_niqe_is_its_authors(name, matlab, rel):
+    """Against the authors' MATLAB program on three pictures of TID2013, as pyiqa publishes them beside its own figures.
+
+    pyiqa's own differ from MATLAB's by no more than these tolerances; the parameters are iqa-torch's.
+    """
+    path = metadata.distribution("pyiqa").locate_file(f"ResultsCalibra/dist_dir/{name}.bmp")
+    assert evaluate._niqe("cpu")(Path(path), "") == pytest.approx(matlab, rel=rel)
+
+
+@needs_pyiqa
+@needs_parameters
+def test_niqe_of_painted_pictures(room, tmp_path, capsys):
+    """The report's is the mean of the pictures', and noise makes it worse."""
+    options = arguments(room, tmp_path, "--size", 256, "--methods", "stock-4", "--metrics", "niqe")
+    assert main(options) == 0
+    score = evaluate._niqe("cpu")
+    clean = [score(path, "") for path in sorted((tmp_path / "stock-4").glob("*.png"))]
+    assert re.search(rf"NIQE \(lower is better\) {np.mean(clean):.3f} \(", capsys.readouterr().out)
+    for i, path in enumerate(sorted((tmp_path / "stock-4").glob("*.png"))):
+        pixels = np.asarray(Image.open(path)) + np.random.default_rng(i).normal(0, 25, (256, 256, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "noisy.png")
+        assert score(tmp_path / "noisy.png", "") > clean[i]
+
+
+@needs_pyiqa
+def test_niqe_without_its_parameters_says_which_file(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    with evaluate._torchvision_or_none():
+        from pyiqa.utils import download_util
+    monkeypatch.setattr(evaluate.metadata, "distribution", absent)
+    monkeypatch.setattr(download_util, "DEFAULT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    with pytest.raises(Missing, match=r"package pyiqa, and niqe_modelparameters\.mat in .*pyiqa.*no route to host"):
+        evaluate.score("niqe", tmp_path, ["stock-4"], pictures("a"), evaluate.processes("cpu"), "cpu")
+
+
+def brightness(calls):
+    def load(device):
+        return lambda path, prompt: calls.append(path.name) or float(np.asarray(Image.open(path)).mean())
+
+    return evaluate.Metric("Brightness", "higher", "pillow", "nothing", load)
+
+
+def test_scores_are_kept_and_a_metric_that_cannot_be_had_is_left_out(tmp_path, monkeypatch):
+    wanted, state, calls = pictures("ab", samples=2), evaluate.processes("cpu"), []
+    evaluate.paint(Painter("stock-4"), tmp_path, wanted, 1, state)
+    monkeypatch.setitem(evaluate.METRICS, "niqe", brightness(calls))
+
+    def load(device):
+        raise OSError("no route to host")
+
+    gone = evaluate.Metric("CLIP-IQA", "higher", "pillow", "weights.pt in {hub}/clip", load)
+    monkeypatch.setitem(evaluate.METRICS, "clip-iqa", gone)
+
+    def tabulate(pictures):
+        calls.clear()
+        names = ["clip-iqa", "niqe", "t2i-compbench"]
+        return evaluate.tabulate(tmp_path, ["stock-4"], pictures, names, state, "cpu")
+
+    table = tabulate(wanted[:2])
+    assert table.heads[3:] == ["Brightness (higher is better)"]
+    assert table.rows["stock-4"][0] == "2" and table.rows["stock-4"][3].startswith("0.167 (")  # red of 0 and 1
+    assert f"weights.pt in {torch.hub.get_dir()}/clip (OSError: no route to host)" in "".join(table.notes)
+    assert "t2i-compbench: the pictures are laid out" in table.notes[-1]
+    assert len(calls) == 2
+    tabulate(wanted)
+    assert sorted(calls) == ["00000-01.png", "00001-01.png"]  # what the other two scored is kept
+    tabulate(wanted)
+    assert calls == []
+    monkeypatch.setattr(evaluate.Metric, "version", "pillow, another")
+    tabulate(wanted)
+    assert len(calls) == 4
+
+    (tmp_path / "scores" / "niqe" / "stock-4.json").unlink()
+    (tmp_path / "stock-4" / "00001-00.png").write_bytes(b"no picture")
+    with pytest.raises(Missing, match=r"fails at stock-4/00001-00\.png \(UnidentifiedImageError"):
+        evaluate.score("niqe", tmp_path, ["stock-4"], wanted, state, "cpu")
+
+
+def test_scores_of_another_environment_are_reported(tmp_path, monkeypatch):
+    """ImageReward's package is called as its README does; where it is absent, the scores that it gave stay."""
+    wanted, state = pictures(["a fox", "a cat"]), evaluate.processes("cpu")
+    evaluate.paint(Painter("stock-4"), tmp_path, wanted, 1, state)
+    evaluate.settle(tmp_path, {"prompts": [[0, "a fox"], [1, "a cat"]], "method stock-4": {}})
+    package, seen = ModuleType("ImageReward"), []
+    package.load = lambda name, device: SimpleNamespace(
+        score=lambda prompt, file: seen.append((prompt, file)) or len(seen)
+    )
+    monkeypatch.setitem(sys.modules, "ImageReward", package)
+    evaluate.main(tmp_path, ["image-reward"])
+    assert seen == [(text, str(tmp_path / "stock-4" / f"0000{i}-00.png")) for i, text in enumerate(["a fox", "a cat"])]
+
+    monkeypatch.delitem(sys.modules, "ImageReward")
+    table = evaluate.tabulate(tmp_path, ["stock-4"], wanted, ["image-reward"], state, "cpu")
+    assert table.heads[-1] == "ImageReward (higher is better)"
+    assert table.rows["stock-4"][-1].startswith("1.500 (")
+
+
+# ---- layouts, read as their scorers do ----
+
+
+def test_geneval_layout(tmp_path):
+    wanted = pictures(["a photo of a bench", "a/b_c"], samples=4, tag="single_object", include=[{"class": "bench"}])
+    evaluate.paint(Painter("stock-4"), tmp_path, wanted, 1, process())
+    room = evaluate.geneval(tmp_path, "stock-4", wanted)
+    assert evaluate.geneval(tmp_path, "stock-4", wanted) == room == tmp_path / "geneval" / "stock-4"
+    folders = sorted(path for path in room.iterdir() if path.is_dir() and path.name.isdigit())
+    assert [path.name for path in folders] == ["00000", "00001"]
+    for line, folder in enumerate(folders):
+        with open(folder / "metadata.jsonl") as file:
+            assert json.load(file) == wanted[line].prompt.metadata
+        samples = sorted(path.name for path in (folder / "samples").iterdir() if re.match(r"\d+\.png", path.name))
+        assert samples == ["0000.png", "0001.png", "0002.png", "0003.png"]
+        for sample, name in enumerate(samples):
+            source = tmp_path / "stock-4" / f"{line:05d}-{sample:02d}.png"
+            assert (folder / "samples" / name).read_bytes() == source.read_bytes()
+    with pytest.raises(Missing, match=r"evaluation_metadata\.jsonl.*line 1"):
+        evaluate.geneval(tmp_path, "stock-4", pictures("ab"))
+
+
+def test_t2i_compbench_layout(tmp_path):
+    texts = ["a green bench and a blue bowl", "one. two: 3 dogs!"]
+    wanted = pictures(texts, samples=3)
+    evaluate.paint(Painter("stock-4"), tmp_path, wanted, 1, process())
+    evaluate.t2i_compbench(tmp_path, "stock-4", wanted[:2])
+    room = tmp_path / "t2i-compbench" / "stock-4"
+    (room / "annotation_blip").mkdir()  # a scorer's
+    assert evaluate.t2i_compbench(tmp_path, "stock-4", wanted) == room
+    assert (room / "annotation_blip").exists()
+    files = sorted((room / "samples").iterdir(), key=lambda path: int(path.name.split("_")[-1].split(".")[0]))
+    assert files[0].name == "a green bench and a blue bowl_000000.png"
+    assert [path.name.split("_")[0] for path in files] == texts * 3
+    for path, picture in zip(files, wanted, strict=True):
+        assert path.read_bytes() == (tmp_path / "stock-4" / picture.name).read_bytes()
+    for text in ("a_b", "a/b", "a" * 300):
+        with pytest.raises(Missing, match="line 2"):
+            evaluate.t2i_compbench(tmp_path, "stock-4", pictures(["fine", text]))
+
+
+# ---- the report ----
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.images, self.cells, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        elif tag in ("th", "td", "li"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += data
+
+
+def test_the_page_stands_alone(tmp_path):
+    texts = ["fox", '<script>alert("&amp;")</script>\' onload="x"']
+    wanted, state = pictures(texts), evaluate.processes("cpu")
+    evaluate.paint(Painter("stock-4", "stock-2"), tmp_path, wanted, 1, state)
+    table = evaluate.tabulate(tmp_path, ["stock-4", "stock-2"], wanted, ["geneval"], state, "cpu")
+    text = evaluate.page("a <model>", tmp_path, table, [picture.prompt for picture in wanted])
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags) and "url(" not in text
+    cells = [cell.strip() for cell in page.cells]
+    assert set(texts) < set(cells) and text.count("a &lt;model&gt;") == 2
+    assert cells[cells.index("stock-2") :][:4] == ["stock-2", "2", "0.500", "2"]
+    expected = [f"{method}: {prompt}" for method in ("stock-4", "stock-2") for prompt in texts]
+    assert [image["alt"] for image in page.images] == expected
+    for image in page.images:
+        assert set(image) == {"alt", "src"}
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/webp;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (192, 192)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    assert "examples:\n  ralu evaluate" in text and "None" not in text
