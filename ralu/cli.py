@@ -643,7 +643,7 @@ def _estimate(args: argparse.Namespace):
 
         source = args.model if args.model in MODELS else _source(args.model, [*MODELS, *MINI])
         family = describe(source).family
-        mini = _is_mini(source, family)
+        mini = _is_mini(source)
         height, width = args.size or ((256, 256) if mini else (1024, 1024))
         tokens = args.text_tokens or (MINI_CALL[family]["max_sequence_length"] if mini else None)
         estimates = {}
