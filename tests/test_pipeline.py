@@ -20,6 +20,7 @@ from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 
 import ralu
+from ralu import cli
 from ralu.regions import edge_density, gradient
 from ralu.schedule import PRESETS
 from ralu.scheduler import seeds_of
@@ -545,3 +546,18 @@ def test_seeds_depend_on_the_samples_own_noise_alone():
     assert (seeds_of(touched) != seeds).tolist() == [True, False, False]
     swapped = noise[:, torch.randperm(40)]
     assert (seeds_of(swapped) != seeds).all()
+
+
+def test_the_distilled_embedded_model_paints_what_it_was_asked_for():
+    """Of the pictures that its teacher paints in ten steps, each of its own is nearest to that of the same prompt."""
+
+    def paint(name, preset=None, **call):
+        pipe = DiffusionPipeline.from_pretrained(ralu.mini_path(name), dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        if preset:
+            ralu.enable(pipe, preset)
+        return tiny.paint(pipe, cli.PROMPTS, seeds=range(len(cli.PROMPTS)), height=256, width=256, **call).flatten(1)
+
+    taught = paint("flux", num_inference_steps=10)
+    for painted in (paint("schnell", num_inference_steps=4), paint("schnell", "distilled-4")):
+        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(cli.PROMPTS)))
