@@ -23,6 +23,11 @@ struct Words {
   uint32_t w0, w1, w2, w3;
 };
 
+struct Polar {
+  float radius0, radius1;
+  uint32_t angle0, angle1;  // words
+};
+
 struct Normals {
   float n0, n1, n2, n3;
 };
@@ -80,16 +85,16 @@ RALU_INLINE float logarithm(float x) {
   const float e = static_cast<float>(bits >> 23);
   const float m = float_of((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
   const float m2 = m * m;
-  float y = 7.0376836292e-2f;
-  y = y * m - 1.1514610310e-1f;
-  y = y * m + 1.1676998740e-1f;
-  y = y * m - 1.2420140846e-1f;
-  y = y * m + 1.4249322787e-1f;
-  y = y * m - 1.6668057665e-1f;
-  y = y * m + 2.0000714765e-1f;
-  y = y * m - 2.4999993993e-1f;
-  y = y * m + 3.3333331174e-1f;
-  y = y * m * m2 - 2.12194440e-4f * e - 0.5f * m2;
+  // Even and odd powers apart: two chains of half the length.
+  float even = 7.0376836292e-2f, odd = -1.1514610310e-1f;
+  even = even * m2 + 1.1676998740e-1f;
+  odd = odd * m2 - 1.2420140846e-1f;
+  even = even * m2 + 1.4249322787e-1f;
+  odd = odd * m2 - 1.6668057665e-1f;
+  even = even * m2 + 2.0000714765e-1f;
+  odd = odd * m2 - 2.4999993993e-1f;
+  even = even * m2 + 3.3333331174e-1f;
+  const float y = (odd * m + even) * m * m2 - 2.12194440e-4f * e - 0.5f * m2;
   return m + y + 0.693359375f * e;
 }
 
@@ -99,28 +104,34 @@ RALU_INLINE float sine(int32_t r) {
   return ((((2.6000548e-6f * x2 - 1.9806615e-4f) * x2 + 8.333017e-3f) * x2 - 1.6666657e-1f) * x2) * x + x;
 }
 
-// The two normals of two words. The angle stays an integer, a fraction of 2^31, until it is folded into a half turn:
-// exact, where the reduction of a float angle costs twice the operations.
-RALU_INLINE void box_muller(uint32_t word1, uint32_t word2, float& n1, float& n2) {
+// Box-Muller: the distance from the origin of a pair of normals.
+RALU_INLINE float radius(uint32_t word) {
+  constexpr int32_t LEAST = 0x33D6BF95;  // 1e-7. As an integer: of a choice of floats compilers make two logarithms
+  const int32_t u = bits_of(uniform(word));
+  return sqrtf(-2.0f * logarithm(float_of(u > LEAST ? u : LEAST)));
+}
+
+// The pair. The angle stays an integer, a fraction of 2^31, until it is folded into a half turn: exact, where the
+// reduction of a float angle costs twice the operations.
+RALU_INLINE void turn(float radius, uint32_t word, float& n1, float& n2) {
   constexpr int32_t QUARTER = 1 << 29, HALF = 1 << 30;
-  const float u = uniform(word1);
-  const float radius = sqrtf(-2.0f * logarithm(u < 1.0e-7f ? 1.0e-7f : u));
-  const int32_t turn = fold(word2), c = QUARTER - turn, s = HALF - turn;
+  const int32_t angle = fold(word), c = QUARTER - angle, s = HALF - angle;
   const int32_t s2 = s < HALF - s ? s : HALF - s;
   n1 = radius * sine(c > -HALF - c ? c : -HALF - c);
   n2 = radius * sine(s2 > -HALF - s ? s2 : -HALF - s);
 }
 
-RALU_INLINE Normals normals(Words w) {
+RALU_INLINE Normals normals(Polar p) {
   Normals n;
-  box_muller(w.w0, w.w1, n.n0, n.n1);
-  box_muller(w.w2, w.w3, n.n2, n.n3);
+  turn(p.radius0, p.angle0, n.n0, n.n1);
+  turn(p.radius1, p.angle1, n.n2, n.n3);
   return n;
 }
 
 // Four normals of the counter (element, stage, kind, 0).
 RALU_INLINE Normals normals(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
-  return normals(philox(key, element, stage, kind));
+  const Words w = philox(key, element, stage, kind);
+  return normals(Polar{radius(w.w0), radius(w.w2), w.w1, w.w3});
 }
 
 // The four children of x: scale * x + noise_scale * (n_i - k * sum of the n), RALU supplement A.1.

@@ -62,8 +62,9 @@ def resolve(backend: str, device: torch.device, among=_ABSENT) -> str:
     Raises ``ValueError`` for a backend that is unknown or cannot run on this device.
     """
     if backend == "auto":
-        order = _ORDER.get(device.type, ("reference",))
-        return next(name for name in order if name in among and _ABSENT[name](device) is None)
+        for name in _ORDER.get(device.type, ("reference",)):
+            if name in among and _ABSENT[name](device) is None:
+                return name
     if backend not in among or _ABSENT[backend](device) is not None:
         states = ", ".join(f"{name!r} ({_ABSENT[name](device) or 'available'})" for name in among)
         raise ValueError(f"backend must be 'auto' or one available on {device.type}, got {backend!r}: {states}")
@@ -82,15 +83,17 @@ def register(schema: str, fake, **implementations) -> None:
     torch.library.register_fake(f"ralu_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_library)
 
 
-def check(condition: bool, name: str, value, allowed: str) -> None:
+def check(condition: bool, name: str, value, allowed: str, *of) -> None:
+    """``allowed`` may be a format of ``of``: a check that passes writes nothing."""
     if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+        value = tuple(value) if isinstance(value, torch.Size) else value
+        raise ValueError(f"{name} must be {allowed.format(*of) if of else allowed}, got {value}")
 
 
 def check_values(name: str, x: torch.Tensor, shape: str) -> None:
     """A tensor of values: rank, dtype, and no gradient, which these forward-only operations would silently drop."""
     rank = shape.count(",") + 1
-    check(x.dim() == rank, name, tuple(x.shape), f"of shape {shape}")
+    check(x.dim() == rank, name, x.shape, "of shape {}", shape)
     check(x.dtype in DTYPES, f"{name}.dtype", x.dtype, "float32, float16 or bfloat16")
     check(not (x.requires_grad and torch.is_grad_enabled()), f"{name}.requires_grad", True, "False (forward only)")
 
@@ -99,15 +102,15 @@ def check_noise(backend: str, device: torch.device, c: float, elements: int) -> 
     """``c`` and the number of output elements in one sample, whose indices must fit one 32-bit counter word."""
     resolve(backend, device)
     check(0 <= c <= 0.25, "c", c, "in [0, 1/4]")
-    check(elements <= MAX_ELEMENTS, "the number of output elements of one sample", elements, f"at most {MAX_ELEMENTS}")
+    check(elements <= MAX_ELEMENTS, "the number of output elements of one sample", elements, "at most {}", MAX_ELEMENTS)
 
 
 def seed_tensor(seed: torch.Tensor | int, batch: int, device: torch.device) -> torch.Tensor:
     """The 64-bit key of every sample, int64 (batch,). An int is every sample's key."""
     if isinstance(seed, torch.Tensor):
         check(seed.dtype == torch.int64, "seed.dtype", seed.dtype, "int64")
-        check(tuple(seed.shape) == (batch,), "seed.shape", tuple(seed.shape), f"({batch},), one key for each sample")
-        check(seed.device == device, "seed.device", seed.device, str(device))
+        check(seed.shape == (batch,), "seed.shape", seed.shape, "({},), one key for each sample", batch)
+        check(seed.device == device, "seed.device", seed.device, "{}", device)
         return seed
     check(isinstance(seed, int), "seed", seed, "an int64 tensor or an int")
     check(-(2**63) <= seed < 2**63, "seed", seed, "a 64-bit signed integer")

@@ -62,10 +62,10 @@ def canny(image: Tensor, low: float = 100, high: float = 200, *, backend: str = 
     Raises:
         ValueError: an argument is not as described, an image has 2^31 pixels or more, or the backend cannot run here.
     """
-    check(image.dim() == 3, "image", tuple(image.shape), "of shape (B, H, W)")
+    check(image.dim() == 3, "image", image.shape, "of shape (B, H, W)")
     check(image.dtype == torch.uint8, "image.dtype", image.dtype, "uint8")
     pixels = image.shape[1] * image.shape[2]
-    check(pixels <= MAX_ELEMENTS, "the number of pixels of one image", pixels, f"at most {MAX_ELEMENTS}")
+    check(pixels <= MAX_ELEMENTS, "the number of pixels of one image", pixels, "at most {}", MAX_ELEMENTS)
     low, high = _threshold("low", low), _threshold("high", high)
     resolve(backend, image.device, ("native", "reference"))
     return torch.ops.ralu_kernels.canny(image, low, high, backend)
@@ -90,5 +90,5 @@ def edge_density(
     edges = canny(image, low, high, backend=backend)
     y, x = (block, block) if isinstance(block, int) else block
     height, width = image.shape[1:]
-    check(y > 0 and x > 0 and height % y == 0 and width % x == 0, "block", block, f"divisors of {(height, width)}")
+    check(y > 0 and x > 0 and height % y == 0 and width % x == 0, "block", block, "divisors of {}", (height, width))
     return (edges > 0).unflatten(2, (width // x, x)).unflatten(1, (height // y, y)).float().mean((2, 4))

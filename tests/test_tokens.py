@@ -393,7 +393,7 @@ BOTH_MOVES = {
     "carry noise": (dict(carry_noise="none"), r"carry_noise must be one of \('exact', 'release'\), got 'none'"),
     "seed": (dict(seed=SEED[:1]), r"seed.shape must be \(2,\)"),
     "backend": (dict(backend="cuda"), "backend must be 'auto' or one available on cpu, got 'cuda'"),
-    "plan device": (dict(plan=PLAN.to("meta")), "plan must be on cpu, .*, got on meta"),
+    "plan device": (dict(plan=PLAN.to("meta")), "plan.inverse.device must be cpu, .*, got meta"),
 }
 WRONG_MOVES = {
     **{f"promote {name}": (promote_tokens, dict(low=LOW), *case) for name, case in BOTH_MOVES.items()},

@@ -82,8 +82,9 @@ inline constexpr Consecutive CONSECUTIVE;
 
 struct Run {
   uint32_t w0[RUN], w1[RUN], w2[RUN], w3[RUN];
+  float radius0[RUN], radius1[RUN];
 
-  RALU_INLINE Words operator[](int32_t i) const { return {w0[i], w1[i], w2[i], w3[i]}; }
+  RALU_INLINE Polar operator[](int32_t i) const { return {radius0[i], radius1[i], w1[i], w3[i]}; }
 };
 
 inline void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
@@ -127,14 +128,24 @@ RALU_PHILOX(philox_avx512, "avx512f", 64, RALU_MULTIPLY_512)
 
 #endif
 
-// The words of the counters (element[i] + offset, stage, kind, 0). count is a multiple of 16 and at most RUN.
-inline void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
-                       int32_t count, Run& words) {
+inline void philox_words(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage,
+                         uint32_t kind, int32_t count, Run& words) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (isa == Isa::avx512) return philox_avx512(key, element, offset, stage, kind, count, words);
   if (isa == Isa::avx2) return philox_avx2(key, element, offset, stage, kind, count, words);
 #endif
   philox_portable(key, element, offset, stage, kind, count, words);
+}
+
+// The words of the counters (element[i] + offset, stage, kind, 0), and the radii, of which a loop of their own has more
+// under way at once than one that goes on to the normals. count is a multiple of 16 and at most RUN.
+RALU_INLINE void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage,
+                            uint32_t kind, int32_t count, Run& words) {
+  philox_words(isa, key, element, offset, stage, kind, count, words);
+  for (int32_t i = 0; i < count; ++i) {
+    words.radius0[i] = radius(words.w0[i]);
+    words.radius1[i] = radius(words.w2[i]);
+  }
 }
 
 // ---- element types, as bits: conversions that vectorise and round to the nearest even ----

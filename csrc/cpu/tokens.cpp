@@ -1,6 +1,9 @@
 #include "tokens.h"
 
+#include <limits>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "../sort_key.h"
 #include "dispatch.h"
@@ -74,10 +77,23 @@ void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, 
 
 // ---- the moves ----
 
+// A plan made by hand must not reach outside the tensors. (CUDA kernels skip such rows: looking would wait.)
+static void check_rows(const Tensor& inverse, int64_t total) {
+  const int32_t* row = input<int32_t>(inverse);
+  int32_t least = std::numeric_limits<int32_t>::max(), most = -1;
+  for (int64_t i = 0, count = inverse.numel(); i < count; ++i) {
+    least = std::min(least, row[i]);
+    most = std::max(most, row[i]);
+  }
+  if (least < 0 || most >= total)  // in Python a ValueError
+    throw std::invalid_argument("plan.inverse must be in [0, " + std::to_string(total) + "), got rows " +
+                                std::to_string(least) + " to " + std::to_string(most));
+}
+
 // A low token of a plan.
 struct LowToken {
-  int64_t sample, index, corner;  // corner: the first of its children on the high grid, counted through all samples
-  int64_t row[4];                 // the packed rows of its children, which are one row if it was carried
+  int64_t sample, y, x, index, corner;  // corner: the first of its children on the high grid, through all samples
+  int64_t row[4];                       // the packed rows of its children, which are one row if it was carried
   bool promoted;
 };
 
@@ -85,10 +101,16 @@ struct LowToken {
 template <class F>
 RALU_INLINE void for_low_tokens(int64_t begin, int64_t end, const int32_t* inverse, int64_t n, int64_t width,
                                 const F& body) {
+  LowToken token{begin / n, begin % n / width, begin % width, begin % n};  // then counted: a division takes its time
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t corner = 4 * (i - i % width) + 2 * (i % width);
-    const int32_t* high = inverse + corner;
-    body(LowToken{i / n, i % n, corner, {high[0], high[1], high[2 * width], high[2 * width + 1]}, high[1] != high[0]});
+    token.corner = 4 * i - 2 * token.x;
+    const int32_t* high = inverse + token.corner;
+    for (int64_t m = 0; m < 4; ++m) token.row[m] = high[m / 2 * 2 * width + m % 2];
+    token.promoted = token.row[1] != token.row[0];
+    body(token);
+    ++token.index;
+    if (++token.x == width) token.x = 0, ++token.y;
+    if (token.index == n) token.index = token.y = 0, ++token.sample;
   }
 }
 
@@ -103,6 +125,7 @@ constexpr int64_t GRAIN = 32;  // low tokens
 
 void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
                     double noise_scale, double carry_scale, double k, bool pixel) {
+  check_rows(inverse, out.size(0));
   const int64_t n = low.size(1), channels = low.size(2), stride_b = low.stride(0), stride_n = low.stride(1);
   const Move move = move_of(channels, low.stride(2), PROMOTE, scale, noise_scale, carry_scale, k, pixel);
   const Elements element(n / width, width, channels, pixel);
@@ -121,7 +144,7 @@ void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t
         if (token.promoted) {
           T* const children[4] = {first, to + token.row[1] * channels, to + token.row[2] * channels,
                                   to + token.row[3] * channels};
-          enlarge_token(isa, value, children, element, token.index, key, move);
+          enlarge_token(isa, value, children, element, token.y, token.x, key, move);
         } else {
           carried.add(value, first, token.index, key);
         }
@@ -133,6 +156,7 @@ void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t
 
 void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
                   double noise_scale, double carry_scale, double k, bool pixel) {
+  check_rows(inverse, packed.size(0));
   const int64_t n = inverse.size(1) / 4, height = n / width, channels = packed.size(1), stride_n = packed.stride(0);
   const Move move = move_of(channels, packed.stride(1), MERGE, scale, noise_scale, carry_scale, k, pixel);
   const Elements element(height, width, channels, pixel);
@@ -154,7 +178,7 @@ void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_
                         token.corner - 4 * n * token.sample + place[m], key);
         } else {
           T* const children[4] = {first, first + channels, first + place[2] * channels, first + place[3] * channels};
-          enlarge_token(isa, from + token.row[0] * stride_n, children, element, token.index, key, move);
+          enlarge_token(isa, from + token.row[0] * stride_n, children, element, token.y, token.x, key, move);
         }
       });
       carried.finish();

@@ -2,22 +2,22 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "simd.h"
 
 namespace ralu::cpu {
 
-// The random counter's element of an enlarged token's channel is base[lane] + offset(token); see reference.py for the
+// The random counter's element of an enlarged token's channel is base[lane] + offset(y, x); see reference.py for the
 // numbering. Lanes are channels, but at pixel granularity: there a group of channels is gone through by inner pixel,
 // because inner pixel p of all of them makes child p.
 struct Elements {
   std::vector<uint32_t> base;
-  int64_t width, row, column;
+  int64_t row, column;
 
   Elements(int64_t height, int64_t width, int64_t channels, bool pixel)
       : base((channels + 15) / 16 * 16),
-        width(width),
         row(pixel ? 4 * width : width * channels),
         column(pixel ? 2 : channels) {
     for (int64_t first = 0; first < channels; first += RUN) {
@@ -30,7 +30,7 @@ struct Elements {
     }
   }
 
-  uint32_t offset(int64_t token) const { return static_cast<uint32_t>(token / width * row + token % width * column); }
+  uint32_t offset(int64_t y, int64_t x) const { return static_cast<uint32_t>(y * row + x * column); }
 };
 
 struct Move {
@@ -40,9 +40,17 @@ struct Move {
   bool pixel;
 };
 
-// from: one low token; to: its four children.
+// Asks for a row that is written only after its random numbers are made.
 template <class T>
-RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const Elements& element, int64_t token,
+RALU_INLINE void prefetch(const T* row, int64_t count) {
+#ifdef __GNUC__
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
+#endif
+}
+
+// from: the low token at (y, x); to: its four children.
+template <class T>
+RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const Elements& element, int64_t y, int64_t x,
                                uint64_t key, const Move& move) {
   for (int64_t first = 0; first < move.channels; first += RUN) {
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first)), quarter = count / 4;
@@ -50,14 +58,15 @@ RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const Eleme
     const T* source = from + first * move.stride_c;
     float value[RUN], child[4][RUN];
     if (move.pixel) {
-      for (int32_t p = 0; p < 4; ++p)
-        for (int32_t c = 0; c < quarter; ++c) value[p * quarter + c] = to_float(source[(4 * c + p) * move.stride_c]);
+      for (int32_t c = 0; c < quarter; ++c)
+        for (int32_t p = 0; p < 4; ++p) value[p * quarter + c] = to_float(source[(4 * c + p) * move.stride_c]);
     } else {
       for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
     }
     std::fill(value + count, value + padded, 0.0f);
+    for (int32_t m = 0; m < 4; ++m) prefetch(to[m] + first, count);
     Run words;
-    philox_run(isa, key, element.base.data() + first, element.offset(token), move.stage, UPSAMPLED, padded, words);
+    philox_run(isa, key, element.base.data() + first, element.offset(y, x), move.stage, UPSAMPLED, padded, words);
     for (int32_t j = 0; j < padded; ++j) {
       const Normals n = normals(words[j]);
       const Normals o = enlarge(value[j], n, move.scale, move.noise_scale, move.k);
@@ -94,10 +103,11 @@ class Carried {
       const int32_t m = static_cast<int32_t>(std::min<int64_t>(RUN, fours - first));
       if (used_ + m > RUN || key != key_) finish();
       key_ = key;
-      const uint32_t element = static_cast<uint32_t>(token * fours + first);
-      for (int32_t j = 0; j < m; ++j) element_[used_ + j] = element + j;
+      std::iota(element_ + used_, element_ + used_ + m, static_cast<uint32_t>(token * fours + first));
       const int32_t count = static_cast<int32_t>(std::min<int64_t>(4 * RUN, move_.channels - 4 * first));
       piece_[pieces_++] = {from + 4 * first * move_.stride_c, to + 4 * first, count};
+      prefetch(to + 4 * first, count);
+      if (move_.stride_c == 1) prefetch(from + 4 * first, count);
       used_ += m;
     }
   }

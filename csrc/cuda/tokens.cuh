@@ -205,7 +205,7 @@ __device__ __forceinline__ Vector<T, V> carry_token(const float (&value)[V], uin
     const Words w = philox(key, element, move.stage, CARRIED);
     const bool later = channel / 2 % 2;
     float even, odd;
-    box_muller(later ? w.w2 : w.w0, later ? w.w3 : w.w1, even, odd);
+    turn(radius(later ? w.w2 : w.w0), later ? w.w3 : w.w1, even, odd);
     carried.value[0] = carry(0, channel % 2 ? odd : even);
   }
   return carried;
