@@ -86,6 +86,11 @@ def register(schema: str, fake, pick=None, **implementations) -> None:
     torch.library.register_fake(f"ralu_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_library)
 
 
+def rowwise(x: torch.Tensor) -> torch.Tensor:
+    """x for kernels that take any strides but one along the last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def check(condition: bool, name: str, value, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import MAX_ELEMENTS, check, check_values, register, resolve
+from ._backend import MAX_ELEMENTS, check, check_values, jit, register, resolve, tl, triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,86 @@ def pack_sequences(mask: Tensor | None, batch: int, length: int, device: torch.d
     return Sequences(None, None, cu_seqlens, length, batch, length)
 
 
+@jit
+def _project(x_ptr, weight_ptr, cos, sin, mask, column, eps, SIZE: tl.constexpr, ROTATE: tl.constexpr):
+    """A tile of heads (BLOCK_H, BLOCK_D), normalised and rotated."""
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=column < SIZE).to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)[:, None] * weight
+    if ROTATE:
+        rows: tl.constexpr = x.shape[0]
+        columns: tl.constexpr = x.shape[1]
+        even, odd = tl.split(x.reshape(rows, columns // 2, 2))
+        x = x * cos + tl.join(-odd, even).reshape(rows, columns) * sin
+    return x
+
+
+@jit
+def _pack_stream(
+    q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, q_out_ptr, k_out_ptr, v_out_ptr, place, out, cos, sin, mask, column,
+    eps, SIZE: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    q = _project(q_ptr + place, norm_q_ptr, cos, sin, mask, column, eps, SIZE, ROTATE)
+    k = _project(k_ptr + place, norm_k_ptr, cos, sin, mask, column, eps, SIZE, ROTATE)
+    v = tl.load(v_ptr + place, mask=mask)
+    tl.store(q_out_ptr + out, q, mask=mask)
+    tl.store(k_out_ptr + out, k, mask=mask)
+    tl.store(v_out_ptr + out, v, mask=mask)
+
+
+@jit
+def _pack_kernel(
+    q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, q2_ptr, k2_ptr, v2_ptr, norm_q2_ptr, norm_k2_ptr,
+    rows_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, eps,
+    first, length, heads, head_blocks, stride_b, stride_s, stride_b2, stride_s2,
+    SIZE: tl.constexpr, TABLES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // head_blocks
+    head = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = (head < heads) & (column < SIZE)
+    place = head * SIZE + column
+    out = row.to(tl.int64) * heads * SIZE + place
+    token = row
+    if rows_ptr is not None:
+        token = tl.load(rows_ptr + row)
+    b, s = (token // length).to(tl.int64), (token % length).to(tl.int64)
+
+    cos, sin = 0.0, 0.0
+    if TABLES > 0:  # one for all samples, or one for each
+        table = (s if TABLES == 1 else token.to(tl.int64)) * SIZE + column
+        cos = tl.load(cos_ptr + table, mask=column < SIZE, other=0.0)
+        sin = tl.load(sin_ptr + table, mask=column < SIZE, other=0.0)
+    if s < first:
+        place += b * stride_b + s * stride_s
+        _pack_stream(
+            q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+            place, out, cos, sin, mask, column, eps, SIZE, TABLES > 0,
+        )  # fmt: skip
+    elif q2_ptr is not None:
+        place += b * stride_b2 + (s - first) * stride_s2
+        _pack_stream(
+            q2_ptr, k2_ptr, v2_ptr, norm_q2_ptr, norm_k2_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+            place, out, cos, sin, mask, column, eps, SIZE, TABLES > 0,
+        )  # fmt: skip
+
+
+@jit
+def _unpack_kernel(
+    x_ptr, inverse_ptr, first_ptr, second_ptr, first, length, width, blocks, BLOCK: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(inverse_ptr + token)
+    x = tl.load(x_ptr + row.to(tl.int64) * width + column, mask=(column < width) & (row >= 0), other=0.0)
+    b, s = (token // length).to(tl.int64), token % length
+    if s < first:
+        tl.store(first_ptr + (b * first + s) * width + column, x, mask=column < width)
+    else:
+        tl.store(second_ptr + (b * (length - first) + s - first) * width + column, x, mask=column < width)
+
+
 def _fake_pack(q, k, v, norm_q, norm_k, q2, k2, v2, norm_q2, norm_k2, rows, cos, sin, heads, *_):
     total = q.shape[0] * (q.shape[1] + (0 if q2 is None else q2.shape[1])) if rows is None else rows.shape[0]
     return tuple(q.new_empty(total, heads, q.shape[2] // heads) for _ in range(3))
@@ -95,16 +175,67 @@ def _fake_unpack(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple[T
     return x.new_empty(batch, first, channels), x.new_empty(batch, second, channels)
 
 
+_TILE = 1024  # values: four warps, 16 bytes of half precision for each thread
+
+
+def _alike(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], tuple[int, int]]:
+    """A stream's q, k and v with the strides that all three have, copied if they differ."""
+    if tensors[0] is None:
+        return tensors, (0, 0)
+    if len({t.stride() for t in tensors}) > 1 or tensors[0].stride(2) != 1:
+        tensors = [t.contiguous() for t in tensors]
+    return tensors, tensors[0].stride()[:2]
+
+
+def _pack_triton(
+    q, k, v, norm_q, norm_k, q2, k2, v2, norm_q2, norm_k2, rows, cos, sin, heads, eps
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _fake_pack(q, k, v, norm_q, norm_k, q2, k2, v2, norm_q2, norm_k2, rows, cos, sin, heads)
+    total, _, size = outputs[0].shape
+    if outputs[0].numel() == 0:
+        return outputs
+    first = q.shape[1]
+    length = first + (0 if q2 is None else q2.shape[1])
+    (qkv, strides), (qkv2, strides2) = _alike((q, k, v)), _alike((q2, k2, v2))
+    norms = [None if weight is None else weight.contiguous() for weight in (norm_q, norm_k, norm_q2, norm_k2)]
+    tables = [None if table is None else table.contiguous() for table in (cos, sin)]
+    block_d = triton.next_power_of_2(size)
+    block_h = max(min(triton.next_power_of_2(heads), _TILE // block_d), 1)
+    head_blocks = triton.cdiv(heads, block_h)
+    with torch.cuda.device_of(q):
+        _pack_kernel[(total * head_blocks,)](
+            *qkv, *norms[:2], *qkv2, *norms[2:], rows, *tables, *outputs, eps,
+            first, length, heads, head_blocks, *strides, *strides2,
+            SIZE=size, TABLES=0 if cos is None else cos.dim() - 1, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return outputs
+
+
+def _unpack_triton(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
+    outputs = _fake_unpack(x, inverse, first, second)
+    width = x.shape[1] * x.shape[2]
+    if inverse.numel() * width == 0:
+        return outputs
+    blocks = triton.cdiv(width, _TILE)
+    with torch.cuda.device_of(x):
+        _unpack_kernel[(inverse.shape[0] * blocks,)](
+            x.contiguous(), inverse, *outputs, first, first + second, width, blocks, BLOCK=_TILE, num_warps=4
+        )
+    return outputs
+
+
 register(
     "pack_qkv(Tensor q, Tensor k, Tensor v, Tensor? norm_q, Tensor? norm_k,"
     " Tensor? q2, Tensor? k2, Tensor? v2, Tensor? norm_q2, Tensor? norm_k2,"
     " Tensor? rows, Tensor? cos, Tensor? sin, SymInt heads, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_pack,
+    triton=_pack_triton,
     reference=reference.pack_qkv,
 )
 register(
     "unpack(Tensor x, Tensor inverse, SymInt first, SymInt second, str backend) -> (Tensor, Tensor)",
     _fake_unpack,
+    triton=_unpack_triton,
     reference=reference.unpack,
 )
 

@@ -235,23 +235,19 @@ def pack_qkv(
     q2: Tensor | None, k2: Tensor | None, v2: Tensor | None, norm_q2: Tensor | None, norm_k2: Tensor | None,
     rows: Tensor | None, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    packed = []
-    for name, *streams in (
-        ("q", (q, norm_q), (q2, norm_q2)),
-        ("k", (k, norm_k), (k2, norm_k2)),
-        ("v", (v, None), (v2, None)),
-    ):
-        x = torch.cat([_heads(x, weight, heads, eps) for x, weight in streams if x is not None], dim=1)
-        if cos is not None and name != "v":
-            x = _rotate(x, cos, sin)
-        x = x.flatten(0, 1).to(q.dtype)
-        packed.append(x if rows is None else x[rows])
-    return tuple(packed)
+    def pack(first, second, weight, weight2, turn):
+        streams = [_heads(first, weight, heads, eps)]
+        if second is not None:
+            streams.append(_heads(second, weight2, heads, eps))
+        x = torch.cat(streams, dim=1)
+        x = (_rotate(x, cos, sin) if turn else x).flatten(0, 1).to(q.dtype)
+        return x if rows is None else x[rows]
+
+    rotary = cos is not None
+    return pack(q, q2, norm_q, norm_q2, rotary), pack(k, k2, norm_k, norm_k2, rotary), pack(v, v2, None, None, False)
 
 
 def unpack(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
-    kept = inverse >= 0
-    out = x.new_zeros(inverse.shape[0], x.shape[1] * x.shape[2])
-    out[kept] = x.flatten(1)[inverse[kept]]
-    out = out.unflatten(0, (-1, first + second))
+    zero_last = F.pad(x.flatten(1), (0, 0, 0, 1))  # the row that -1 finds
+    out = zero_last[inverse].view(-1, first + second, zero_last.shape[1])
     return out[:, :first].contiguous(), out[:, first:].contiguous()
