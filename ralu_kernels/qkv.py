@@ -122,7 +122,8 @@ def _pack_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) // head_blocks
     head = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
+    # Broadcast, so that every thread loads its part of weights and tables in vectors, and not through shared memory.
+    column = tl.broadcast_to(tl.arange(0, BLOCK_D)[None, :], (BLOCK_H, BLOCK_D))
     mask = (head < heads) & (column < SIZE)
     place = head * SIZE + column
     out = row.to(tl.int64) * heads * SIZE + place
@@ -137,16 +138,14 @@ def _pack_kernel(
         cos = tl.load(cos_ptr + table, mask=column < SIZE, other=0.0)
         sin = tl.load(sin_ptr + table, mask=column < SIZE, other=0.0)
     if s < first:
-        place += b * stride_b + s * stride_s
         _pack_stream(
             q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
-            place, out, cos, sin, mask, column, eps, SIZE, TABLES > 0,
+            b * stride_b + s * stride_s + place, out, cos, sin, mask, column, eps, SIZE, TABLES > 0,
         )  # fmt: skip
     elif q2_ptr is not None:
-        place += b * stride_b2 + (s - first) * stride_s2
         _pack_stream(
             q2_ptr, k2_ptr, v2_ptr, norm_q2_ptr, norm_k2_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
-            place, out, cos, sin, mask, column, eps, SIZE, TABLES > 0,
+            b * stride_b2 + (s - first) * stride_s2 + place, out, cos, sin, mask, column, eps, SIZE, TABLES > 0,
         )  # fmt: skip
 
 
