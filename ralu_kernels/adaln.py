@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import check, check_sequences, check_values, jit, register, resolve, rowwise, tl, triton
+from ._backend import check, check_alike, check_sequences, check_values, jit, register, resolve, rowwise, tl, triton
 
 
 @jit
@@ -101,15 +101,14 @@ def _check(x: Tensor, cu_seqlens: Tensor | None, backend: str, y: Tensor | None 
     resolve(backend, x.device, BACKENDS)
     if y is not None:
         check_values("y", y, "(B, S, D)" if cu_seqlens is None else "(total, D)")
-        found = tuple(y.shape), y.dtype, y.device
-        check(found == (tuple(x.shape), x.dtype, x.device), "y", found, f"like x, {tuple(x.shape)}, {x.dtype}")
+        check_alike("y", y, x, "x's", ("shape", "dtype", "device"))
     if cu_seqlens is not None:
         check_sequences("cu_seqlens", cu_seqlens, x.device)
     shape = (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[-1])
     for name, vector in vectors.items():
         check_values(name, vector, "(B, D)")
         check(tuple(vector.shape) == shape, f"{name}.shape", tuple(vector.shape), f"(B, D) = {shape}")
-        check(vector.device == x.device, f"{name}.device", vector.device, f"{x.device}, x's device")
+        check_alike(name, vector, x, "x's", ("device",))
 
 
 def modulate(
