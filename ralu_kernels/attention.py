@@ -195,7 +195,7 @@ def varlen_attention(
             x.shape[1:] == q.shape[1:], f"{name}.shape", tuple(x.shape), f"(total, H, D) with q's {tuple(q.shape[1:])}"
         )
         check_alike(name, x, q, "q's")
-    check(k.shape[0] == v.shape[0], "v.shape[0]", v.shape[0], f"{k.shape[0]}, k's")
+    check(k.shape[0] == v.shape[0], "(total_k, total_v)", (k.shape[0], v.shape[0]), "equal")
     check_sequences("cu_seqlens_q", cu_seqlens_q, q.device)
     check_sequences("cu_seqlens_k", cu_seqlens_k, q.device)
     found, expected = len(cu_seqlens_k), len(cu_seqlens_q)

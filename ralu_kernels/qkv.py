@@ -324,12 +324,15 @@ def unpack(x: Tensor, sequences: Sequences, lengths: Sequence[int], *, backend: 
         ValueError: an argument is not as described, or the backend cannot run here.
     """
     check_values("x", x, "(total, H, D)")
-    check(x.shape[0] == sequences.total, "x.shape[0]", x.shape[0], f"{sequences.total}, the sequences' total")
+    # No size is formatted by itself: that would bind torch.compile's graph to it.
+    found = (x.shape[0], sequences.total)
+    check(found[0] == found[1], "(x.shape[0], sequences.total)", found, "equal")
     check(len(lengths) in (1, 2), "len(lengths)", len(lengths), "1 or 2")
     check_alike("sequences.cu_seqlens", sequences.cu_seqlens, x, "x's", ("device",))
-    check(sum(lengths) == sequences.length, "sum(lengths)", sum(lengths), f"{sequences.length}, the sequences' length")
+    found = (sum(lengths), sequences.length)
+    check(found[0] == found[1], "(sum(lengths), sequences.length)", found, "equal")
     resolve(backend, x.device, BACKENDS)
     if sequences.inverse is None:
-        return x.reshape(sequences.batch, sequences.length, -1).split(list(lengths), dim=1)
+        return x.reshape(sequences.batch, sequences.length, x.shape[1] * x.shape[2]).split(list(lengths), dim=1)
     streams = torch.ops.ralu_kernels.unpack(x, sequences.inverse, lengths[0], sum(lengths[1:]), backend)
     return streams[: len(lengths)]
