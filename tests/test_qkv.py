@@ -299,7 +299,7 @@ def test_wrong_pack_arguments(change, message):
 
 WRONG_UNPACKS = {
     "rank": (dict(x=torch.zeros(10, 48)), r"x must be of shape \(total, H, D\), got \(10, 48\)"),
-    "rows": (dict(x=torch.zeros(9, 3, 16)), r"x.shape\[0\] must be 10, the sequences' total, got 9"),
+    "rows": (dict(x=torch.zeros(9, 3, 16)), r"\(x.shape\[0\], sequences.total\) must be equal, got \(9, 10\)"),
     "three": (dict(lengths=(1, 1, 3)), r"len\(lengths\) must be 1 or 2, got 3"),
     "lengths": (dict(lengths=(2, 2)), r"\(sum\(lengths\), sequences.length\) must be equal, got \(4, 5\)"),
     "backend": (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
