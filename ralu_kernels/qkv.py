@@ -255,7 +255,8 @@ def pack_qkv(
     Every head of q and k is ``x / sqrt(mean(x^2) + eps) * weight``, then with ``rotary`` every pair (x[2i], x[2i + 1])
     turns: ``x * cos + (-x[2i + 1], x[2i]) * sin``, as diffusers' ``apply_rotary_emb`` does for FLUX.
 
-    Moves 6 H D values a token, and the tables.
+    Moves 6 H D values a token, and the tables. In half precision eager PyTorch moves as much for the concatenation,
+    17 H D for each norm of diffusers and 26 H D for each rotation.
 
     Args:
         streams: one `Stream`, or two in the order of the joint sequence (FLUX: text, image; SD3: image, text), with
