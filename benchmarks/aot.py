@@ -112,6 +112,7 @@ def _block_variants() -> list[tuple[str, str, Callable[[], object]]]:
             ("adaln", f"{name} ragged", partial(adaln._launch, x, vector, x, vector, vector, cu_seqlens, 1e-6)),
             ("pack", f"{name} ragged", partial(qkv._pack_triton, *streams, rows, *tables, 24, 1e-6)),
             ("unpack", name, partial(qkv._unpack_triton, meta(8000, 24, 128), rows, 512, 4096)),
+            ("concat_gelu", name, partial(adaln._concat_gelu_triton, meta(2, 4608, 3072), meta(2, 4608, 12288))),
         ]
     x = meta(2, 4096, 3072)
     single, tables = stream(4608, 24, 128), [table[0] for table in tables]

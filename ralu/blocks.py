@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ralu_kernels import (
     Sequences,
     Stream,
+    concat_gelu,
     gated_add,
     gated_add_modulate,
     modulate,
@@ -257,11 +258,9 @@ def _flux_single(
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = _vectors(block.norm, temb, 3)
     normed = modulate(x, shift, scale)
-    mlp = block.act_mlp(block.proj_mlp(normed))
-    attention = block.attn(
-        hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
-    )  # fmt: skip
-    x = _clipped(gated_add(x, gate, block.proj_out(torch.cat([attention, mlp], dim=2))))
+    mlp = block.proj_mlp(normed)
+    attention = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    x = _clipped(gated_add(x, gate, block.proj_out(concat_gelu(attention, mlp))))
     return x.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
 
