@@ -77,6 +77,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def far_apart(x, path):
+    """x (B, ...) with a stride of 2^30 between samples, in a sparse file: from the third on offsets need 64 bits."""
+    if x.device.type != "cpu":
+        pytest.skip("the far memory is a file")
+    memory = torch.from_file(str(path), shared=True, size=len(x) * 2**30, dtype=x.dtype)
+    return memory.as_strided(x.shape, (2**30, *x.stride()[1:])).copy_(x)
+
+
 def assert_as_exact_as(actual, eager, oracle, atol=1e-6):
     """``actual`` is at most twice as far from a float32 or float64 ``oracle`` as ``eager`` of the same dtype is."""
     assert actual.dtype == eager.dtype and actual.shape == eager.shape == oracle.shape

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_as_exact_as
+from conftest import assert_as_exact_as, far_apart
 from diffusers.models import normalization
 
-from ralu_kernels import gated_add, gated_add_modulate, modulate
+from ralu_kernels import concat_gelu, gated_add, gated_add_modulate, modulate
 from ralu_kernels._backend import DTYPES
 
 
@@ -148,6 +148,17 @@ def test_noncontiguous(block_backend, device):
     )
 
 
+def test_far_offsets(block_backend, device, tmp_path):
+    x, y, *vectors = inputs(3, 2, 24, torch.float16, device)
+    far = gated_add_modulate(far_apart(x, tmp_path / "x"), vectors[0], y, *vectors[1:], backend=block_backend)
+    near = gated_add_modulate(x, vectors[0], y, *vectors[1:], backend=block_backend)
+    assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
+    vectors = [far_apart(v, tmp_path / str(i)) for i, v in enumerate(vectors)]
+    far = gated_add_modulate(y, vectors[0], far_apart(x, tmp_path / "x"), *vectors[1:], backend=block_backend)
+    near = gated_add_modulate(y, *(v.contiguous() for v in (vectors[0], x, *vectors[1:])), backend=block_backend)
+    assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
+
+
 @pytest.mark.parametrize("b, s", [(0, 3), (2, 0)])
 def test_empty(block_backend, device, b, s):
     x, y, gate, shift, scale = inputs(b, s, 8, torch.bfloat16, device)
@@ -180,6 +191,45 @@ def test_compile(block_backend, device, dynamic):
         cu_seqlens = torch.arange(b + 1, dtype=torch.int32, device=device) * s
         args = *inputs(b, s, 16, torch.float32, device), cu_seqlens
         assert all(torch.equal(*pair) for pair in zip(compiled(*args), f(*args), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "b, s, d, m", [(1, 3, 3072, 12288), (2, 5, 24, 96), (3, 7, 217, 63), (2, 1, 1, 1), (0, 3, 4, 8)]
+)
+def test_concat_gelu(block_backend, device, b, s, d, m, dtype):
+    x, y = (torch.randn(b, s, n, device=device).to(dtype) for n in (d, m))
+    eager, oracle = (
+        torch.cat([x, torch.nn.functional.gelu(y, approximate="tanh")], dim=2)
+        for x, y in ((x, y), (x.double(), y.double()))
+    )
+    joint = torch.cat([y, x, y], dim=2)
+    for views in ((x, y), (joint[..., m : m + d], joint[..., :m]), (x.mT.contiguous().mT, y.mT.contiguous().mT)):
+        out = concat_gelu(*views, backend=block_backend)
+        assert_as_exact_as(out, eager, oracle)
+        assert torch.equal(out[..., :d], x) and out.is_contiguous()
+    torch.library.opcheck(torch.ops.ralu_kernels.concat_gelu, (x, y, block_backend))
+
+
+def test_concat_gelu_of_large_values(block_backend, device):
+    y = torch.tensor([-1e13, -300.0, -9.0, -0.0, 9.0, 300.0, 1e13], device=device).view(1, 1, -1)
+    expected = torch.nn.functional.gelu(y.double(), approximate="tanh").float()
+    out = concat_gelu(y, y, backend=block_backend)[..., 7:]
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(y=torch.zeros(2, 4, 8)), r"y.shape must be .*, got \(2, 4, 8\)"),
+        (dict(y=torch.zeros(2, 3, 8).half()), "y.dtype must be torch.float32, as x's, got torch.float16"),
+        (dict(x=torch.zeros(2, 8)), r"x must be of shape \(B, S, D\), got \(2, 8\)"),
+        (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
+    ],
+)
+def test_wrong_arguments_of_concat_gelu(change, message):
+    with pytest.raises(ValueError, match=message):
+        concat_gelu(**{**dict(x=torch.zeros(2, 3, 8), y=torch.zeros(2, 3, 9)), **change})
 
 
 X, VECTOR = torch.zeros(2, 3, 8), torch.zeros(2, 8)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import assert_as_exact_as
+from conftest import assert_as_exact_as, far_apart
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
@@ -153,6 +153,18 @@ def test_strides(block_backend, device):
         *(unpack(x, sequences, (5, 7), backend=block_backend) for x in (transposed, found[0])), strict=True
     ):
         assert torch.equal(*pair)
+
+
+def test_far_offsets(block_backend, device, tmp_path):
+    text, image = (make_stream(3, n, 3, 16, torch.float16, device) for n in (2, 3))
+    sequences, rotary = pack_sequences(None, 3, 5, device), make_rotary(3, 5, 16, device, True)
+    near = pack_qkv([text, image], sequences, 3, rotary=rotary, backend=block_backend)
+    streams = [
+        Stream(*(far_apart(x, tmp_path / f"{i}{j}") for j, x in enumerate(stream[:3])), *stream[3:])
+        for i, stream in enumerate((text, image))
+    ]
+    far = pack_qkv(streams, sequences, 3, rotary=rotary, backend=block_backend)
+    assert all(torch.equal(*pair) for pair in zip(far, near, strict=True))
 
 
 @pytest.mark.parametrize("length", [1, 63, 217])
