@@ -51,6 +51,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.triton)])
+def block_backend(request):
+    """Of the operations inside the blocks, which are not in the compiled extension."""
+    return request.param
+
+
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
@@ -69,6 +75,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def far_apart(x, path):
+    """x (B, ...) with a stride of 2^30 between samples, in a sparse file: from the third on offsets need 64 bits."""
+    if x.device.type != "cpu":
+        pytest.skip("the far memory is a file")
+    memory = torch.from_file(str(path), shared=True, size=len(x) * 2**30, dtype=x.dtype)
+    return memory.as_strided(x.shape, (2**30, *x.stride()[1:])).copy_(x)
 
 
 def assert_as_exact_as(actual, eager, oracle, atol=1e-6):
