@@ -70,16 +70,25 @@ def resolve(backend: str, device: torch.device, among=_ABSENT) -> str:
     return backend
 
 
-def register(schema: str, fake, **implementations) -> None:
-    """Define ``ralu_kernels::<schema>``, one opaque op whose last argument, ``str backend``, picks what runs."""
+def register(schema: str, fake, pick=None, **implementations) -> None:
+    """Define ``ralu_kernels::<schema>``, one opaque op whose last argument, ``str backend``, picks what runs.
+
+    ``pick``, of the op's arguments, names the implementation where `resolve` is not enough.
+    """
     name = schema.partition("(")[0]
 
     def run(*args):
-        return implementations[resolve(args[-1], args[0].device, implementations)](*args[:-1])
+        name = pick(*args) if pick else resolve(args[-1], args[0].device, implementations)
+        return implementations[name](*args[:-1])
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ralu_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+
+
+def rowwise(x: torch.Tensor) -> torch.Tensor:
+    """x for kernels that take any strides but one along the last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check(condition: bool, name: str, value, allowed: str) -> None:
@@ -89,10 +98,17 @@ def check(condition: bool, name: str, value, allowed: str) -> None:
 
 def check_values(name: str, x: torch.Tensor, shape: str) -> None:
     """A tensor of values: rank, dtype, and no gradient, which these forward-only operations would silently drop."""
-    rank = shape.count(",") + 1
+    rank = shape.count(", ") + 1
     check(x.dim() == rank, name, tuple(x.shape), f"of shape {shape}")
     check(x.dtype in DTYPES, f"{name}.dtype", x.dtype, "float32, float16 or bfloat16")
     check(not (x.requires_grad and torch.is_grad_enabled()), f"{name}.requires_grad", True, "False (forward only)")
+
+
+def check_sequences(name: str, cu_seqlens: torch.Tensor, device: torch.device) -> None:
+    """The first rows of packed sequences. That they ascend to the total is the caller's promise: looking would wait."""
+    check(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, f"{name}.shape", tuple(cu_seqlens.shape), "(B + 1,)")
+    check(cu_seqlens.dtype == torch.int32, f"{name}.dtype", cu_seqlens.dtype, "int32")
+    check(cu_seqlens.device == device, f"{name}.device", cu_seqlens.device, str(device))
 
 
 def check_noise(backend: str, device: torch.device, c: float, elements: int) -> None:

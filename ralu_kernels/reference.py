@@ -18,6 +18,7 @@ granularity count them as (token, channel).
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UPSAMPLED, CARRIED = 0, 1
@@ -187,3 +188,66 @@ def merge_tokens(
     carried = scale * x + noise_scale * carry_std(c, carry_noise) * _children(_carried_noise(seed, high, MERGE), width)
     promoted = rows[..., 1] != rows[..., 0]
     return _raster(torch.where(promoted[..., None, None], carried, upsampled), width).to(packed.dtype)
+
+
+# ---- inside the blocks ----
+
+
+def _rows(vector: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B, D), a vector for each sample or packed sequence -> float32 that broadcasts against x."""
+    if cu_seqlens is None:
+        return vector.float().unsqueeze(1)
+    row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    return vector.float()[torch.bucketize(row, cu_seqlens[1:], right=True)]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
+    shift, scale = _rows(shift, x, cu_seqlens), _rows(scale, x, cu_seqlens)
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype).contiguous()
+
+
+def gated_add(x: Tensor, gate: Tensor, y: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return (x.float() + _rows(gate, x, cu_seqlens) * y.float()).to(x.dtype).contiguous()
+
+
+def gated_add_modulate(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x = gated_add(x, gate, y, cu_seqlens)
+    return x, modulate(x, shift, scale, cu_seqlens, eps)
+
+
+def _heads(x: Tensor, weight: Tensor | None, heads: int, eps: float) -> Tensor:
+    """(B, S, H * D) -> float32 (B, S, H, D), every head under its RMS norm."""
+    x = x.float().unflatten(2, (heads, x.shape[2] // heads))
+    if weight is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return x * cos.unsqueeze(-2) + torch.stack([-odd, even], dim=-1).flatten(-2) * sin.unsqueeze(-2)
+
+
+def pack_qkv(
+    q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor | None, norm_k: Tensor | None,
+    q2: Tensor | None, k2: Tensor | None, v2: Tensor | None, norm_q2: Tensor | None, norm_k2: Tensor | None,
+    rows: Tensor | None, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def pack(first, second, weight, weight2, turn):
+        streams = [_heads(first, weight, heads, eps)]
+        if second is not None:
+            streams.append(_heads(second, weight2, heads, eps))
+        x = torch.cat(streams, dim=1)
+        x = (_rotate(x, cos, sin) if turn else x).flatten(0, 1).to(q.dtype)
+        return x if rows is None else x[rows]
+
+    rotary = cos is not None
+    return pack(q, q2, norm_q, norm_q2, rotary), pack(k, k2, norm_k, norm_k2, rotary), pack(v, v2, None, None, False)
+
+
+def unpack(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
+    zero_last = F.pad(x.flatten(1), (0, 0, 0, 1))  # the row that -1 finds
+    out = zero_last[inverse].view(-1, first + second, zero_last.shape[1])
+    return out[:, :first].contiguous(), out[:, first:].contiguous()
