@@ -91,11 +91,13 @@ def clock(device: torch.device) -> Callable[[Callable], float]:
 
 
 def in_turn(calls: dict[str, Callable], device: torch.device, budget: float, repeats: int = 200) -> dict[str, list]:
-    """Milliseconds of every call, made in turn so that all see the same machine.
+    """Milliseconds of every call, made in turn so that all see the same machine, after an untimed round.
 
     One that has had `budget` seconds, and at least three calls, sits out the rest of the `repeats` rounds.
     """
     timed, times = clock(device), {name: [] for name in calls}
+    for call in calls.values():
+        call()
     for _ in range(repeats):
         for name, call in calls.items():
             if len(times[name]) < 3 or sum(times[name]) < 1e3 * budget:
