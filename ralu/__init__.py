@@ -7,6 +7,7 @@ from .mini import mini_path
 from .schedule import PRESETS, Schedule, preset, solve
 
 if TYPE_CHECKING:
+    from .cost import estimate
     from .pipeline import disable, enable
     from .scheduler import Layout, RaluScheduler, sample
 
@@ -18,6 +19,7 @@ __all__ = [
     "Schedule",
     "disable",
     "enable",
+    "estimate",
     "mini_path",
     "preset",
     "sample",
@@ -30,6 +32,7 @@ _HOMES = {
     "RaluScheduler": "scheduler",
     "disable": "pipeline",
     "enable": "pipeline",
+    "estimate": "cost",
     "sample": "scheduler",
     "SchedulerMixin": "scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }

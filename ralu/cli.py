@@ -1,13 +1,14 @@
-"""The command line: `ralu generate`, `compare`, `regions` and `schedule`. Heavy imports wait until they are needed."""
+"""The command line: `ralu generate`, `compare` and so on. Heavy imports wait until they are needed."""
 
 import argparse
+import json
 import os
 import re
 import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,11 +106,12 @@ def _parser() -> argparse.ArgumentParser:
   ralu compare --model mini-sd3         the same for SD3
   ralu regions --ratios .1 .2 .3        which regions go to full resolution first
   ralu schedule --steps 4 5 6 --ends .3 .45 1
+  ralu estimate --model sd3-medium      operations and memory, before anything runs
   ralu COMMAND --help                   a command's options""",
     )
     parser.add_argument("--version", action="version", version=f"ralu {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for add in (_add_generate, _add_compare, _add_regions, _add_schedule):
+    for add in (_add_generate, _add_compare, _add_regions, _add_schedule, _add_estimate):
         add(commands)
     return parser
 
@@ -229,6 +231,43 @@ def _add_schedule(commands):
     _add_output(parser, "outputs/schedule.png", ".svg", ".pdf")
 
 
+def _add_estimate(commands):
+    parser = _add(
+        commands,
+        _estimate,
+        "estimate",
+        "count a run's operations and memory before it is run",
+        "Nothing is allocated and no weights are read. Operations are those of matrix products and convolutions, a "
+        "multiply-add being two, without and with attention's two matrix products; the paper's figures are without. "
+        "The memory is that of a pipeline that is wholly on the device.",
+        """  ralu estimate
+  ralu estimate --model sd3-medium --methods stock-28 sd3-2x sd3-3x --batch 4
+  ralu estimate --size 2048x1024 --ratio .3 --json""",
+    )
+    add = parser.add_argument
+    known = "flux-dev, sd3-medium, ..., mini, mini-sd3, a pipeline folder, or a hub id (default: flux-dev)"
+    add("--model", default="flux-dev", help=known)
+    add(
+        "--methods",
+        nargs="+",
+        type=_method,
+        metavar="METHOD",
+        help=f"{NAMES}, stock-STEPS (default: stock-50 flux-5x; for SD3 stock-28 sd3-2x)",
+    )
+    add("--size", type=_size, help="pixels: 256, or HEIGHTxWIDTH (default: 1024; 256 for the embedded models)")
+    add("--ratio", type=_share, help="share of the regions to enlarge early (default: the preset's)")
+    add("--text-tokens", type=_count, metavar="N", help="of T5 (default: 512, for SD3 256, for the embedded models 32)")
+    add("--batch", type=_count, default=1, metavar="N", help="pictures in one run (default: 1)")
+    add(
+        "--guidance",
+        action=argparse.BooleanOptionalAction,
+        help="with a pass for a negative prompt in every step; FLUX: true CFG (default: for SD3 alone)",
+    )
+    add("--no-preview", action="store_true", help="regions by gradient, which decodes no preview")
+    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16)")
+    add("--json", action="store_true", help="print JSON instead of tables")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' notices about optional packages, and without bars over files that load in a second."""
@@ -251,8 +290,8 @@ def _quiet() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-def _source(model: str) -> str:
-    """The folder or hub id that --model means."""
+def _source(model: str, names: Iterable[str] = MINI) -> str:
+    """The folder or hub id that --model means. names: what else it may be, for the error."""
     if model in MINI:
         return str(mini_path(MINI[model]))
     folder = Path(model).expanduser()
@@ -261,7 +300,7 @@ def _source(model: str) -> str:
             raise Mistake(f"--model: the folder {model} is no pipeline, it has no model_index.json")
         return str(folder)
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise Mistake(f"--model: {model} is neither {', nor '.join(MINI)}, nor a folder, nor a hub id (owner/name)")
+        raise Mistake(f"--model: {model} is neither {', nor '.join(names)}, nor a folder, nor a hub id (owner/name)")
     return model
 
 
@@ -509,6 +548,46 @@ def _schedule(args: argparse.Namespace):
     print(f"\n{args.output}")
 
 
+def _estimate(args: argparse.Namespace):
+    with _quiet():
+        import torch
+
+        from .cost import MODELS, describe, estimate
+
+        source = args.model if args.model in MODELS else _source(args.model, [*MODELS, *MINI])
+        family = describe(source).family
+        mini = _is_mini(source, family)
+        height, width = args.size or ((256, 256) if mini else (1024, 1024))
+        tokens = args.text_tokens or (MINI_CALL[family]["max_sequence_length"] if mini else None)
+        estimates = {}
+        for method in args.methods or [_method(text) for text in (METHODS[family][0], FIRST[family][0])]:
+            if not (method.preset or method.steps):
+                raise Mistake("--methods: stock needs its number of steps, such as stock-50")
+            estimates[method.name] = estimate(
+                source,
+                method.preset or method.steps,
+                height=height,
+                width=width,
+                ratio=args.ratio if method.preset else None,
+                text_tokens=tokens,
+                batch=args.batch,
+                guided=args.guidance,
+                preview=not args.no_preview,
+                dtype=getattr(torch, args.dtype),
+            )
+    if args.json:
+        where = {"model": args.model, "height": height, "width": width, "batch": args.batch, "dtype": args.dtype}
+        print(json.dumps(where | {"methods": {name: cost.to_dict() for name, cost in estimates.items()}}, indent=2))
+        return
+    print(f"{args.model}, {height}×{width} pixels, {args.batch} in a batch, {args.dtype}")
+    (base, first), *_ = estimates.items()
+    for name, cost in estimates.items():
+        print(f"\n{name}\n{cost}")
+        if cost is not first:
+            less, within = first.tflop / cost.tflop, first.total / cost.total
+            print(f"{base} takes {less:.2f} times as many operations, with attention {within:.2f} times")
+
+
 def _make_room(path: Path):
     """Create the output's folder, and find out before the work, not after it, whether it can be written to."""
     try:
@@ -530,8 +609,9 @@ def main(argv: list[str] | None = None) -> int:
         parser = _parser()
         args = parser.parse_args(argv)
         if "run" not in args:
-            parser.error("which command? generate, compare, regions or schedule")
-        _make_room(args.output)
+            parser.error("which command? generate, compare, regions, schedule or estimate")
+        if "output" in args:
+            _make_room(args.output)
         args.run(args)
     except BrokenPipeError:  # `ralu schedule | head`: nobody reads on, and Python would complain when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
