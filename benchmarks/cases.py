@@ -150,7 +150,7 @@ extern "C" void fill(float* out, int64_t n) {
     for (int64_t start = 0; start < n / 4; start += RUN) {
       const int64_t quarter = std::min<int64_t>(RUN, n / 4 - start);
       Run words;
-      philox_run<4>(isa, 1, element, static_cast<uint32_t>(start), 2, 0, RUN, words);
+      philox_run(isa, 1, element, static_cast<uint32_t>(start), 2, 0, RUN, words);
       float* o = out + 4 * start;
       for (int64_t j = 0; j < quarter; ++j) {
         const ralu::Normals x = ralu::normals(words[j]);

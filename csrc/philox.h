@@ -10,15 +10,13 @@
 
 #ifdef __CUDACC__
 #define RALU_INLINE __host__ __device__ __forceinline__
-#elif defined(_MSC_VER)
-#define RALU_INLINE __forceinline
 #else
 #define RALU_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace ralu {
 
-// What a counter's third word says: the element is enlarged (its four normals are its children), or carried over.
+// What a counter's third word says: its four normals are the children of an element, or of four carried channels.
 constexpr uint32_t UPSAMPLED = 0, CARRIED = 1;
 
 struct Words {
@@ -120,20 +118,9 @@ RALU_INLINE Normals normals(Words w) {
   return n;
 }
 
-// The first of them alone.
-RALU_INLINE float normal(Words w) {
-  float n0, unused;
-  box_muller(w.w0, w.w1, n0, unused);
-  return n0;
-}
-
 // Four normals of the counter (element, stage, kind, 0).
 RALU_INLINE Normals normals(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
   return normals(philox(key, element, stage, kind));
-}
-
-RALU_INLINE float normal(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
-  return normal(philox(key, element, stage, kind));
 }
 
 // The four children of x: scale * x + noise_scale * (n_i - k * sum of the n), RALU supplement A.1.

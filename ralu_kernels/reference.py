@@ -9,10 +9,14 @@ With J the 4x4 matrix of ones, (I - k J)^2 = I - c J for k = (1 - sqrt(1 - 4c)) 
 eps of the block). For a value that is carried over unchanged Sigma = I, so z ~ N(0, (1 - c) I).
 
 Randomness is a function of the sample's 64-bit seed and of the place alone. Philox-4x32-10 has the seed as its key and
-(element, stage, kind, 0) as its counter. ``kind`` is UPSAMPLED, where element indexes the low grid and the four normals
-are the four children in row-major order; or CARRIED, where element indexes the value's own grid and the first normal is
-used. Latents, and tokens at pixel granularity, count elements as (channel, row, column) of the latent; tokens at token
-granularity count them as (token, channel).
+(element, stage, kind, 0) as its counter, and makes four normals of it. All are used, one for each value that is made:
+
+UPSAMPLED: element indexes the low grid, and the four normals are the four children in row-major order. Latents, and
+    tokens at pixel granularity, count elements as (channel, row, column) of the latent; tokens at token granularity
+    count them as (token, channel).
+CARRIED: channel j of token t, of C channels, has normal j % 4 of element t * ceil(C / 4) + j // 4, at either
+    granularity. t is the token's place in raster order over its own grid: the low grid on the way to stage 2, the high
+    grid on the way to stage 3. (If 4 does not divide C, the last normals of a token's last element go unused.)
 """
 
 import math
@@ -85,9 +89,11 @@ def _block_noise(seed: Tensor, element: Tensor, stage: int, c: float) -> Tensor:
     return eps - block_coefficient(c) * eps.sum(dim=-1, keepdim=True)
 
 
-def _carried_noise(seed: Tensor, element: Tensor, stage: int) -> Tensor:
-    """White noise for carried elements: (B, *element.shape)."""
-    return randn4x(seed.view(-1, *[1] * element.dim()), element, stage, CARRIED)[0]
+def _carried_noise(seed: Tensor, tokens: int, channels: int, stage: int) -> Tensor:
+    """White noise for the carried tokens of a grid: (B, tokens, channels)."""
+    element = torch.arange(tokens * -(-channels // 4), device=seed.device).view(tokens, -(-channels // 4))
+    eps = torch.stack(randn4x(seed.view(-1, 1, 1), element, stage, CARRIED), dim=-1)
+    return eps.flatten(2)[..., :channels]
 
 
 # ---- latents ----
@@ -118,7 +124,7 @@ def _raster(children: Tensor, width: int) -> Tensor:
 
 
 def _elements(height: int, width: int, channels: int, granularity: str, device) -> Tensor:
-    """Element index of every value of a token grid, (height * width, channels)."""
+    """Element index of every value of a token grid that is enlarged, (height * width, channels)."""
     if granularity == "token":
         return torch.arange(height * width * channels, device=device).view(height * width, channels)
     pixels = torch.arange(height * width * channels, device=device).view(channels // 4, height, 2, width, 2)
@@ -166,7 +172,7 @@ def promote_tokens(
     rows = _children(inverse, width)
     x = low.float()
     upsampled = _upsample_tokens(x, _block_noise(seed, element, PROMOTE, c), scale, noise_scale, granularity)
-    carried = scale * x + noise_scale * carry_std(c, carry_noise) * _carried_noise(seed, element, PROMOTE)
+    carried = scale * x + noise_scale * carry_std(c, carry_noise) * _carried_noise(seed, n, channels, PROMOTE)
     promoted = rows[..., 1] != rows[..., 0]
     values = torch.where(promoted[..., None, None], upsampled, carried.unsqueeze(2)).to(low.dtype)
     out = low.new_empty(total, channels)
@@ -182,10 +188,10 @@ def merge_tokens(
     height = inverse.shape[1] // (4 * width)
     rows = _children(inverse, width)
     x = packed.float()[rows]  # (B, n, 4, C)
-    low = _elements(height, width, channels, granularity, packed.device)
-    high = _elements(2 * height, 2 * width, channels, granularity, packed.device)
-    upsampled = _upsample_tokens(x[:, :, 0], _block_noise(seed, low, MERGE, c), scale, noise_scale, granularity)
-    carried = scale * x + noise_scale * carry_std(c, carry_noise) * _children(_carried_noise(seed, high, MERGE), width)
+    element = _elements(height, width, channels, granularity, packed.device)
+    upsampled = _upsample_tokens(x[:, :, 0], _block_noise(seed, element, MERGE, c), scale, noise_scale, granularity)
+    eps = _children(_carried_noise(seed, inverse.shape[1], channels, MERGE), width)
+    carried = scale * x + noise_scale * carry_std(c, carry_noise) * eps
     promoted = rows[..., 1] != rows[..., 0]
     return _raster(torch.where(promoted[..., None, None], carried, upsampled), width).to(packed.dtype)
 

@@ -134,7 +134,7 @@ def _plan_kernel(
 
 @jit
 def _element(y, x, channel, height, width, channels, PIXEL: tl.constexpr):
-    """Element index of a token's channel; see reference.py."""
+    """Element index of an enlarged token's channel; see reference.py."""
     if PIXEL:
         pixel_row = (channel // 4 * height + y) * 2 + channel // 2 % 2
         element = (pixel_row * width + x) * 2 + channel % 2
@@ -145,16 +145,20 @@ def _element(y, x, channel, height, width, channels, PIXEL: tl.constexpr):
 
 @jit
 def _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What both moves start from: a tile of low tokens (BLOCK_N, 1) by channels (1, BLOCK_C) of one sample."""
+    """What both moves start from: a tile of low tokens (BLOCK_N, 1) by channels (1, BLOCK_C) of one sample.
+
+    ``four`` counts the channels by fours, (1, BLOCK_C / 4).
+    """
     pid = tl.program_id(0)
     b = (pid // (blocks * channel_blocks)).to(tl.int64)
     token = pid // channel_blocks % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     channel = pid % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    four = pid % channel_blocks * (BLOCK_C // 4) + tl.arange(0, BLOCK_C // 4)[None, :]
     y, x = token // width, token % width
     high = b * 4 * n + 4 * y * width + 2 * x
     first = tl.load(inverse_ptr + high, mask=token < n, other=0)
     promoted = tl.load(inverse_ptr + high + 1, mask=token < n, other=0) != first
-    return b, token, channel, y, x, first.to(tl.int64), promoted
+    return b, token, channel, four, y, x, first.to(tl.int64), promoted
 
 
 @jit
@@ -175,27 +179,38 @@ def _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL: tl.constexpr)
 
 
 @jit
+def _carried_noise(seed, token, four, channels, STAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """White noise of a tile of carried tokens: four channels share a counter; see reference.py."""
+    n0, n1, n2, n3 = normals(seed, token * ((channels + 3) // 4) + four, STAGE, 1)
+    return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK_N, BLOCK_C)
+
+
+@jit
 def _promote_kernel(
     low_ptr, out_ptr, inverse_ptr, seed_ptr, scale, noise_scale, carry_scale, k,
     height, width, channels, stride_b, stride_n, stride_c, blocks, channel_blocks,
     STAGE: tl.constexpr, PIXEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n = height * width
-    b, token, channel, y, x, first, promoted = _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N, BLOCK_C)
+    tile = _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N, BLOCK_C)
+    b, token, channel, four, y, x, first, promoted = tile
     mask = (token < n) & (channel < channels)
     place = b * stride_b + token.to(tl.int64) * stride_n + channel.to(tl.int64) * stride_c
     value = tl.load(low_ptr + place, mask=mask).to(tl.float32)
-
-    element = _element(y, x, channel, height, width, channels, PIXEL)
-    n0, n1, n2, n3 = normals(tl.load(seed_ptr + b), element, STAGE, tl.where(promoted, 0, 1))
-    o0, o1, o2, o3 = _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL)
-    carried = scale * value + carry_scale * n0
-
     out = out_ptr + first * channels + channel
-    tl.store(out, tl.where(promoted, o0, carried), mask=mask)
-    tl.store(out + channels, o1, mask=mask & promoted)
-    tl.store(out + 2 * channels, o2, mask=mask & promoted)
-    tl.store(out + 3 * channels, o3, mask=mask & promoted)
+    seed = tl.load(seed_ptr + b)
+
+    if tl.max(promoted.to(tl.int32)) > 0:
+        upsampled = mask & promoted
+        n0, n1, n2, n3 = normals(seed, _element(y, x, channel, height, width, channels, PIXEL), STAGE, 0)
+        o0, o1, o2, o3 = _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL)
+        tl.store(out, o0, mask=upsampled)
+        tl.store(out + channels, o1, mask=upsampled)
+        tl.store(out + 2 * channels, o2, mask=upsampled)
+        tl.store(out + 3 * channels, o3, mask=upsampled)
+    if tl.min(promoted.to(tl.int32)) == 0:
+        noise = _carried_noise(seed, token, four, channels, STAGE, BLOCK_N, BLOCK_C)
+        tl.store(out, scale * value + carry_scale * noise, mask=mask & (promoted == 0))
 
 
 @jit
@@ -205,7 +220,8 @@ def _merge_kernel(
     STAGE: tl.constexpr, PIXEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n = height * width
-    b, token, channel, y, x, first, promoted = _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N, BLOCK_C)
+    tile = _tile(blocks, channel_blocks, n, width, inverse_ptr, BLOCK_N, BLOCK_C)
+    b, token, channel, four, y, x, first, promoted = tile
     mask = (token < n) & (channel < channels)
     source = packed_ptr + first * stride_n + channel.to(tl.int64) * stride_c
     out = out_ptr + (b * 4 * n + 4 * y * width + 2 * x) * channels + channel
@@ -224,10 +240,10 @@ def _merge_kernel(
         carried = mask & promoted
         for child in tl.static_range(4):
             value = tl.load(source + child * stride_n, mask=carried).to(tl.float32)
-            element = _element(2 * y + child // 2, 2 * x + child % 2, channel, 2 * height, 2 * width, channels, PIXEL)
-            n0, _, _, _ = normals(seed, element, STAGE, 1)
             right_and_down = child // 2 * 2 * width + child % 2
-            tl.store(out + right_and_down * channels, scale * value + carry_scale * n0, mask=carried)
+            high = 4 * y * width + 2 * x + right_and_down
+            noise = _carried_noise(seed, high, four, channels, STAGE, BLOCK_N, BLOCK_C)
+            tl.store(out + right_and_down * channels, scale * value + carry_scale * noise, mask=carried)
 
 
 def _fake_plan(scores, h, w, k, threshold, total):
@@ -270,7 +286,7 @@ def _launch_move(kernel, stage, x, out, inverse, height, width, scale, noise_sca
     if out.numel() == 0:
         return out
     channels = x.shape[-1]
-    block_c = min(triton.next_power_of_2(channels), 64)
+    block_c = min(max(triton.next_power_of_2(channels), 4), 64)  # four channels share their random numbers
     block_n = max(_TILE_BYTES // x.element_size() // block_c, 1)
     blocks, channel_blocks = triton.cdiv(height * width, block_n), triton.cdiv(channels, block_c)
     carry_scale = noise_scale * reference.carry_std(c, carry_noise)

@@ -74,31 +74,23 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
             x0, tokens = tokens - sigma * v, tokens + (following - sigma) * v
         return tokens, x0
 
-    def mix(values, stage):
-        """values: a list of four tokens' worth of (source value, low element) or one carried (value, element)."""
-        move = schedule.transitions[stage - 2]
-        k = (1 - (1 - 4 * move.c) ** 0.5) / 4
-        eps = normals(values[1], stage, values[2])
-        if values[2] == 1:
-            return move.scale * values[0] + move.noise_scale * (1 - move.c) ** 0.5 * eps[0]
-        return move.scale * values[0] + move.noise_scale * (eps - k * eps.sum())
-
     def upsample(token, i, stage):
         """One low token (16 values) to its four children, (4, 16), nearest neighbour on latent pixels."""
+        move = schedule.transitions[stage - 2]
+        k = (1 - (1 - 4 * move.c) ** 0.5) / 4
         row, col = divmod(i, g)
         children = torch.empty(4, 16)
         for ch in range(16):
             c, py, px = ch // 4, ch // 2 % 2, ch % 2
-            element = (c * 2 * g + 2 * row + py) * 2 * g + 2 * col + px
-            children[2 * py + px, 4 * c : 4 * c + 4] = mix((token[ch], element, 0), stage)
+            eps = normals((c * 2 * g + 2 * row + py) * 2 * g + 2 * col + px, stage, 0)
+            z = eps - k * eps.sum()
+            children[2 * py + px, 4 * c : 4 * c + 4] = move.scale * token[ch] + move.noise_scale * z
         return children
 
     def carry(token, row, col, width, stage):
-        out = torch.empty(16)
-        for ch in range(16):
-            c, py, px = ch // 4, ch // 2 % 2, ch % 2
-            out[ch] = mix((token[ch], (c * 2 * width + 2 * row + py) * 2 * width + 2 * col + px, 1), stage)
-        return out
+        move = schedule.transitions[stage - 2]
+        eps = torch.cat([normals((row * width + col) * 4 + four, stage, 1) for four in range(4)])
+        return move.scale * token + move.noise_scale * (1 - move.c) ** 0.5 * eps
 
     low = FluxPipeline._pack_latents(noise[..., ::2, ::2], 1, 4, 2 * g, 2 * g)[0]
     tokens, x0 = denoise(low, [divmod(i, g) for i in range(g * g)], 1)

@@ -132,6 +132,14 @@ def assert_covariance(samples, expected):
     assert ((found - expected).abs() <= 5 * sigma + 1e-9).all(), (found - expected).abs().div(sigma).max()
 
 
+def assert_independent(pairs):
+    """No correlation of any of the last dimension's entries of the one with any of the other's."""
+    for name, (one, two) in pairs.items():
+        one, two = one.reshape(-1, one.shape[-1]), two.reshape(-1, two.shape[-1])
+        correlation = one.T @ two / len(one)
+        assert correlation.abs().max() < 5 / math.sqrt(len(one)), name
+
+
 @pytest.mark.parametrize("c", CORRELATIONS)
 def test_block_covariance(c):
     x = torch.zeros(4, 8, 64, 64)
@@ -148,19 +156,36 @@ def test_blocks_are_independent(c):
     z = upsample_renoise(x, 1.0, 1.0, c, torch.tensor([1, 2])).double()
     blocks = z.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)  # (B, C, H, W, 4)
     other_stage = upsample_renoise(x, 1.0, 1.0, c, torch.tensor([1, 2]), stage=3).double()
-    white = reference._carried_noise(torch.tensor([1, 2]), torch.arange(4 * 64 * 64).view(4, 64, 64), 2).double()
+    carried = reference._carried_noise(torch.tensor([1, 2]), 4 * 64 * 64, 4, 2).double()  # one token for each block
     pairs = {
         "column": (blocks[:, :, :, 1:], blocks[:, :, :, :-1]),
         "row": (blocks[:, :, 1:], blocks[:, :, :-1]),
         "channel": (blocks[:, 1:], blocks[:, :-1]),
         "sample": (blocks[1], blocks[0]),
         "stage": (blocks, other_stage.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)),
-        "kind": (blocks, white.unsqueeze(-1)),
+        "kind": (blocks, carried),
     }
-    for name, (one, two) in pairs.items():
-        one, two = one.reshape(-1, 4), two.reshape(-1, two.shape[-1])
-        correlation = one.T @ two / len(one)
-        assert correlation.abs().max() < 5 / math.sqrt(len(one)), name
+    assert_independent(pairs)
+
+
+def test_carried_values_are_independent():
+    """Inside the four channels that share a counter, and between those of any two counters."""
+    seed = torch.tensor([1, 2])
+    low, plan = torch.zeros(2, 1024, 64), plan_tokens(torch.zeros(2, 1024), (32, 32), ratio=0.0)
+    z = promote_tokens(low, plan, 1.0, 1.0, 0.0, seed).double().view(2, 32, 32, 16, 4)
+    packed, plan = torch.zeros(2048, 64), plan_tokens(torch.zeros(2, 256), (16, 16), ratio=1.0)
+    other_stage = merge_tokens(packed, plan, 1.0, 1.0, 0.0, seed).double().view(2, 32, 32, 16, 4)
+    for fours in (z, other_stage):
+        assert_covariance(fours.reshape(-1, 4), torch.eye(4).double())
+    pairs = {
+        "channels": (z[:, :, :, 1:], z[:, :, :, :-1]),
+        "column": (z[:, :, 1:], z[:, :, :-1]),
+        "row": (z[:, 1:], z[:, :-1]),
+        "end of a token": (z.flatten(1, 2)[:, 1:, 0], z.flatten(1, 2)[:, :-1, -1]),
+        "sample": (z[1], z[0]),
+        "stage": (z, other_stage),
+    }
+    assert_independent(pairs)
 
 
 @pytest.mark.parametrize("carry_noise, variance", [("exact", lambda c: 1 - c), ("release", lambda c: 1.0)])

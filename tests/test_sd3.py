@@ -116,7 +116,10 @@ def by_hand(pipe, prompt, seed, preset, ratio, guidance=3.5, height=64, width=48
 
     def carried(x, stage):
         move = schedule.transitions[stage - 2]
-        return move.scale * x + move.noise_scale * (1 - move.c) ** 0.5 * normals(x.shape, stage, 1)[0]
+        channels, rows, columns = x.shape
+        eps = normals((rows // 2, columns // 2, channels), stage, 1)  # of a 2x2 patch, all channels
+        eps = eps.permute(3, 1, 2, 0).unflatten(-1, (2, 2)).transpose(2, 3).reshape(x.shape)
+        return move.scale * x + move.noise_scale * (1 - move.c) ** 0.5 * eps
 
     low, x0 = denoise(noise[0, :, ::2, ::2], 1, as_image)
     image = vae.decode(x0[None] / vae.config.scaling_factor + vae.config.shift_factor).sample

@@ -70,19 +70,27 @@ void vectorized(const F& f, Isa isa = Isa::portable) {
 
 constexpr int32_t RUN = 256;  // values at a time: what is kept between loops stays in the first-level cache
 
+struct Consecutive {
+  uint32_t element[RUN];
+
+  constexpr Consecutive() : element{} {
+    for (int32_t i = 0; i < RUN; ++i) element[i] = i;
+  }
+};
+
+inline constexpr Consecutive CONSECUTIVE;
+
 struct Run {
   uint32_t w0[RUN], w1[RUN], w2[RUN], w3[RUN];
 
   RALU_INLINE Words operator[](int32_t i) const { return {w0[i], w1[i], w2[i], w3[i]}; }
 };
 
-template <int WORDS>
-void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
-                     int32_t count, Run& words) {
+inline void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
+                            int32_t count, Run& words) {
   for (int32_t i = 0; i < count; ++i) {
     const Words w = philox(key, element[i] + offset, stage, kind);
-    words.w0[i] = w.w0, words.w1[i] = w.w1;
-    if (WORDS == 4) words.w2[i] = w.w2, words.w3[i] = w.w3;
+    words.w0[i] = w.w0, words.w1[i] = w.w1, words.w2[i] = w.w2, words.w3[i] = w.w3;
   }
 }
 
@@ -90,11 +98,10 @@ void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uin
 
 // Two counters share a 64-bit lane: the one with an even index is worked on in place, the odd one shifted down. Only the
 // low halves are multiplied, so what gathers in the high halves is of no account until the end. Unrolled, the compiler
-// sees that half of the first two rounds is the same for all counters, and half of the last not needed for two words.
+// sees that half of the first two rounds is the same for all counters.
 #define RALU_PHILOX(NAME, TARGET, BYTES, MULTIPLY)                                                                    \
-  template <int WORDS>                                                                                                \
-  __attribute__((target(TARGET))) void NAME(uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage,   \
-                                            uint32_t kind, int32_t count, Run& words) {                               \
+  inline __attribute__((target(TARGET))) void NAME(uint64_t key, const uint32_t* element, uint32_t offset,            \
+                                                   uint32_t stage, uint32_t kind, int32_t count, Run& words) {        \
     typedef uint64_t V __attribute__((vector_size(BYTES)));                                                           \
     typedef uint32_t V32 __attribute__((vector_size(BYTES), aligned(4), may_alias));                                  \
     const V a = V{} + 0xD2511F53u, b = V{} + 0xCD9E8D57u;                                                             \
@@ -110,7 +117,7 @@ void philox_portable(uint64_t key, const uint32_t* element, uint32_t offset, uin
         }                                                                                                             \
       }                                                                                                               \
       uint32_t* out[4] = {words.w0, words.w1, words.w2, words.w3};                                                    \
-      for (int w = 0; w < WORDS; ++w) *(V32*)(out[w] + i) = (V32)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));         \
+      for (int w = 0; w < 4; ++w) *(V32*)(out[w] + i) = (V32)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));             \
     }                                                                                                                 \
   }
 #define RALU_MULTIPLY_256(x, y) _mm256_mul_epu32((__m256i)(x), (__m256i)(y))
@@ -120,16 +127,14 @@ RALU_PHILOX(philox_avx512, "avx512f", 64, RALU_MULTIPLY_512)
 
 #endif
 
-// The first WORDS (2 or 4) words of the counters (element[i] + offset, stage, kind, 0). count is a multiple of 16 and at
-// most RUN.
-template <int WORDS>
-void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
-                int32_t count, Run& words) {
+// The words of the counters (element[i] + offset, stage, kind, 0). count is a multiple of 16 and at most RUN.
+inline void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
+                       int32_t count, Run& words) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == Isa::avx512) return philox_avx512<WORDS>(key, element, offset, stage, kind, count, words);
-  if (isa == Isa::avx2) return philox_avx2<WORDS>(key, element, offset, stage, kind, count, words);
+  if (isa == Isa::avx512) return philox_avx512(key, element, offset, stage, kind, count, words);
+  if (isa == Isa::avx2) return philox_avx2(key, element, offset, stage, kind, count, words);
 #endif
-  philox_portable<WORDS>(key, element, offset, stage, kind, count, words);
+  philox_portable(key, element, offset, stage, kind, count, words);
 }
 
 // ---- element types, as bits: conversions that vectorise and round to the nearest even ----

@@ -103,7 +103,7 @@ void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t
                     double noise_scale, double carry_scale, double k, bool pixel) {
   const int64_t n = low.size(1), channels = low.size(2), stride_b = low.stride(0), stride_n = low.stride(1);
   const Move move = move_of(channels, low.stride(2), PROMOTE, scale, noise_scale, carry_scale, k, pixel);
-  const Elements enlarged(n / width, width, channels, pixel, true), carried(n / width, width, channels, pixel, false);
+  const Elements element(n / width, width, channels, pixel);
   const int64_t* keys = input<int64_t>(seed);
   const int32_t* covered_by = input<int32_t>(inverse);
   for_dtype(low, [&](auto type) {
@@ -120,9 +120,9 @@ void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t
         if (rows.promoted) {
           T* const children[4] = {to + rows.row[0] * channels, to + rows.row[1] * channels,
                                   to + rows.row[2] * channels, to + rows.row[3] * channels};
-          enlarge_token(isa, value, children, enlarged.base.data(), enlarged.offset(y, x), key, move);
+          enlarge_token(isa, value, children, element.base.data(), element.offset(y, x), key, move);
         } else {
-          carry_token(isa, value, to + rows.row[0] * channels, carried.base.data(), carried.offset(y, x), key, move);
+          carry_token(isa, value, to + rows.row[0] * channels, token, key, move);
         }
       }
     });
@@ -133,8 +133,7 @@ void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_
                   double noise_scale, double carry_scale, double k, bool pixel) {
   const int64_t n = inverse.size(1) / 4, height = n / width, channels = packed.size(1), stride_n = packed.stride(0);
   const Move move = move_of(channels, packed.stride(1), MERGE, scale, noise_scale, carry_scale, k, pixel);
-  const Elements enlarged(height, width, channels, pixel, true);
-  const Elements carried(2 * height, 2 * width, channels, pixel, false);
+  const Elements element(height, width, channels, pixel);
   const int64_t* keys = input<int64_t>(seed);
   const int32_t* covered_by = input<int32_t>(inverse);
   for_dtype(packed, [&](auto type) {
@@ -152,10 +151,10 @@ void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_
                                 first + (2 * width + 1) * channels};
         if (rows.promoted) {
           for (int64_t m = 0; m < 4; ++m)
-            carry_token(isa, from + rows.row[m] * stride_n, children[m], carried.base.data(),
-                        carried.offset(2 * y + m / 2, 2 * x + m % 2), key, move);
+            carry_token(isa, from + rows.row[m] * stride_n, children[m],
+                        (2 * y + m / 2) * 2 * width + 2 * x + m % 2, key, move);
         } else {
-          enlarge_token(isa, from + rows.row[0] * stride_n, children, enlarged.base.data(), enlarged.offset(y, x), key,
+          enlarge_token(isa, from + rows.row[0] * stride_n, children, element.base.data(), element.offset(y, x), key,
                         move);
         }
       }

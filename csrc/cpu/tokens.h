@@ -8,19 +8,19 @@
 
 namespace ralu::cpu {
 
-// The random counter's element of a token's channel is base[lane] + offset(y, x); see reference.py for the numbering.
-// Lanes are channels, but where a token is enlarged at pixel granularity: there a group of channels is gone through by
-// inner pixel, because inner pixel p of all of them makes child p.
+// The random counter's element of an enlarged token's channel is base[lane] + offset(y, x); see reference.py for the
+// numbering. Lanes are channels, but at pixel granularity: there a group of channels is gone through by inner pixel,
+// because inner pixel p of all of them makes child p.
 struct Elements {
   std::vector<uint32_t> base;
   int64_t row, column;
 
-  Elements(int64_t height, int64_t width, int64_t channels, bool pixel, bool enlarged)
+  Elements(int64_t height, int64_t width, int64_t channels, bool pixel)
       : base((channels + 15) / 16 * 16), row(pixel ? 4 * width : width * channels), column(pixel ? 2 : channels) {
     for (int64_t first = 0; first < channels; first += RUN) {
       const int64_t count = std::min<int64_t>(RUN, channels - first);
       for (int64_t lane = 0; lane < count; ++lane) {
-        const int64_t inner = pixel && enlarged ? 4 * (lane % (count / 4)) + lane / (count / 4) : lane;
+        const int64_t inner = pixel ? 4 * (lane % (count / 4)) + lane / (count / 4) : lane;
         const int64_t channel = first + inner, plane = channel / 4, py = channel / 2 % 2, px = channel % 2;
         base[first + lane] = pixel ? plane * 4 * height * width + py * 2 * width + px : channel;
       }
@@ -54,7 +54,7 @@ RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const uint3
     }
     std::fill(value + count, value + padded, 0.0f);
     Run words;
-    philox_run<4>(isa, key, base + first, offset, move.stage, UPSAMPLED, padded, words);
+    philox_run(isa, key, base + first, offset, move.stage, UPSAMPLED, padded, words);
     for (int32_t j = 0; j < padded; ++j) {
       const Normals n = normals(words[j]);
       const Normals o = enlarge(value[j], n, move.scale, move.noise_scale, move.k);
@@ -78,21 +78,25 @@ RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const uint3
   }
 }
 
+// token: its place in the grid of its own size.
 template <class T>
-RALU_INLINE void carry_token(Isa isa, const T* from, T* to, const uint32_t* base, uint32_t offset, uint64_t key,
-                             const Move& move) {
-  for (int64_t first = 0; first < move.channels; first += RUN) {
-    const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first));
-    const int32_t padded = (count + 15) & ~15;
-    const T* source = from + first * move.stride_c;
-    float value[RUN];
-    for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
-    std::fill(value + count, value + padded, 0.0f);
+RALU_INLINE void carry_token(Isa isa, const T* from, T* to, int64_t token, uint64_t key, const Move& move) {
+  const int64_t fours = (move.channels + 3) / 4;
+  for (int64_t first = 0; first < fours; first += RUN) {
+    const int32_t calls = static_cast<int32_t>(std::min<int64_t>(RUN, fours - first)), padded = (calls + 15) & ~15;
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(4 * RUN, move.channels - 4 * first));
     Run words;
-    philox_run<2>(isa, key, base + first, offset, move.stage, CARRIED, padded, words);
-    for (int32_t j = 0; j < padded; ++j)
-      value[j] = move.scale * value[j] + move.carry_scale * normal(words[j]);
-    for (int32_t c = 0; c < count; ++c) to[first + c] = from_float<T>(value[c]);
+    philox_run(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(token * fours + first), move.stage, CARRIED, padded,
+               words);
+    float z[4 * RUN];
+    for (int32_t j = 0; j < padded; ++j) {
+      const Normals n = normals(words[j]);
+      z[4 * j] = n.n0, z[4 * j + 1] = n.n1, z[4 * j + 2] = n.n2, z[4 * j + 3] = n.n3;
+    }
+    const T* source = from + 4 * first * move.stride_c;
+    T* target = to + 4 * first;
+    for (int32_t c = 0; c < count; ++c)
+      target[c] = from_float<T>(move.scale * to_float(source[c * move.stride_c]) + move.carry_scale * z[c]);
   }
 }
 

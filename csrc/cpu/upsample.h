@@ -16,16 +16,6 @@ struct Latent {
   int64_t height, width, stride_c, stride_h, stride_w;
 };
 
-struct Consecutive {
-  uint32_t element[RUN];
-
-  constexpr Consecutive() : element{} {
-    for (int32_t i = 0; i < RUN; ++i) element[i] = i;
-  }
-};
-
-inline constexpr Consecutive CONSECUTIVE;
-
 // x, out: one sample; elements [first, first + count) of the low grid, count <= RUN.
 template <class T>
 RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent latent, Noise noise, int64_t first,
@@ -47,7 +37,7 @@ RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent 
   const int32_t padded = (count + 15) & ~15;  // whole vectors
   std::fill(value + count, value + padded, 0.0f);
   Run words;
-  philox_run<4>(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(first), noise.stage, UPSAMPLED, padded, words);
+  philox_run(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(first), noise.stage, UPSAMPLED, padded, words);
   for (int32_t j = 0; j < padded; ++j) {
     const Normals n = normals(words[j]);
     const Normals o = enlarge(value[j], n, noise.scale, noise.noise_scale, noise.k);

@@ -144,7 +144,7 @@ struct Move {
   float scale, noise_scale, carry_scale, k;
 };
 
-// Elements of the random counter for a token's channels from `channel` on; see reference.py for the numbering.
+// Elements of the random counter for an enlarged token's channels from `channel` on; see reference.py for the numbering.
 template <bool PIXEL>
 struct Elements {
   uint32_t first, plane, line;
@@ -192,14 +192,25 @@ __device__ __forceinline__ void enlarge_token(const float (&value)[V], const Ele
   }
 }
 
-template <class T, bool PIXEL, int V>
-__device__ __forceinline__ Vector<T, V> carry_token(const float (&value)[V], const Elements<PIXEL>& element,
+// token: its place in the grid of its own size. Four channels share a counter.
+template <class T, int V>
+__device__ __forceinline__ Vector<T, V> carry_token(const float (&value)[V], uint32_t token, uint32_t channel,
                                                     uint64_t key, const Move& move) {
+  const uint32_t element = token * ((move.channels + 3) / 4) + channel / 4;
+  const auto carry = [&](int i, float z) { return static_cast<T>(move.scale * value[i] + move.carry_scale * z); };
   Vector<T, V> carried;
+  if constexpr (V % 4 == 0) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float z = normal(key, element[i], move.stage, CARRIED);
-    carried.value[i] = static_cast<T>(move.scale * value[i] + move.carry_scale * z);
+    for (int i = 0; i < V; i += 4) {
+      const Normals n = normals(key, element + i / 4, move.stage, CARRIED);
+      carried.value[i] = carry(i, n.n0), carried.value[i + 1] = carry(i + 1, n.n1);
+      carried.value[i + 2] = carry(i + 2, n.n2), carried.value[i + 3] = carry(i + 3, n.n3);
+    }
+  } else {
+    static_assert(V == 1);
+    const Normals n = normals(key, element, move.stage, CARRIED);
+    const float first = channel % 2 ? n.n1 : n.n0, second = channel % 2 ? n.n3 : n.n2;
+    carried.value[0] = carry(0, channel / 2 % 2 ? second : first);
   }
   return carried;
 }
@@ -213,7 +224,6 @@ __global__ void __launch_bounds__(MOVE_THREADS)
   const uint32_t token = i / groups, channel = i % groups * V, y = token / move.width, x = token % move.width;
   const uint32_t n = move.height * move.width;
   if (token >= n || b >= move.batch) return;
-  const Elements<PIXEL> element(y, x, channel, move.height, move.width, move.channels);
   const int32_t* corner = inverse + 4 * (static_cast<int64_t>(b) * n + y * move.width) + 2 * x;
   float value[V];
   load(low + b * move.stride_b + token * move.stride_n + channel * move.stride_c, move.stride_c, whole, value);
@@ -223,9 +233,10 @@ __global__ void __launch_bounds__(MOVE_THREADS)
     if (row < move.total) store(out + static_cast<int64_t>(row) * move.channels + channel, vector);
   };
   if (corner[1] != corner[0]) {
+    const Elements<PIXEL> element(y, x, channel, move.height, move.width, move.channels);
     enlarge_token<T>(value, element, key, move, write);
   } else {
-    write(0, carry_token<T>(value, element, key, move));
+    write(0, carry_token<T>(value, token, channel, key, move));
   }
 }
 
@@ -255,10 +266,9 @@ __global__ void __launch_bounds__(MOVE_THREADS)
   } else {
 #pragma unroll 1
     for (uint32_t m = 0; m < 4; ++m) {
-      const uint32_t high_y = 2 * y + m / 2, high_x = 2 * x + m % 2;
-      const Elements<PIXEL> element(high_y, high_x, channel, 2 * move.height, 2 * move.width, move.channels);
-      if (read(corner[m / 2 * 2 * move.width + m % 2], value))
-        write(m, carry_token<T>(value, element, key, move));
+      const uint32_t place = m / 2 * 2 * move.width + m % 2;
+      if (read(corner[place], value))
+        write(m, carry_token<T>(value, 4 * y * move.width + 2 * x + place, channel, key, move));
     }
   }
 }
