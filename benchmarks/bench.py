@@ -38,8 +38,8 @@ from cases import BOTH, DTYPES, OPERATIONS, Case, Shape, agree, installed, tenso
 import ralu_kernels
 
 
-def checked(case: Case, shape: Shape, expected) -> dict[str, Callable]:
-    """All that can do a case's work here, once each has passed its check; `expected` is the reference's result."""
+def checked(case: Case, shape: Shape, expected, chosen: list[str] | None) -> dict[str, Callable]:
+    """All (or the chosen) that can do a case's work here, once each has passed its check against the reference."""
     same, eager = partial(agree, expected=expected), case.eager or partial(case.ours, "reference")
     found = {"eager": (eager, case.check or same)}
     if case.eager and shape.batch == 1 and (shape.device.type == "cuda" or shape.pixels == 1024):
@@ -47,42 +47,44 @@ def checked(case: Case, shape: Shape, expected) -> dict[str, Callable]:
         found["compile"] = torch.compile(eager, fullgraph=True, dynamic=False), case.check or same
     found |= {name: (partial(case.ours, name), same) for name in case.backends}
     found |= case.floors
-    for call, check in found.values():
-        check(call())
-    calls = {name: call for name, (call, _) in found.items()}
-    return calls | ({"reference": partial(case.ours, "reference")} if case.eager and shape.batch == 1 else {})
+    if case.eager and shape.batch == 1:
+        found["reference"] = partial(case.ours, "reference"), same
+    found = {name: call for name, call in found.items() if chosen is None or name in chosen}
+    for name, (call, check) in found.items():
+        check(expected if name == "reference" else call())
+    return {name: call for name, (call, _) in found.items()}
 
 
 def nbytes(result) -> int:
     return sum(x.nbytes for x in tensors(result))
 
 
-def measure(name: str, shape: Shape, threads_choice: list[int], budget: float) -> list[dict]:
+def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
     """The rows of an operation at one shape."""
     case = OPERATIONS[name].case(shape)
     expected = case.ours("reference")
-    calls, moved = checked(case, shape, expected), nbytes(case.inputs) + nbytes(expected)
+    calls, moved = checked(case, shape, expected, args.providers), nbytes(case.inputs) + nbytes(expected)
     source = torch.empty(moved // 2, dtype=torch.uint8, device=shape.device)
     calls["copy"] = partial(torch.empty_like(source).copy_, source)
     cpu, rows = shape.device.type == "cpu", []
-    for threads in threads_choice if cpu else [""]:
+    for threads in args.threads if cpu else [""]:
         if cpu:
             torch.set_num_threads(threads)
         turns = {who: call for who, call in calls.items() if who != "fill" or not cpu or threads == 1}
-        times = record.in_turn(turns, shape.device, budget)
+        times = record.in_turn(turns, shape.device, args.budget)
         p20, p50, p80 = ({who: np.quantile(ms, q) for who, ms in times.items()} for q in (0.2, 0.5, 0.8))
         for who in times:
             row = {
                 "op": name, "provider": who, "model": shape.model, "pixels": shape.pixels, "batch": shape.batch,
                 "input": "x".join(map(str, case.inputs[0].shape)), "dtype": str(case.inputs[0].dtype)[6:],
                 "threads": threads, "repeats": len(times[who]),
-                "p20_ms": f"{p20[who]:.4f}", "p50_ms": f"{p50[who]:.4f}", "p80_ms": f"{p80[who]:.4f}",
+                "p20_ms": f"{p20[who]:.5g}", "p50_ms": f"{p50[who]:.5g}", "p80_ms": f"{p80[who]:.5g}",
             }  # fmt: skip
             if who not in case.floors:
-                row["gbps"] = f"{moved / p50[who] / 1e6:.2f}"
+                row["gbps"] = f"{moved / p50[who] / 1e6:.4g}"
             for other, column in (("copy", "copy_fraction"), ("fill", "fill_fraction"), ("eager", "eager_ratio")):
                 if other in p50:
-                    row[column] = f"{p50[other] / p50[who]:.3f}"
+                    row[column] = f"{p50[other] / p50[who]:.4g}"
             if not cpu:
                 _, before, peak = record.peak_memory(calls[who], shape.device)
                 row["memory"] = f"{(peak - before) / nbytes(expected):.2f}"
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None):
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--ops", nargs="+", choices=OPERATIONS, metavar="OP", help=f"{', '.join(OPERATIONS)} (default: the device's)")
+    add("--providers", nargs="+", metavar="PROVIDER", help="beside copy (default: all that can run)")
     add("--pixels", type=int, nargs="+", default=[512, 1024, 2048], help="of a picture's side")
     add("--batch", type=int, nargs="+", default=[1, 4])
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
@@ -152,7 +155,7 @@ def main(argv: list[str] | None = None):
         operation = OPERATIONS[name]
         for model, pixels, batch in product(operation.models, args.pixels, args.batch):
             for dtype in operation.dtypes or args.dtypes:
-                keep(measure(name, Shape(model, pixels, batch, DTYPES.get(dtype), device), args.threads, args.budget))
+                keep(measure(name, Shape(model, pixels, batch, DTYPES.get(dtype), device), args))
         if args.memory and device.type == "cpu" and name in MOVES:
             keep(memory_rows(name))
 

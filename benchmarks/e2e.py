@@ -122,8 +122,8 @@ class Model:
 def full_size(name: str, device: torch.device):
     """A published model's pipeline with random weights, made where they are needed."""
     parts = describe(name)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    dtype, before = torch.bfloat16 if device.type == "cuda" else torch.float32, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             transformer = parts.transformer.kind.from_config(json.loads(parts.transformer.config))
@@ -134,8 +134,9 @@ def full_size(name: str, device: torch.device):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=parts.family == "flux")
     kind = FluxPipeline if parts.family == "flux" else StableDiffusion3Pipeline
     absent = [key for key in inspect.signature(kind.__init__).parameters if key.startswith(("text_", "tokenizer"))]
-    models = {"transformer": transformer.to(torch.bfloat16).eval(), "vae": vae.to(torch.bfloat16).eval()}
-    return kind(scheduler=scheduler, **models, **dict.fromkeys(absent)).to(device)
+    for module in (transformer, vae):
+        torch.nn.Module.to(module, dtype).eval()  # buffers; the models' own `to` warns without a reason
+    return kind(scheduler=scheduler, transformer=transformer, vae=vae, **dict.fromkeys(absent))
 
 
 # ---- methods ----
@@ -371,7 +372,7 @@ def main(argv: list[str] | None = None):
             for row in found:
                 keys = ("model", "method", "batch", "p50_ms", "outside_share", "images_per_s", "speedup", "flop_ratio")
                 print(*(row.get(key, "") for key in keys), flush=True)
-            if batch == 1:
+            if batch == 1 and ralu.PRESETS.keys() & runs.keys():
                 found = {"model": name, "pixels": model.pixels} | common | explanation(model, runs)
                 output.with_name(f"{output.stem}-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
                 print(name, *(f"{key}={found[key]}" for key in ("fixed_ms_per_call", "tflop_per_s_beyond")), flush=True)

@@ -16,6 +16,7 @@ from ralu_kernels._backend import triton
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+CASE = ("op", "provider", "model", "method", "pixels", "batch", "dtype", "threads")  # what tells a row's subject
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,8 +33,12 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """The device's name as a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """The device's name, a CPU's with its instruction set, as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{device_name(device)} {instructions(device)}".lower()).strip("-")
+
+
+def instructions(device: torch.device) -> str:
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
 
 
 def provenance(device: torch.device) -> dict:
@@ -41,7 +46,7 @@ def provenance(device: torch.device) -> dict:
     package = Path(ralu_kernels.__file__).parent
     commit = subprocess.run(["git", "-C", package, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
-        "device": device_name(device), "isa": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
+        "device": device_name(device), "isa": instructions(device),
         "torch": torch.__version__, "triton": triton.__version__ if triton else "", "cuda": torch.version.cuda or "",
         "commit": commit.stdout.strip(), "date": date.today().isoformat(),
     }  # fmt: skip
@@ -50,6 +55,11 @@ def provenance(device: torch.device) -> dict:
 def read(path: Path) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def case(row: dict) -> tuple:
+    """What a row measured: two with the same are of the same thing."""
+    return *(row.get(name, "") for name in CASE), "time" if row["p50_ms"] else "memory"
 
 
 def append(path: Path, rows: list[dict]):
