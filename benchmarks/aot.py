@@ -98,37 +98,38 @@ def variants() -> list[tuple[str, str, Callable[[], object]]]:
 
 def _block_variants() -> list[tuple[str, str, Callable[[], object]]]:
     """What runs inside a block: FLUX at 1024x1024 (512 + 4096 tokens, 24 heads of 128), and SD3's other shapes."""
+
+    def stream(tokens, heads, size, norm=True):
+        return [meta(2, tokens, heads * size)] * 3 + [meta(size) if norm else None] * 2
+
     found = []
-    cu_seqlens, rows = _meta(3, dtype=torch.int32), _meta(8000, dtype=torch.int32)
+    cu_seqlens, rows, tables = _meta(3, dtype=torch.int32), _meta(8000, dtype=torch.int32), [_meta(2, 4608, 128)] * 2
     for name, dtype in DTYPES.items():
         meta = partial(_meta, dtype=dtype)
-
-        def stream(tokens, heads, size, norm=True, meta=meta):
-            return [meta(2, tokens, heads * size)] * 3 + [meta(size) if norm else None] * 2
-
-        tables = [_meta(2, 4608, 128)] * 2
-        flux, flux_text, single = stream(4096, 24, 128), stream(512, 24, 128), stream(4608, 24, 128)
-        x, vector, packed = meta(2, 4096, 3072), meta(2, 3 * 3072)[:, :3072], meta(8000, 3072)
+        x, vector = meta(8000, 3072), meta(2, 6 * 3072)[:, :3072]
+        streams = stream(512, 24, 128) + stream(4096, 24, 128)
         found += [
-            ("adaln", f"{name} modulate", partial(adaln._modulate_triton, x, vector, vector, None, 1e-6)),
-            ("adaln", f"{name} gated_add", partial(adaln._gated_add_triton, x, vector, x, None)),
-            ("adaln", f"{name} both", partial(adaln._launch, x, vector, x, vector, vector, None, 1e-6)),
-            ("adaln", f"{name} both packed",
-             partial(adaln._launch, packed, vector, packed, vector, vector, cu_seqlens, 1e-6)),
-            ("pack", f"{name} FLUX", partial(qkv._pack_triton, *flux_text, *flux, None, *tables, 24, 1e-6)),
-            ("pack", f"{name} FLUX ragged", partial(qkv._pack_triton, *flux_text, *flux, rows, *tables, 24, 1e-6)),
-            ("pack", f"{name} FLUX single",
-             partial(qkv._pack_triton, *single, *[None] * 6, *[table[0] for table in tables], 24, 1e-6)),
-            ("unpack", f"{name} FLUX", partial(qkv._unpack_triton, meta(8000, 24, 128), rows, 512, 4096)),
-        ]  # fmt: skip
-        # SD3-medium: no norm. SD3.5-large: 38 heads of 64, a width that is no power of two. No rotation in either.
-        for model, heads, norm in (("SD3", 24, False), ("SD3.5-large", 38, True)):
-            image, text, x = stream(4096, heads, 64, norm), stream(333, heads, 64, norm), meta(2, 4096, heads * 64)
-            vector = meta(2, heads * 64)
-            found += [
-                ("adaln", f"{name} {model}", partial(adaln._launch, x, vector, x, vector, vector, None, 1e-6)),
-                ("pack", f"{name} {model}", partial(qkv._pack_triton, *image, *text, None, None, None, heads, 1e-6)),
-            ]
+            ("adaln", f"{name} ragged", partial(adaln._launch, x, vector, x, vector, vector, cu_seqlens, 1e-6)),
+            ("pack", f"{name} ragged", partial(qkv._pack_triton, *streams, rows, *tables, 24, 1e-6)),
+            ("unpack", name, partial(qkv._unpack_triton, meta(8000, 24, 128), rows, 512, 4096)),
+            ("concat_gelu", name, partial(adaln._concat_gelu_triton, meta(2, 4608, 3072), meta(2, 4608, 12288))),
+        ]
+    x = meta(2, 4096, 3072)
+    single, tables = stream(4608, 24, 128), [table[0] for table in tables]
+    found += [
+        ("adaln", f"{name} modulate", partial(adaln._modulate_triton, x, vector, vector, None, 1e-6)),
+        ("adaln", f"{name} gated_add", partial(adaln._gated_add_triton, x, vector, x, None)),
+        ("adaln", f"{name} both", partial(adaln._launch, x, vector, x, vector, vector, None, 1e-6)),
+        ("pack", f"{name} single", partial(qkv._pack_triton, *single, *[None] * 6, *tables, 24, 1e-6)),
+    ]
+    # SD3-medium has no norm; SD3.5-large 38 heads of 64, a width that is no power of two. Neither has a rotation.
+    for model, heads, norm in (("SD3", 24, False), ("SD3.5-large", 38, True)):
+        streams = stream(4096, heads, 64, norm) + stream(333, heads, 64, norm)
+        x, vector = meta(2, 4096, heads * 64), meta(2, heads * 64)
+        found += [
+            ("adaln", f"{name} {model}", partial(adaln._launch, x, vector, x, vector, vector, None, 1e-6)),
+            ("pack", f"{name} {model}", partial(qkv._pack_triton, *streams, None, None, None, heads, 1e-6)),
+        ]
     return found
 
 

@@ -370,6 +370,15 @@ def gated_add_modulate_case(shape: Shape) -> Case:
     return block_case(shape, [x, gate, y, shift, scale], lambda backend: ours(backend=backend), eager)
 
 
+def concat_gelu_case(shape: Shape) -> Case:
+    x, *_ = modulated(shape)
+    y = shape.randn(*x.shape[:2], 4 * x.shape[2])
+    return block_case(
+        shape, [x, y], lambda backend: ralu_kernels.concat_gelu(x, y, backend=backend),
+        lambda: torch.cat([x, F.gelu(y, approximate="tanh")], dim=2),
+    )  # fmt: skip
+
+
 def joint(shape: Shape, dense: bool):
     """Lengths of the two streams, the layout of their packed sequences, and the rows of the padded ones that are kept.
 
@@ -479,6 +488,7 @@ OPERATIONS = {
     "modulate": Operation(modulate_case, tuple(BLOCKS), devices=("cuda",)),
     "gated_add": Operation(gated_add_case, tuple(BLOCKS), devices=("cuda",)),
     "gated_add_modulate": Operation(gated_add_modulate_case, tuple(BLOCKS), devices=("cuda",)),
+    "concat_gelu": Operation(concat_gelu_case, ("flux-dev",), devices=("cuda",)),
     "pack_qkv": Operation(pack_case, tuple(BLOCKS), devices=("cuda",)),
     "unpack": Operation(unpack_case, tuple(BLOCKS), devices=("cuda",)),
     "varlen_attention": Operation(attention_case, tuple(BLOCKS), devices=("cuda",)),

@@ -160,13 +160,13 @@ def switched(pipe, method: str):
         for cache in CACHES.keys() & set(switches):
             transformer.enable_cache(CACHES[cache](transformer.dtype))
             undo.callback(transformer.disable_cache)
-        fused = {"fused": True} if "fused" in switches else {}
-        if not name.startswith("stock-"):
-            ralu.enable(pipe, name, **fused)
+        stock, fused = name.startswith("stock-"), "fused" in switches
+        if not stock:
+            ralu.enable(pipe, name, fused=fused)
         elif fused:
-            ralu.fuse(transformer)
+            ralu.fuse(pipe.transformer)
             undo.callback(ralu.unfuse, transformer)
-        yield int(name.removeprefix("stock-")) if name.startswith("stock-") else sum(pipe.scheduler.schedule.steps)
+        yield int(name.removeprefix("stock-")) if stock else sum(pipe.scheduler.schedule.steps)
 
 
 # ---- one run ----

@@ -7,6 +7,9 @@ from .mini import mini_path
 from .schedule import PRESETS, Schedule, preset, solve
 
 if TYPE_CHECKING:
+    from ralu_kernels import attention_backend
+
+    from .blocks import fuse, unfuse
     from .cost import estimate
     from .pipeline import disable, enable
     from .scheduler import Layout, RaluScheduler, sample
@@ -17,31 +20,37 @@ __all__ = [
     "Layout",
     "RaluScheduler",
     "Schedule",
+    "attention_backend",
     "disable",
     "enable",
     "estimate",
+    "fuse",
     "mini_path",
     "preset",
     "sample",
     "solve",
+    "unfuse",
 ]
 
 # Torch and diffusers take seconds to import; the schedule's numbers and `ralu --help` do without them.
 _HOMES = {
-    "Layout": "scheduler",
-    "RaluScheduler": "scheduler",
-    "disable": "pipeline",
-    "enable": "pipeline",
-    "estimate": "cost",
-    "sample": "scheduler",
-    "SchedulerMixin": "scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
+    "Layout": ".scheduler",
+    "RaluScheduler": ".scheduler",
+    "attention_backend": "ralu_kernels",
+    "disable": ".pipeline",
+    "enable": ".pipeline",
+    "estimate": ".cost",
+    "fuse": ".blocks",
+    "sample": ".scheduler",
+    "unfuse": ".blocks",
+    "SchedulerMixin": ".scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }
 
 
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(_HOMES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,10 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
 
+from .blocks import fused, unwrapped
 from .scheduler import RaluScheduler
+
+T5 = "text_encoder_2"
 
 
 class PerSample:
@@ -31,7 +34,7 @@ class BatchedPosEmbed(FluxPosEmbed):
             return super().forward(ids)
         length, _, batch, axes = ids.shape
         tables = super().forward(ids.reshape(length * batch, axes))
-        return tuple(PerSample(table.view(length, batch, -1).transpose(0, 1)) for table in tables)
+        return tuple(PerSample(table.view(length, batch, -1).transpose(0, 1).contiguous()) for table in tables)
 
 
 class LayoutHook:
@@ -57,8 +60,11 @@ class LayoutHook:
         kwargs["img_ids"] = ids.transpose(0, 1).unsqueeze(1)  # (L, 1, B, 3)
         kwargs["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
         if layout.mask is not None:
-            mask = F.pad(layout.mask, (len(text_ids), 0), value=True)  # FLUX attends to [text, image]
-            kwargs["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), "attention_mask": mask}
+            if fused(module):
+                mask = {"image_mask": layout.mask}
+            else:
+                mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
+            kwargs["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), **mask}
         return args, kwargs
 
 
@@ -93,8 +99,3 @@ def install(pipe: FluxPipeline, scheduler: RaluScheduler, undo: ExitStack):
     unpack = pipe._unpack_latents
     pipe._unpack_latents = lambda latents, *size: unpack(scheduler.finish(latents), *size)
     undo.callback(delattr, pipe, "_unpack_latents")
-
-
-def unwrapped(transformer):
-    """The model itself, where `torch.compile` has made a new module of it."""
-    return getattr(transformer, "_orig_mod", transformer)

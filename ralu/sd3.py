@@ -14,8 +14,11 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from_grid
 from torch import Tensor
 
-from .flux import decode, unpack, unwrapped
+from .blocks import fused, unwrapped
+from .flux import decode, unpack
 from .scheduler import Layout, RaluScheduler
+
+T5 = "text_encoder_3"
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -91,10 +94,13 @@ class LayoutHook:
             scheduler.start(sample, (height // 2, width // 2), self.token_pixels)
         layout = scheduler.layout
         if layout.mask is not None:
-            raise ValueError(
-                "SD3's attention takes no mask, so the pictures of a batch must have equal token counts: with "
-                "threshold= paint one at a time, or give ratio="
-            )
+            if not fused(module):
+                raise ValueError(
+                    "SD3's stock attention takes no mask, so the pictures of a batch must have equal token counts: "
+                    "with threshold= enable with fused=True or paint one at a time, or give ratio="
+                )
+            given = kwargs.get("joint_attention_kwargs") or {}
+            kwargs["joint_attention_kwargs"] = {**given, "image_mask": layout.mask}
         kwargs["hidden_states"] = scheduler.low_noise(sample)
         if layout.stage == 2:
             if self._of[0] is not layout:

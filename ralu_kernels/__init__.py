@@ -1,6 +1,6 @@
 """Fused operations for mixed-resolution sampling of flow-matching transformers (RALU, arXiv 2507.08422)."""
 
-from .adaln import gated_add, gated_add_modulate, modulate
+from .adaln import concat_gelu, gated_add, gated_add_modulate, modulate
 from .attention import attention_backend, varlen_attention
 from .canny import canny, edge_density
 from .qkv import Sequences, Stream, pack_qkv, pack_sequences, unpack
@@ -14,6 +14,7 @@ __all__ = [
     "TokenPlan",
     "attention_backend",
     "canny",
+    "concat_gelu",
     "edge_density",
     "gated_add",
     "gated_add_modulate",

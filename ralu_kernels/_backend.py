@@ -104,9 +104,16 @@ def check_values(name: str, x: torch.Tensor, shape: str) -> None:
     check(not (x.requires_grad and torch.is_grad_enabled()), f"{name}.requires_grad", True, "False (forward only)")
 
 
+def check_alike(name: str, y: torch.Tensor, x: torch.Tensor, whose: str, attributes=("dtype", "device")) -> None:
+    for attribute in attributes:
+        found, expected = getattr(y, attribute), getattr(x, attribute)
+        check(found == expected, f"{name}.{attribute}", found, f"{expected}, as {whose}")
+
+
 def check_sequences(name: str, cu_seqlens: torch.Tensor, device: torch.device) -> None:
     """The first rows of packed sequences. That they ascend to the total is the caller's promise: looking would wait."""
-    check(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, f"{name}.shape", tuple(cu_seqlens.shape), "(B + 1,)")
+    check(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0, f"{name}.shape", tuple(cu_seqlens.shape), "(B + 1,)")
+    check(cu_seqlens.is_contiguous(), f"{name}.stride()", cu_seqlens.stride(), "(1,)")
     check(cu_seqlens.dtype == torch.int32, f"{name}.dtype", cu_seqlens.dtype, "int32")
     check(cu_seqlens.device == device, f"{name}.device", cu_seqlens.device, str(device))
 

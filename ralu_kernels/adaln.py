@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import check, check_sequences, check_values, jit, register, resolve, rowwise, tl, triton
+from ._backend import check, check_alike, check_sequences, check_values, jit, register, resolve, rowwise, tl, triton
 
 
 @jit
@@ -18,23 +18,27 @@ def _adaln_kernel(
     column = tl.arange(0, BLOCK)
     mask = column < width
     x = tl.load(x_ptr + b * x_stride_b + s * x_stride_s + column, mask=mask, other=0.0).to(tl.float32)
+    y = 0.0
+    if gate_ptr is not None:
+        y = tl.load(y_ptr + b * y_stride_b + s * y_stride_s + column, mask=mask, other=0.0).to(tl.float32)
     if cu_seqlens_ptr is not None:
         # The packed sequence of a row: how many end at or before it.
         i = tl.arange(0, BLOCK_B)
         end = tl.load(cu_seqlens_ptr + 1 + i, mask=i < sequences - 1, other=0x7FFFFFFF)
         b = tl.sum((end <= row).to(tl.int32)).to(tl.int64)
     out = row.to(tl.int64) * width + column
+    scale, shift = 0.0, 0.0
+    if scale_ptr is not None:  # before the sums, which no load behind them overtakes
+        scale = tl.load(scale_ptr + b * scale_stride + column, mask=mask).to(tl.float32)
+        shift = tl.load(shift_ptr + b * shift_stride + column, mask=mask).to(tl.float32)
     if gate_ptr is not None:
-        y = tl.load(y_ptr + (row // length).to(tl.int64) * y_stride_b + s * y_stride_s + column, mask=mask, other=0.0)
-        x += tl.load(gate_ptr + b * gate_stride + column, mask=mask, other=0.0).to(tl.float32) * y.to(tl.float32)
+        x += tl.load(gate_ptr + b * gate_stride + column, mask=mask, other=0.0).to(tl.float32) * y
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + out, rounded, mask=mask)
         x = rounded.to(tl.float32)
     if scale_ptr is not None:
         deviation = tl.where(mask, x - tl.sum(x) / width, 0.0)
         x = deviation * tl.rsqrt(tl.sum(deviation * deviation) / width + eps)
-        scale = tl.load(scale_ptr + b * scale_stride + column, mask=mask).to(tl.float32)
-        shift = tl.load(shift_ptr + b * shift_stride + column, mask=mask).to(tl.float32)
         tl.store(out_ptr + out, x * (1.0 + scale) + shift, mask=mask)
 
 
@@ -59,6 +63,39 @@ def _launch(x, gate, y, shift, scale, cu_seqlens, eps):
             BLOCK_B=triton.next_power_of_2(sequences), BLOCK=block, num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return total, out
+
+
+@jit
+def _concat_gelu_kernel(
+    x_ptr, y_ptr, out_ptr, length, x_width, width, x_stride_b, x_stride_s, y_stride_b, y_stride_s, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, s = row // length, row % length
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    of_x = column < x_width
+    x = tl.load(x_ptr + b * x_stride_b + s * x_stride_s + column, mask=of_x, other=0.0).to(tl.float32)
+    of_y = (column >= x_width) & (column < width)
+    y = tl.load(y_ptr + b * y_stride_b + s * y_stride_s + column - x_width, mask=of_y, other=0.0).to(tl.float32)
+    y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))  # 1 + tanh(z) = 2 sigmoid(2 z)
+    tl.store(out_ptr + row * width + column, tl.where(of_x, x, y), mask=column < width)
+
+
+def _fake_concat(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], x.shape[2] + y.shape[2])
+
+
+def _concat_gelu_triton(x: Tensor, y: Tensor) -> Tensor:
+    out = _fake_concat(x, y)
+    if out.numel() == 0:
+        return out
+    x, y = rowwise(x), rowwise(y)
+    batch, length, width = out.shape
+    block = min(triton.next_power_of_2(width), 1024)
+    with torch.cuda.device_of(x):
+        _concat_gelu_kernel[(batch * length, triton.cdiv(width, block))](
+            x, y, out, length, x.shape[2], width, *x.stride()[:2], *y.stride()[:2], BLOCK=block, num_warps=4
+        )
+    return out
 
 
 def _fake(x: Tensor, *_) -> Tensor:
@@ -92,6 +129,12 @@ register(
     triton=_launch,
     reference=reference.gated_add_modulate,
 )
+register(
+    "concat_gelu(Tensor x, Tensor y, str backend) -> Tensor",
+    _fake_concat,
+    triton=_concat_gelu_triton,
+    reference=reference.concat_gelu,
+)
 
 BACKENDS = ("triton", "reference")
 
@@ -101,15 +144,14 @@ def _check(x: Tensor, cu_seqlens: Tensor | None, backend: str, y: Tensor | None 
     resolve(backend, x.device, BACKENDS)
     if y is not None:
         check_values("y", y, "(B, S, D)" if cu_seqlens is None else "(total, D)")
-        found = tuple(y.shape), y.dtype, y.device
-        check(found == (tuple(x.shape), x.dtype, x.device), "y", found, f"like x, {tuple(x.shape)}, {x.dtype}")
+        check_alike("y", y, x, "x's", ("shape", "dtype", "device"))
     if cu_seqlens is not None:
         check_sequences("cu_seqlens", cu_seqlens, x.device)
     shape = (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[-1])
     for name, vector in vectors.items():
         check_values(name, vector, "(B, D)")
         check(tuple(vector.shape) == shape, f"{name}.shape", tuple(vector.shape), f"(B, D) = {shape}")
-        check(vector.device == x.device, f"{name}.device", vector.device, f"{x.device}, x's device")
+        check_alike(name, vector, x, "x's", ("device",))
 
 
 def modulate(
@@ -190,3 +232,27 @@ def gated_add_modulate(
     """
     _check(x, cu_seqlens, backend, y, gate=gate, shift=shift, scale=scale)
     return torch.ops.ralu_kernels.gated_add_modulate(x, gate, y, shift, scale, cu_seqlens, eps, backend)
+
+
+def concat_gelu(x: Tensor, y: Tensor, *, backend: str = "auto") -> Tensor:
+    """``cat([x, gelu(y)], dim=-1)`` with GELU's tanh form: what FLUX's single blocks project, attention beside the MLP.
+
+    Moves 2 S (D + M) values a sample; eager PyTorch, which stores the activation, 2 S (D + 2 M).
+
+    Args:
+        x: (B, S, D) float32, float16 or bfloat16, any strides.
+        y: (B, S, M) in x's dtype, any strides.
+        backend: as in `modulate`.
+
+    Returns:
+        Contiguous (B, S, D + M) in x's dtype; the arithmetic is float32. Forward only.
+
+    Raises:
+        ValueError: an argument is not as described, or the backend cannot run here.
+    """
+    for name, t in (("x", x), ("y", y)):
+        check_values(name, t, "(B, S, D)")
+    check(x.shape[:2] == y.shape[:2], "y.shape", tuple(y.shape), f"(B, S, M) with x's (B, S) of {tuple(x.shape)}")
+    check_alike("y", y, x, "x's")
+    resolve(backend, x.device, BACKENDS)
+    return torch.ops.ralu_kernels.concat_gelu(x, y, backend)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._backend import check, check_sequences, check_values, register
+from ._backend import check, check_alike, check_sequences, check_values, register
 
 # Module and function, the compute capabilities it is made for, its largest head; "auto" tries them in this order.
 _PACKED = {
@@ -191,9 +191,11 @@ def varlen_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_values(name, x, "(total, H, D)")
         check(x.stride(-1) == 1, f"{name}.stride(-1)", x.stride(-1), "1")
-        found, expected = (x.shape[1:], x.dtype, x.device), (q.shape[1:], q.dtype, q.device)
-        check(found == expected, f"{name} (H, D), dtype and device", found, f"q's, {expected}")
-    check(k.shape[0] == v.shape[0], "v.shape[0]", v.shape[0], f"{k.shape[0]}, k's")
+        check(
+            x.shape[1:] == q.shape[1:], f"{name}.shape", tuple(x.shape), f"(total, H, D) with q's {tuple(q.shape[1:])}"
+        )
+        check_alike(name, x, q, "q's")
+    check(k.shape[0] == v.shape[0], "(total_k, total_v)", (k.shape[0], v.shape[0]), "equal")
     check_sequences("cu_seqlens_q", cu_seqlens_q, q.device)
     check_sequences("cu_seqlens_k", cu_seqlens_k, q.device)
     found, expected = len(cu_seqlens_k), len(cu_seqlens_q)

@@ -223,6 +223,10 @@ def gated_add_modulate(
     return x, modulate(x, shift, scale, cu_seqlens, eps)
 
 
+def concat_gelu(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([x, F.gelu(y.float(), approximate="tanh").to(x.dtype)], dim=-1)
+
+
 def _heads(x: Tensor, weight: Tensor | None, heads: int, eps: float) -> Tensor:
     """(B, S, H * D) -> float32 (B, S, H, D), every head under its RMS norm."""
     x = x.float().unflatten(2, (heads, x.shape[2] // heads))

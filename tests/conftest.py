@@ -51,6 +51,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.triton)])
+def block_backend(request):
+    """Of the operations inside the blocks, which are not in the compiled extension."""
+    return request.param
+
+
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"

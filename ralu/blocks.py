@@ -1,0 +1,345 @@
+"""`fuse` and `unfuse`: the transformer blocks of FLUX and SD3 on `ralu_kernels`, with or without RALU.
+
+The blocks' modules stay where they are and are called as modules: LoRA, quantised linears and hooks on them never know.
+Between them the stock blocks make a pass over memory for every product and sum; these make one for each residual.
+"""
+
+from functools import lru_cache
+from inspect import signature
+from types import MethodType
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from ralu_kernels import (
+    Sequences,
+    Stream,
+    concat_gelu,
+    gated_add,
+    gated_add_modulate,
+    modulate,
+    pack_qkv,
+    pack_sequences,
+    unpack,
+    varlen_attention,
+)
+
+logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
+
+_STOCK_PROCESSORS = (FluxAttnProcessor, JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+
+
+def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
+    """Make the blocks of a stock transformer run on `ralu_kernels`. Returns the same transformer.
+
+    transformer: a `FluxTransformer2DModel` or `SD3Transformer2DModel` (SD3, SD3.5), compiled or not; for inference.
+    trim_text:   leave text tokens whose embedding is all zeros out of the sequences: prompts of different lengths then
+                 share a batch, and none has padding in its attention. This changes the pictures: as they were trained,
+                 FLUX and SD3 attend to the padding of T5. `ralu.enable(pipe, trim_text=True)` makes padding zeros;
+                 embeddings of your own need `prompt_embeds * mask.unsqueeze(-1)`.
+
+    Up to rounding the pictures are the stock ones. Every hook works on: caches (TaylorSeer, FirstBlockCache, ...),
+    offloading and LoRA may come before or after. Attention goes by `ralu.attention_backend`, not by diffusers'
+    `set_attention_backend`. Images of different lengths in one batch are padded at will and told apart by
+    ``joint_attention_kwargs={"image_mask": mask}``, bool (B, image tokens), or (b, image tokens) where guidance repeats
+    a batch of b; their padding is in no attention, and what comes out there has no meaning.
+
+    A transformer whose attention is not the stock one (IP-adapter, context parallelism, a chosen attention backend) or
+    whose weights are offloaded layer by layer is left unfused, now or later, which is said once. Raises ValueError for
+    another model, and for blocks whose forward was replaced.
+    """
+    model = unwrapped(transformer)
+    if not isinstance(model, FluxTransformer2DModel | SD3Transformer2DModel):
+        known = "a FluxTransformer2DModel or SD3Transformer2DModel"
+        raise ValueError(f"transformer must be {known}, got {type(model).__name__}")
+    unfuse(model)
+    blocks = [module for module in model.modules() if type(module) in _FORWARDS]
+    if obstacle := _obstacle(blocks, _STOCK_PROCESSORS):
+        logger.warning_once(f"RALU leaves this transformer unfused: {obstacle}")
+        return transformer
+    model.ralu_fusion = Fusion(transformer, blocks, trim_text)
+    try:
+        for block in blocks:
+            _replace_forward(block, type(block).forward, _FORWARDS[type(block)])
+            for attention in _attentions(block):
+                attention.set_processor(_PROCESSORS[type(block)](attention.processor))
+    except ValueError:
+        unfuse(model)
+        raise
+    return transformer
+
+
+def unfuse(transformer: nn.Module) -> nn.Module:
+    """Put a transformer back exactly as it was before `fuse`; does nothing to a stock one. Returns the transformer."""
+    fusion = vars(unwrapped(transformer)).pop("ralu_fusion", None)
+    if fusion is not None:
+        fusion.handle.remove()
+        for block in fusion.blocks:
+            _replace_forward(block, _FORWARDS[type(block)], type(block).forward, required=False)
+            for attention in _attentions(block):
+                if isinstance(attention.processor, Processor):  # and not one put in since
+                    attention.set_processor(attention.processor.stock or attention._default_processor_cls())
+    return transformer
+
+
+def fused(transformer: nn.Module) -> bool:
+    """Whether a transformer is fused. Where its attention is not `fuse`'s any more, it is unfused first."""
+    fusion = vars(unwrapped(transformer)).get("ralu_fusion")
+    if fusion is not None and (obstacle := _obstacle(fusion.blocks, tuple(_PROCESSORS.values()))):
+        logger.warning_once(f"RALU unfuses this transformer: {obstacle}")
+        unfuse(transformer)
+        return False
+    return fusion is not None
+
+
+def unwrapped(transformer: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has made a new module of it."""
+    return getattr(transformer, "_orig_mod", transformer)
+
+
+class Fusion:
+    """A forward pre-hook that lays out the joint sequences, once for all blocks, and once a layout for all calls."""
+
+    def __init__(self, transformer: nn.Module, blocks: list[nn.Module], trim_text: bool):
+        self.blocks, self.trim_text = blocks, trim_text
+        self.parameters = list(signature(type(unwrapped(transformer)).forward).parameters)[1:]
+        # Tensors are equal to these caches when they are the same object.
+        self.text_mask, self.layouts = lru_cache(4)(_text_mask), lru_cache(8)(_layouts)
+        self.handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        if not fused(module):
+            return args, kwargs
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        sample, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        given = dict(kwargs.get("joint_attention_kwargs") or {})
+        if "attention_mask" in given:
+            raise ValueError("fused attention takes no attention_mask; tell of padding by image_mask, or ralu.unfuse")
+        length, text_mask = text.shape[1], None
+        if self.trim_text:
+            length, text_mask = self.text_mask(text)
+            kwargs["encoder_hidden_states"] = text[:, :length]
+        flux = "txt_ids" in self.parameters
+        if flux:
+            kwargs["txt_ids"] = kwargs["txt_ids"][:length]
+        image_length = sample.shape[1] if flux else sample.shape[2] * sample.shape[3] // module.config.patch_size**2
+        lengths = length, image_length
+        masks = text_mask, given.pop("image_mask", None)
+        given["sequences"], image = self.layouts(*masks, len(sample), *lengths, sample.device, flux)
+        if not flux:
+            given["image_sequences"] = image
+        kwargs["joint_attention_kwargs"] = given
+        return (), kwargs
+
+
+def _text_mask(text: Tensor) -> tuple[int, Tensor]:
+    """Embeddings (B, T, D) -> the place of the last one that is not all zeros, t, and which of the first t are not."""
+    mask = text.any(-1)
+    length = int((mask.any(0) * torch.arange(1, 1 + text.shape[1], device=text.device)).amax().clamp_min(1))
+    return length, mask[:, :length]
+
+
+def _layouts(
+    text_mask: Tensor | None, image_mask: Tensor | None, batch: int, text: int, image: int, device, text_first: bool
+) -> tuple[Sequences, Sequences]:
+    """The joint sequences and the image's alone."""
+    joint = None
+    if image_mask is not None:
+        image_mask = image_mask.repeat(batch // len(image_mask), 1)
+    if text_mask is not None or image_mask is not None:
+        full = torch.ones(1, 1, dtype=torch.bool, device=device)
+        masks = [
+            full.expand(batch, length) if mask is None else mask.to(device)
+            for mask, length in ((text_mask, text), (image_mask, image))
+        ]
+        joint = torch.cat(masks if text_first else masks[::-1], dim=1)
+    return pack_sequences(joint, batch, text + image, device), pack_sequences(image_mask, batch, image, device)
+
+
+# ---- attention ----
+
+
+class Processor:
+    """Attention of one stream, or jointly of two, that computes no padding."""
+
+    text_first = True
+
+    def __init__(self, stock=None):
+        self.stock = stock
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
+        sequences: Sequences | None = None,
+    ):  # fmt: skip
+        streams = [_project(attn, hidden_states, *_OWN)]
+        if encoder_hidden_states is not None:
+            streams.append(_project(attn, encoder_hidden_states, *_ADDED))
+        order = -1 if self.text_first else 1
+        lengths = [stream.q.shape[1] for stream in streams[::order]]
+        if sequences is None:
+            sequences = pack_sequences(None, len(hidden_states), sum(lengths), hidden_states.device)
+        if image_rotary_emb is not None:
+            image_rotary_emb = tuple(t if isinstance(t, Tensor) else t.table for t in image_rotary_emb)
+        q, k, v = pack_qkv(streams[::order], sequences, attn.heads, rotary=image_rotary_emb)
+        starts, longest = sequences.cu_seqlens, sequences.max_seqlen
+        image, *text = unpack(varlen_attention(q, k, v, starts, starts, longest, longest), sequences, lengths)[::order]
+        if not attn.pre_only:
+            image = attn.to_out[1](attn.to_out[0](image))
+        if not text:
+            return image
+        return image, text[0] if attn.context_pre_only else attn.to_add_out(text[0])
+
+
+class SD3Processor(Processor):
+    text_first = False
+
+
+# A stream's projections, the same in one (`fuse_qkv_projections`), and its norms.
+_OWN = ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k")
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
+
+
+def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: tuple[str, ...]) -> Stream:
+    if attn.fused_projections:
+        qkv = getattr(attn, together)(x).chunk(3, dim=-1)
+    else:
+        qkv = (getattr(attn, name)(x) for name in separate)
+    return Stream(*qkv, *(getattr(getattr(attn, name), "weight", None) for name in norms))
+
+
+# ---- blocks: the stock forwards with the same parameters and results ----
+
+
+def _vectors(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]:
+    """What an adaptive norm makes of the timestep: (B, D) each."""
+    return norm.linear(norm.silu(temb)).chunk(count, dim=1)
+
+
+def _feed_forward(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, ff) -> Tensor:
+    """A stream x from its attention's output y to the end of the block."""
+    x, normed = gated_add_modulate(x, gate, y, shift, scale)
+    return gated_add(x, gate_mlp, ff(normed))
+
+
+def _clipped(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _flux_double(
+    block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):  # fmt: skip
+    shift, scale, *image = _vectors(block.norm1, temb, 6)
+    text_shift, text_scale, *text = _vectors(block.norm1_context, temb, 6)
+    attention, text_attention = block.attn(
+        hidden_states=modulate(hidden_states, shift, scale),
+        encoder_hidden_states=modulate(encoder_hidden_states, text_shift, text_scale),
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    gate, *rest = image
+    hidden_states = _feed_forward(hidden_states, gate, attention, *rest, block.ff)
+    gate, *rest = text
+    encoder_hidden_states = _feed_forward(encoder_hidden_states, gate, text_attention, *rest, block.ff_context)
+    return _clipped(encoder_hidden_states), hidden_states
+
+
+def _flux_single(
+    block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):  # fmt: skip
+    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    shift, scale, gate = _vectors(block.norm, temb, 3)
+    normed = modulate(x, shift, scale)
+    mlp = block.proj_mlp(normed)
+    attention = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    x = _clipped(gated_add(x, gate, block.proj_out(concat_gelu(attention, mlp))))
+    return x.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+
+
+def _sd3_joint(block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
+    given = dict(joint_attention_kwargs or {})
+    image_sequences = given.pop("image_sequences", None)
+    shift, scale, gate, *image = _vectors(block.norm1, temb, 9 if block.use_dual_attention else 6)
+    if block.context_pre_only:
+        text_scale, text_shift = _vectors(block.norm1_context, temb, 2)
+    else:
+        text_shift, text_scale, text_gate, *text = _vectors(block.norm1_context, temb, 6)
+    attention, text_attention = block.attn(
+        hidden_states=modulate(hidden_states, shift, scale),
+        encoder_hidden_states=modulate(encoder_hidden_states, text_shift, text_scale),
+        **given,
+    )
+    if block.use_dual_attention:
+        *image, shift, scale, gate2 = image
+        attention2 = block.attn2(
+            hidden_states=modulate(hidden_states, shift, scale), **given | {"sequences": image_sequences}
+        )
+        hidden_states, gate, attention = gated_add(hidden_states, gate, attention), gate2, attention2
+    ff, ff_context = (_chunked(block, ff) for ff in (block.ff, block.ff_context))
+    hidden_states = _feed_forward(hidden_states, gate, attention, *image, ff)
+    if block.context_pre_only:
+        return None, hidden_states
+    return _feed_forward(encoder_hidden_states, text_gate, text_attention, *text, ff_context), hidden_states
+
+
+def _chunked(block, ff):
+    if block._chunk_size is None:
+        return ff
+    return lambda x: _chunked_feed_forward(ff, x, block._chunk_dim, block._chunk_size)
+
+
+_FORWARDS = {
+    FluxTransformerBlock: _flux_double,
+    FluxSingleTransformerBlock: _flux_single,
+    JointTransformerBlock: _sd3_joint,
+}
+_PROCESSORS = {
+    FluxTransformerBlock: Processor,
+    FluxSingleTransformerBlock: Processor,
+    JointTransformerBlock: SD3Processor,
+}
+
+
+# ---- in and out ----
+
+
+def _attentions(block) -> list[nn.Module]:
+    return [attention for attention in (block.attn, getattr(block, "attn2", None)) if attention is not None]
+
+
+def _obstacle(blocks: list[nn.Module], processors: tuple[type, ...]) -> str | None:
+    """Why blocks whose attention processors should be of these classes cannot be fused."""
+    for attention in (attention for block in blocks for attention in _attentions(block)):
+        processor, norm = attention.processor, attention.norm_q
+        if type(processor) not in processors:
+            return f"its attention is {type(processor).__name__}'s"
+        if any(getattr(processor, name, None) is not None for name in ("_attention_backend", "_parallel_config")):
+            return "diffusers was given an attention backend or parallelism for it"
+        if norm is not None and hasattr(norm, "_hf_hook") and norm.weight.is_meta:
+            return "its weights are offloaded layer by layer"
+    return None
+
+
+def _replace_forward(block: nn.Module, old, new, required: bool = True):
+    """Replace the method that calls of a block end up in, beneath the hooks of diffusers and of accelerate.
+
+    A hook registered now would stand above those that are there, which would never be called again.
+    """
+    innermost = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", [])[:1]
+    places = [(block, "forward"), (block, "_old_forward")]
+    places += [(reference, name) for reference in innermost for name in ("forward", "original_forward")]
+    found = [place for place in places if getattr(getattr(*place, None), "__func__", None) is old]
+    if required and not found:
+        raise ValueError(f"the forward of {type(block).__name__} has been replaced: it cannot be fused")
+    for place in found:
+        setattr(*place, MethodType(new, block))
+    if vars(block).get("forward") == MethodType(type(block).forward, block):
+        del block.forward
