@@ -5,9 +5,10 @@
 On a CPU the embedded models paint. On a GPU FLUX.1-dev, SD3-medium and SD3.5-large in full size, bfloat16: weights and
 text embeddings are random, which changes no time but that of FirstBlockCache, whose choices look at the picture.
 
-A method is stock-STEPS or a preset, with switches behind plus signs: fused (kernels inside the blocks), compile
-(`torch.compile`), taylorseer and firstblock (diffusers' caches). All methods run in turn, after one untimed round, and
-are compared with the first. A row is a model, a method and a batch, added to benchmarks/results/e2e-DEVICE.csv:
+A method is stock-STEPS or a preset, with switches behind plus signs: fused (kernels inside the blocks), the name of an
+attention backend for those, compile (`torch.compile`), taylorseer and firstblock (diffusers' caches). All methods run
+in turn, after an untimed round (of few steps), and are compared with the first. A row is a model, a method and a batch,
+added to benchmarks/results/e2e-DEVICE.csv:
 
 p20, p50, p80    milliseconds of a run, from the call to the pictures
 transformer_ms, text_ms, preview_ms, decode_ms  the models' own work: transformer calls, text encoding, VAE decoder
@@ -19,9 +20,9 @@ tflop_per_s      that over transformer_ms
 speedup, flop_ratio  the first method's p50 and tflop over this one's. Their quotient is, exactly, the ratio of the
                  tflop_per_s times the ratio of the transformer's shares
 
-Why the tflop_per_s differ is in benchmarks/results/e2e-DEVICE-MODEL.json: for each token count the time of a
-transformer call, its work, and what it was spent on according to `torch.profiler`; and the straight line through time
-and work over all of them, whose intercept is what a call costs however few tokens it has.
+Why the tflop_per_s differ is in benchmarks/results/e2e-DEVICE-MODEL.json, at batch 1: the time of a transformer call by
+method and token count; without switches its work, and what it was spent on according to `torch.profiler`; and the
+straight line through time and work over all of these, whose intercept is what a call costs however few tokens it has.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -51,6 +53,7 @@ from torch.autograd import DeviceType
 import ralu
 from ralu.cli import MINI, MINI_CALL, PROMPTS
 from ralu.cost import describe
+from ralu_kernels import attention
 
 FULL = ("flux-dev", "sd3-medium", "sd3.5-large")
 FIRST = {"flux": ("stock-50", "flux-5x", "flux-7x"), "sd3": ("stock-28", "sd3-2x", "sd3-3x")}
@@ -69,6 +72,7 @@ def ladder(family: str, device: torch.device) -> list[str]:
     if device.type == "cuda":
         switches = ("fused", "compile", "fused+compile")
         methods += [f"{method}+{chosen}" for chosen in switches for method in (first, mild, strong)]
+        methods += [f"{mild}+fused+{name}" for name in attention.BACKENDS if name == "sdpa" or attention._load(name)[0]]
     return methods
 
 
@@ -160,6 +164,8 @@ def switched(pipe, method: str):
         for cache in CACHES.keys() & set(switches):
             transformer.enable_cache(CACHES[cache](transformer.dtype))
             undo.callback(transformer.disable_cache)
+        for backend in set(attention.BACKENDS) & set(switches):
+            undo.enter_context(ralu.attention_backend(backend))
         stock, fused = name.startswith("stock-"), "fused" in switches
         if not stock:
             ralu.enable(pipe, name, fused=fused)
@@ -223,11 +229,16 @@ def watched(pipe, device: torch.device):
             handle.remove()
 
 
-def run(model: Model, method: str, batch: int) -> dict:
-    """Milliseconds of a run and of its parts, those of every transformer call by token count, and bytes at the peak."""
+def run(model: Model, method: str, batch: int, short: bool = False) -> dict:
+    """Milliseconds of a run and of its parts, those of every transformer call by token count, and bytes at the peak.
+
+    short: take two steps where all have the same shapes.
+    """
     device, call = model.device, model.call(batch)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with switched(model.pipe, method) as steps, watched(model.pipe, device) as spans:
+        if short and method.startswith("stock-"):
+            steps = 2
         wait()
         start = time.perf_counter()
         _, _, peak = record.peak_memory(lambda: model.pipe(num_inference_steps=steps, **call), device)
@@ -325,20 +336,24 @@ def profile(model: Model, method: str) -> dict[int, dict]:
 
 
 def explanation(model: Model, runs: dict[str, list[dict]]) -> dict:
-    """Of a transformer call at batch 1, by method and token count, without switches: time, work and profile."""
+    """Of a transformer call at batch 1: its time by method and token count, without switches its work and profile."""
+
+    def by_tokens(method):
+        counts = runs[method][0]["calls"]
+        return {tokens: statistics.median(chain(*(one["calls"][tokens] for one in runs[method]))) for tokens in counts}
+
+    spent, stages = {method: by_tokens(method) for method in runs if model.tflop(method, 1)}, {}
     first, *others = runs
-    stages = {}
     for method in (first, *(method for method in others if method in ralu.PRESETS)):
-        spent, seen = defaultdict(list), profile(model, method)
-        for one in runs[method]:
-            for tokens, milliseconds in one["calls"].items():
-                spent[tokens] += milliseconds
+        seen = profile(model, method)
         for tokens, (calls, tflop) in model.tflop(method, 1).items():
-            ms = statistics.median(spent[tokens])
+            ms = spent[method][tokens]
             stage = {"calls": calls, "tflop": round(tflop, 7), "ms": round(ms, 4)}
             stages[f"{method}, {tokens} tokens"] = stage | {"tflop_per_s": round(1e3 * tflop / ms, 5)} | seen[tokens]
     slope, fixed = np.polyfit([one["tflop"] for one in stages.values()], [one["ms"] for one in stages.values()], 1)
-    return {"fixed_ms_per_call": round(fixed, 4), "tflop_per_s_beyond": round(1e3 / slope, 5), "stages": stages}
+    line = {"fixed_ms_per_call": round(fixed, 4), "tflop_per_s_beyond": round(1e3 / slope, 5)}
+    calls = {method: {tokens: round(ms, 4) for tokens, ms in of.items()} for method, of in spent.items()}
+    return line | {"ms_per_call": calls, "stages": stages}
 
 
 def main(argv: list[str] | None = None):
@@ -362,11 +377,11 @@ def main(argv: list[str] | None = None):
         methods = args.methods or ladder(model.family, device)
         for batch in args.batch:
             runs = {method: [] for method in methods}
-            for repeat in range(args.repeats + 1):
+            for method in methods:
+                run(model, method, batch, short=True)
+            for _ in range(args.repeats):
                 for method in methods:
-                    one = run(model, method, batch)
-                    if repeat:
-                        runs[method].append(one)
+                    runs[method].append(run(model, method, batch))
             found = rows(model, runs, batch)
             record.append(output, [row | common for row in found])
             for row in found:

@@ -190,10 +190,17 @@ def why(profile: dict) -> list[str]:
         for name, stage in profile["stages"].items()
     ]  # fmt: skip
     fixed, rate = profile["fixed_ms_per_call"], 1e3 * profile["tflop_per_s_beyond"]
-    line = (
-        f"A transformer call: {fixed:.3g} ms however few its tokens, and beyond that {rate:.3g} GFLOP/s (a line's fit)."
-    )
-    return [line, table(["", "GFLOP", "ms", "GFLOP/s", *kinds], body)]
+    line = f"A transformer call: {fixed:.3g} ms however few its tokens, beyond that {rate:.3g} GFLOP/s (a line's fit)."
+    parts = [line, table(["", "GFLOP", "ms", "GFLOP/s", *kinds], body)]
+    switched = {method: of for method, of in profile["ms_per_call"].items() if "+" in method}
+    if switched:
+        tokens = sorted({count for of in profile["ms_per_call"].values() for count in of}, key=int)
+        times = [
+            [f"`{method}`", *(f"{of[count]:.3g}" if count in of else "" for count in tokens)]
+            for method, of in switched.items()
+        ]
+        parts.append(table(["ms a call", *(f"{count} tokens" for count in tokens)], times))
+    return parts
 
 
 def draw_pictures(rows: list[dict], path: Path):
