@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -81,15 +82,23 @@ def test_bandwidth_counts_what_must_be_moved(tmp_path, op, moved):
             assert float(row["gbps"]) == pytest.approx(moved / float(row["p50_ms"]) / 1e6, rel=1e-3)
 
 
-def test_a_wrong_kernel_gets_no_row(tmp_path, monkeypatch):
-    right = ralu_kernels.merge_tokens
+@pytest.mark.parametrize(
+    "op, spoil",
+    [
+        ("merge_tokens", lambda out: out + 1e-3),
+        pytest.param("plan_tokens", lambda plan: replace(plan, source=plan.source + 1), marks=pytest.mark.native),
+    ],
+)
+def test_a_wrong_kernel_gets_no_row(tmp_path, monkeypatch, op, spoil):
+    right = getattr(ralu_kernels, op)
 
-    def wrong(packed, *args, backend, **kwargs):
-        return right(packed, *args, backend="reference", **kwargs) + (backend != "reference") * 1e-3
+    def wrong(*args, backend="reference", **kwargs):
+        out = right(*args, backend="reference", **kwargs)
+        return out if backend == "reference" else spoil(out)
 
-    monkeypatch.setattr(ralu_kernels, "merge_tokens", wrong)
+    monkeypatch.setattr(ralu_kernels, op, wrong)
     with pytest.raises(AssertionError):
-        measured(tmp_path, "--ops", "merge_tokens", "--pixels", "128", "--batch", "1", "--dtypes", "float32")
+        measured(tmp_path, "--ops", op, "--pixels", "128", "--batch", "1", "--dtypes", "float32")
     assert not (tmp_path / "rows.csv").exists()
 
 
