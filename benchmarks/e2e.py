@@ -26,13 +26,14 @@ straight line through time and work over all of these, whose intercept is what a
 """
 
 import argparse
+import gc
 import inspect
 import json
 import statistics
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import cached_property
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -92,6 +93,11 @@ class Model:
         self.text_tokens = MINI_CALL[self.family]["max_sequence_length"] if name in MINI else full
         self.pipe.set_progress_bar_config(disable=True)
 
+    @cached_property
+    def compiled(self) -> torch.nn.Module:
+        """One for all methods, so that they share their graphs."""
+        return torch.compile(self.pipe.transformer)
+
     def call(self, batch: int) -> dict:
         call = {"height": self.pixels, "width": self.pixels}
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in range(batch)]
@@ -146,21 +152,16 @@ def full_size(name: str, device: torch.device):
 # ---- methods ----
 
 
-@lru_cache
-def compiled(transformer: torch.nn.Module) -> torch.nn.Module:
-    return torch.compile(transformer)
-
-
 @contextmanager
-def switched(pipe, method: str):
+def switched(model: Model, method: str):
     """The pipeline as a method has it; yields the number of steps to ask for."""
     name, *switches = method.split("+")
-    transformer = pipe.transformer
+    pipe, transformer = model.pipe, model.pipe.transformer
     with ExitStack() as undo:
         undo.callback(ralu.disable, pipe)
         if "compile" in switches:
             undo.callback(setattr, pipe, "transformer", transformer)
-            pipe.transformer = compiled(transformer)
+            pipe.transformer = model.compiled
         for cache in CACHES.keys() & set(switches):
             transformer.enable_cache(CACHES[cache](transformer.dtype))
             undo.callback(transformer.disable_cache)
@@ -236,7 +237,7 @@ def run(model: Model, method: str, batch: int, short: bool = False) -> dict:
     """
     device, call = model.device, model.call(batch)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with switched(model.pipe, method) as steps, watched(model.pipe, device) as spans:
+    with switched(model, method) as steps, watched(model.pipe, device) as spans:
         if short and method.startswith("stock-"):
             steps = 2
         wait()
@@ -328,7 +329,7 @@ def profile(model: Model, method: str) -> dict[int, dict]:
             "ms_by_operator": {operator: round(spent[operator] / 1e3, 4) for operator in longest},
         }
 
-    with switched(model.pipe, method) as steps, ExitStack() as undo:
+    with switched(model, method) as steps, ExitStack() as undo:
         undo.callback(model.pipe.transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.callback(model.pipe.transformer.register_forward_hook(after).remove)
         model.pipe(num_inference_steps=steps, **model.call(1))
@@ -391,7 +392,10 @@ def main(argv: list[str] | None = None):
                 found = {"model": name, "pixels": model.pixels} | common | explanation(model, runs)
                 output.with_name(f"{output.stem}-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
                 print(name, *(f"{key}={found[key]}" for key in ("fixed_ms_per_call", "tflop_per_s_beyond")), flush=True)
-        del model
+        del model  # all of it, before the next one is made
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ CASE = ("op", "provider", "model", "method", "pixels", "batch", "dtype", "thread
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and events are the current device's
+    return device
 
 
 def device_name(device: torch.device) -> str:
