@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test sanitize lint bench train-mini evaluate-mini aot clean
+.PHONY: install demo test sanitize lint bench gpu-bench e2e bench-report bench-compare train-mini evaluate-mini aot clean
 
 install: $(VENV)/installed
 
@@ -36,8 +36,21 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Rows are added to benchmarks/results; bench-report draws the plots and writes the README's tables from them.
 bench: install
-	$(BIN)/python benchmarks/native.py
+	$(BIN)/python benchmarks/bench.py --device cpu --memory
+
+gpu-bench: install
+	$(BIN)/python benchmarks/bench.py --device cuda
+
+e2e: install
+	$(BIN)/python benchmarks/e2e.py
+
+bench-report: install
+	$(BIN)/python benchmarks/render.py
+
+bench-compare: install
+	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error BASE must name a revision: make bench-compare BASE=main))
 
 train-mini: install
 	$(BIN)/python -m ralu.mini.train --model $(or $(MODEL),flux)

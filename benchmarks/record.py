@@ -1,0 +1,140 @@
+"""What all benchmarks share: clocks, peak memory, and rows of results that say what they were measured on."""
+
+import csv
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import ralu_kernels
+from ralu_kernels._backend import triton
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+CASE = ("op", "provider", "model", "method", "pixels", "batch", "dtype", "threads")  # what tells a row's subject
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is a GPU where there is one."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and events are the current device's
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The device's name, a CPU's with its instruction set, as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{device_name(device)} {instructions(device)}".lower()).strip("-")
+
+
+def instructions(device: torch.device) -> str:
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+
+
+def provenance(device: torch.device) -> dict:
+    """Where and of what a row is: the commit is that of the `ralu_kernels` which is imported."""
+    package = Path(ralu_kernels.__file__).parent
+    commit = subprocess.run(["git", "-C", package, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "device": device_name(device), "isa": instructions(device),
+        "torch": torch.__version__, "triton": triton.__version__ if triton else "", "cuda": torch.version.cuda or "",
+        "commit": commit.stdout.strip(), "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def read(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def case(row: dict) -> tuple:
+    """What a row measured: two with the same are of the same thing."""
+    return *(row.get(name, "") for name in CASE), "time" if row["p50_ms"] else "memory"
+
+
+def append(path: Path, rows: list[dict]):
+    """Add rows to a file, whose older rows may have other columns."""
+    rows = (read(path) if path.exists() else []) + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def clock(device: torch.device) -> Callable[[Callable], float]:
+    """A function that calls a function and returns milliseconds.
+
+    On a GPU they pass between two events in the stream. Before the first, a gigabyte is written: that leaves the L2
+    cache without the inputs, and takes longer than the host takes to launch, so that the GPU never waits for the host.
+    """
+    if device.type != "cuda":
+
+        def timed(call):
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+
+        return timed
+    evict = torch.empty(2**30, dtype=torch.uint8, device=device)
+
+    def timed(call):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        evict.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return timed
+
+
+def in_turn(calls: dict[str, Callable], device: torch.device, budget: float, repeats: int = 200) -> dict[str, list]:
+    """Milliseconds of every call, made in turn so that all see the same machine, after an untimed round.
+
+    One that has had `budget` seconds, and at least three calls, sits out the rest of the `repeats` rounds.
+    """
+    timed, times = clock(device), {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            if len(times[name]) < 3 or sum(times[name]) < 1e3 * budget:
+                times[name].append(timed(call))
+    return times
+
+
+def peak_memory(call: Callable, device: torch.device):
+    """A call's result, and the bytes before it and at its peak: what PyTorch holds on a GPU, a CPU's process elsewhere.
+
+    The latter is known on Linux alone, elsewhere NaN.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return call(), before, torch.cuda.max_memory_allocated(device)
+    restart, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not restart.exists():
+        return call(), float("nan"), float("nan")
+
+    def resident(key):
+        return int(re.search(rf"^{key}:\s+(\d+) kB", status.read_text(), re.M)[1]) * 1024
+
+    restart.write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    return call(), before, resident("VmHWM")

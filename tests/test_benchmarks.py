@@ -1,0 +1,345 @@
+"""The benchmarks on shapes that take milliseconds: what they count and conclude, and what they refuse to write."""
+
+import csv
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import tiny
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import ralu_kernels
+from ralu import cost
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench
+import cases
+import compare
+import e2e
+import record
+import render
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+NATIVE = bool(cases.installed(CPU, "native"))
+
+
+@pytest.fixture(autouse=True)
+def unpoisoned():
+    """The benchmarks time what users run."""
+    torch.use_deterministic_algorithms(False)
+
+
+def measured(tmp_path, *arguments):
+    output = tmp_path / "rows.csv"
+    bench.main(["--device", "cpu", "--threads", "1", "--budget", "0", "--output", str(output), *arguments])
+    return record.read(output)
+
+
+# ---- kernels ----
+
+
+def test_every_operation_has_rows(tmp_path, monkeypatch):
+    small = {"flux-dev": (True, True), "sd3-medium": (False, False), "sd3.5-large": (True, False)}
+    for model, (norm, rotary) in small.items():
+        monkeypatch.setitem(cases.BLOCKS, model, cases.Block(2, 8, 6, norm, rotary))
+    rows = measured(tmp_path, "--ops", *cases.OPERATIONS, "--pixels", "128", "--batch", "1", "3")
+    for op, operation in cases.OPERATIONS.items():
+        for model in operation.models:
+            found = {row["provider"] for row in rows if (row["op"], row["model"], row["batch"]) == (op, model, "1")}
+            moved = op in bench.MOVES
+            assert found >= {"eager", "copy"} | ({"reference"} if moved else set())
+            assert not (moved and NATIVE) or "native" in found
+    for row in rows:
+        assert row["torch"] == torch.__version__ and row["date"] and row["device"]
+        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        for provider, column in (("eager", "eager_ratio"), ("copy", "copy_fraction")):
+            other = next(one for one in rows if record.case(one) == record.case(row | {"provider": provider}))
+            ratio = float(other["p50_ms"]) / float(row["p50_ms"])
+            assert float(row[column]) == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "op, moved",
+    [
+        ("upsample_renoise", 16 * 8 * 8 * 4 * (1 + 4)),
+        # 16 low tokens of 64 values, of which 3 become 4 each; 4 bytes for each of the 64 rows of the high grid.
+        ("promote_tokens", (16 + 16 + 3 * 3) * 64 * 4 + 64 * 4),
+        ("merge_tokens", (16 + 3 * 3 + 64) * 64 * 4 + 64 * 4),
+        ("edge_density", 64 * 64 + 4 * 4 * 4),
+    ],
+)
+def test_bandwidth_counts_what_must_be_moved(tmp_path, op, moved):
+    for row in measured(tmp_path, "--ops", op, "--pixels", "128", "--batch", "1", "--dtypes", "float32"):
+        if row["gbps"]:
+            assert float(row["gbps"]) == pytest.approx(moved / float(row["p50_ms"]) / 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "op, spoil",
+    [
+        ("merge_tokens", lambda out: out + 1e-3),
+        pytest.param("plan_tokens", lambda plan: replace(plan, source=plan.source + 1), marks=pytest.mark.native),
+    ],
+)
+def test_a_wrong_kernel_gets_no_row(tmp_path, monkeypatch, op, spoil):
+    right = getattr(ralu_kernels, op)
+
+    def wrong(*args, backend="reference", **kwargs):
+        out = right(*args, backend="reference", **kwargs)
+        return out if backend == "reference" else spoil(out)
+
+    monkeypatch.setattr(ralu_kernels, op, wrong)
+    with pytest.raises(AssertionError):
+        measured(tmp_path, "--ops", op, "--pixels", "128", "--batch", "1", "--dtypes", "float32")
+    assert not (tmp_path / "rows.csv").exists()
+
+
+@pytest.mark.parametrize("op", bench.MOVES)
+def test_noise_of_another_law_is_seen(op, monkeypatch):
+    """Eager that forgets the correlation, whose every value has almost the right variance."""
+    shape = cases.Shape(cases.BOTH, 2048, 1, torch.float32, CPU)
+    case = cases.OPERATIONS[op].case(shape)
+    case.check(case.eager())
+    white = (1 - cases.C) ** 0.5
+    monkeypatch.setattr(cases, "decorrelate", lambda eps, mean: eps.mul_(white))
+    with pytest.raises(AssertionError, match="variance"):
+        case.check(case.eager())
+
+
+def test_calls_take_turns_until_their_budget_is_spent(monkeypatch):
+    monkeypatch.setattr(record, "clock", lambda device: lambda call: call())
+    order = []
+
+    def call(name, milliseconds):
+        order.append(name)
+        return milliseconds
+
+    calls = {"slow": partial(call, "slow", 200.0), "fast": partial(call, "fast", 1.0)}
+    times = record.in_turn(calls, CPU, budget=0.5, repeats=40)
+    assert {name: len(of) for name, of in times.items()} == {"slow": 3, "fast": 40}
+    assert order[:8] == ["slow", "fast"] * 4  # the first round is not timed
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells a process's peak")
+def test_peak_memory_sees_what_is_freed():
+    def call():
+        torch.ones(2**26)
+        return "done"
+
+    out, before, peak = record.peak_memory(call, CPU)
+    assert out == "done" and 0.95 * 2**28 < peak - before < 1.2 * 2**28
+
+
+def test_rows_of_other_columns_are_kept(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    record.append(path, [{"op": "a", "p50_ms": 1}])
+    record.append(path, [{"op": "b", "p50_ms": 2, "memory": 3}])
+    assert record.read(path) == [{"op": "a", "p50_ms": "1", "memory": ""}, {"op": "b", "p50_ms": "2", "memory": "3"}]
+
+
+# ---- whole pictures ----
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """The published models' names for tiny ones; a token is 4x4 pixels."""
+    for name, pipe in (("flux-dev", tiny.flux(guidance_embeds=True)), ("sd3-medium", tiny.sd3("3.0"))):
+        monkeypatch.setitem(cost.MODELS, name, (type(pipe.transformer), dict(pipe.transformer.config)))
+    monkeypatch.setattr(cost, "_VAE", dict(pipe.vae.config))
+
+
+def counted(model, method):
+    """TFLOP of a run's transformer calls, from the operators that ran."""
+    total = 0
+
+    def before(*_):
+        counter.__enter__()
+
+    def after(*_):
+        nonlocal total
+        counter.__exit__(None, None, None)
+        total += counter.get_total_flops()
+
+    counter = FlopCounterMode(display=False)
+    handles = [
+        model.pipe.transformer.register_forward_pre_hook(before),
+        model.pipe.transformer.register_forward_hook(after),
+    ]
+    with sdpa_kernel(SDPBackend.MATH):
+        e2e.run(model, method, 1)
+    for handle in handles:
+        handle.remove()
+    return total / 1e12
+
+
+@pytest.mark.parametrize(
+    "name, preset, cached, batches",
+    [("flux-dev", "flux-5x", ["stock-6+firstblock", "flux-5x+fused+sdpa"], "1"), ("sd3-medium", "sd3-2x", [], "12")],
+)
+def test_whole_pictures(tmp_path, small_models, name, preset, cached, batches):
+    output = tmp_path / "e2e.csv"
+    methods = ["stock-6", preset, *cached]
+    e2e.main(["--device", "cpu", "--models", name, "--methods", *methods, "--pixels", "32", "--batch", *batches,
+              "--repeats", "1", "--output", str(output)])  # fmt: skip
+    rows = {(row["method"], row["batch"]): row for row in record.read(output)}
+    assert len(rows) == len(batches) * len(methods)
+    model = e2e.Model(name, 32, CPU)
+    for (method, batch), row in rows.items():
+        parts = {part: float(row[f"{part}_ms"]) for part in e2e.PARTS}
+        assert sum(parts.values()) == pytest.approx(float(row["p50_ms"]), abs=0.1)
+        assert parts["transformer"] > 0 and parts["decode"] > 0 and parts["outside"] > 0
+        assert (parts["preview"] > 0) == method.startswith(preset)
+        assert int(row["calls"]) == {"stock-6": 6, "flux-5x": 15, "sd3-2x": 20}[method.partition("+")[0]]
+        assert float(row["images_per_s"]) == pytest.approx(1e3 * int(batch) / float(row["p50_ms"]), rel=1e-3)
+        if "firstblock" in method:
+            assert not row["tflop"]
+            continue
+        # The quotient of the speed-up and the ratio of the work is explained in full.
+        first = rows["stock-6", batch]
+        factors = [float(row[key]) / float(first[key]) for key in ("tflop_per_s", "transformer_share")]
+        assert float(row["speedup"]) == pytest.approx(float(row["flop_ratio"]) * math.prod(factors), rel=0.05)
+    ratio = counted(model, "stock-6") / counted(model, preset)
+    assert float(rows[preset, "1"]["flop_ratio"]) == pytest.approx(ratio, abs=1e-3)
+    assert type(model.pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+    profile = e2e.json.loads((tmp_path / f"e2e-{name}.json").read_text())
+    tokens = [int(stage.split()[1]) for stage in profile["stages"]]
+    assert set(profile["ms_per_call"]) == {method for method in methods if "firstblock" not in method}
+    assert tokens == [64, 16, 16 + 3 * int(16 * cost.preset(preset).ratio), 64]
+    for stage in profile["stages"].values():
+        assert sum(stage["shares"].values()) == pytest.approx(1, abs=1e-3) and stage["shares"]["attention"] > 0
+        assert stage["ms"] > 0 and stage["operators"] > 100
+    assert render.pictures(list(rows.values()), output).count(f"`{preset}`") == 1
+
+
+def test_a_line_through_time_and_work(small_models, monkeypatch):
+    """Calls that take 3 ms and 2 ms a GFLOP."""
+    model = e2e.Model("flux-dev", 64, CPU)
+    monkeypatch.setattr(e2e, "profile", lambda model, method: {tokens: {} for tokens in model.tflop(method, 1)})
+    runs = {
+        method: [{"calls": {t: [3 + 2e3 * each] * calls for t, (calls, each) in model.tflop(method, 1).items()}}]
+        for method in ("stock-6", "flux-5x")
+    }
+    found = e2e.explanation(model, runs)
+    assert found["fixed_ms_per_call"] == pytest.approx(3, abs=1e-3)
+    assert found["tflop_per_s_beyond"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_ladder_leaves_out_what_cannot_run():
+    on_cpu, on_gpu = (e2e.ladder("flux", torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert on_cpu[:5] == ["stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x"]
+    assert not any("fused" in method or "compile" in method for method in on_cpu)
+    assert "flux-5x+fused+compile" in on_gpu and set(on_cpu) < set(on_gpu)
+    assert not any("taylorseer" in method for method in e2e.ladder("sd3", torch.device("cuda")))
+
+
+# ---- the README ----
+
+
+def kernel_row(**changes):
+    plain = {
+        "op": "upsample_renoise", "provider": "native", "model": cases.BOTH, "pixels": "1024", "batch": "1",
+        "dtype": "float32", "threads": "1", "p20_ms": "0.9", "p50_ms": "1.0", "p80_ms": "1.1", "gbps": "5",
+        "copy_fraction": "0.4", "fill_fraction": "0.8", "eager_ratio": "8.9", "memory": "",
+        "device": "A CPU", "isa": "AVX", "torch": "2.13", "triton": "", "cuda": "", "commit": "abc",
+        "date": "2026-01-01",
+    }  # fmt: skip
+    return plain | changes
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_tables_are_of_the_rows(tmp_path):
+    path = tmp_path / "a-cpu.csv"
+    rows = [
+        kernel_row(eager_ratio="3.3"),  # measured again below
+        kernel_row(),
+        kernel_row(pixels="2048", eager_ratio="6.32", fill_fraction="0.5"),
+        kernel_row(provider="dense", p50_ms="2100", gbps="", eager_ratio="0.004"),
+        *(kernel_row(provider=who, pixels="2048", batch="16", p50_ms="", gbps="", memory=memory)
+          for who, memory in (("native", "1.00"), ("eager", "3.17"))),
+    ]  # fmt: skip
+    write(path, rows)
+    block = render.block(path)
+    assert "| `upsample_renoise` | 8.9 / 6.3 |" in block and "3.3" not in block
+    assert "| `upsample_renoise` | 1.2 / 2.0 | 1.0 | 3.2 | 2100 |" in block
+    readme = f"top\n\n<!-- begin {path} -->\nold figures\n<!-- end {path} -->\n\nbottom\n"
+    new = render.rendered(readme, tmp_path)
+    assert block in new and "old figures" not in new and new.startswith("top\n") and new.endswith("\nbottom\n")
+    assert render.rendered(new, tmp_path) == new
+    render.draw_kernels(render.latest(path), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_gpu_tables(tmp_path):
+    gpu = partial(kernel_row, cuda="13.0", threads="", dtype="bfloat16", triton="3.7")
+    rows = [
+        gpu(provider="triton", p50_ms="0.0123", copy_fraction="0.871"),
+        gpu(provider="compile", p50_ms="0.0246", eager_ratio="4.4"),
+        gpu(provider="triton", dtype="float32", p50_ms="7"),
+    ]
+    write(tmp_path / "gpu.csv", rows)
+    assert "| `upsample_renoise`, bfloat16 | triton | 12.3 | 87% | 8.9 | 2.0 |" in render.block(tmp_path / "gpu.csv")
+
+
+def test_readme_has_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    assert render.rendered(readme) == readme
+    files = [path for path in render.RESULTS.glob("*.csv") if render.latest(path)]
+    assert not files or any(f"<!-- begin benchmarks/results/{path.name} -->" in readme for path in files)
+
+
+# ---- two revisions ----
+
+
+def test_interval_is_students():
+    ratios = [1.1, 0.9, 1.05, 1.2]
+    logs = [math.log(ratio) for ratio in ratios]
+    low, high = scipy.stats.t.interval(0.95, 3, scipy.stats.tmean(logs), scipy.stats.sem(logs))
+    expected = math.exp(scipy.stats.tmean(logs)), math.exp(low), math.exp(high)
+    assert compare.interval(ratios) == pytest.approx(expected)
+
+
+def test_revisions_take_turns_with_their_own_packages(tmp_path):
+    script = tmp_path / "benchmark.py"
+    script.write_text(
+        "import sys, ralu_kernels\n"
+        f"open({str(tmp_path / 'order')!r}, 'a').write(ralu_kernels.NAME)\n"
+        "open(sys.argv[-1], 'w').write(f'op,p50_ms\\nmove,{ralu_kernels.MS}\\n{ralu_kernels.NAME},1\\n')\n"
+    )
+    for name, milliseconds in (("a", 2.0), ("b", 3.0)):
+        package = tmp_path / name / "ralu_kernels"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"NAME, MS = {name!r}, {milliseconds}\n")
+    ratios = compare.alternate(tmp_path / "a", tmp_path / "b", [[str(script)]], rounds=3)
+    assert [(case[0], of) for case, of in ratios.items()] == [("move", [1.5] * 3)]
+    assert (tmp_path / "order").read_text() == "abbaab"
+
+
+def test_a_worktree_is_built_and_taken_away(tmp_path):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "setup.py").write_text("import sys\nopen('built', 'w').write(' '.join(sys.argv[1:]))\n")
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "First"]):
+        subprocess.run([*git, *command], cwd=repository, check=True)
+    with compare.worktree("HEAD", tmp_path / "tree", repository) as tree:
+        assert (tree / "built").read_text() == "--quiet build_ext --inplace"
+    assert not (tmp_path / "tree").exists()
+    (repository / "setup.py").write_text("raise SystemExit('no compiler')\n")
+    subprocess.run([*git, "commit", "-qam", "Second"], cwd=repository, check=True)
+    with pytest.raises(RuntimeError, match="no compiler"), compare.worktree("HEAD", tmp_path / "tree", repository):
+        pass
