@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from .flux import unwrapped
+from .blocks import unwrapped
 from .schedule import Schedule, preset, presets
 
 aten = torch.ops.aten
