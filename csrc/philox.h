@@ -23,9 +23,10 @@ struct Words {
   uint32_t w0, w1, w2, w3;
 };
 
+// Box-Muller halfway: the radii and, still as words, the angles of two pairs of normals.
 struct Polar {
   float radius0, radius1;
-  uint32_t angle0, angle1;  // words
+  uint32_t angle0, angle1;
 };
 
 struct Normals {
@@ -131,7 +132,10 @@ RALU_INLINE Normals normals(Polar p) {
 // Four normals of the counter (element, stage, kind, 0).
 RALU_INLINE Normals normals(uint64_t key, uint32_t element, uint32_t stage, uint32_t kind) {
   const Words w = philox(key, element, stage, kind);
-  return normals(Polar{radius(w.w0), radius(w.w2), w.w1, w.w3});
+  Normals n;  // pair after pair: by way of Polar nvcc needs more registers
+  turn(radius(w.w0), w.w1, n.n0, n.n1);
+  turn(radius(w.w2), w.w3, n.n2, n.n3);
+  return n;
 }
 
 // The four children of x: scale * x + noise_scale * (n_i - k * sum of the n), RALU supplement A.1.
