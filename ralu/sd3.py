@@ -96,8 +96,8 @@ class LayoutHook:
         if layout.mask is not None:
             if not fused(module):
                 raise ValueError(
-                    "SD3's stock attention takes no mask, so the pictures of a batch must have equal token counts: with "
-                    "threshold= paint one at a time or enable with fused=True, or give ratio="
+                    "SD3's stock attention takes no mask, so the pictures of a batch must have equal token counts: "
+                    "with threshold= paint one at a time or enable with fused=True, or give ratio="
                 )
             given = kwargs.get("joint_attention_kwargs") or {}
             kwargs["joint_attention_kwargs"] = {**given, "image_mask": layout.mask}
