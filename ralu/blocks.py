@@ -51,8 +51,8 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     offloading and LoRA may come before or after. Attention goes by `ralu.attention_backend`, not by diffusers'
     `set_attention_backend`. Images of different lengths in one batch are padded at will and told apart by
     ``joint_attention_kwargs={"image_mask": mask}``, bool (B, image tokens), or (b, image tokens) where guidance repeats
-    a batch of b; their padding is in no attention, and what comes out there has no meaning. A tensor of masks, or of text
-    to trim, is read once, which waits for the device: for other contents give another tensor. Compile first, then fuse.
+    a batch of b; their padding is in no attention, and what comes out there has no meaning. A mask, or text to trim, is
+    read once, which waits for the device: for other contents give another tensor. Compile first, then fuse.
 
     A transformer whose attention is not the stock one (IP-adapter, context parallelism, a chosen attention backend) or
     whose weights are offloaded layer by layer is left unfused, now or later, which is said once. Raises ValueError for
