@@ -239,7 +239,7 @@ def main(arguments=None) -> list[dict]:
     gpu = torch.cuda.is_available()
     rows = traffic_rows()
     if args.dry:
-        rows += kernel_rows(TINY, 9, 3, "cpu", 0) + step_rows(TINY, [6], 3, "cpu", 0, "aot_eager")
+        rows += kernel_rows(TINY, 9, 3, "cpu", 0) + step_rows(TINY, [6], 3, "cpu", 0, "eager")
     elif gpu:
         rows += [row for tokens in args.tokens for row in kernel_rows(FLUX, tokens, TEXT, "cuda", 100)]
         rows += step_rows(FLUX, args.tokens, TEXT, "cuda", args.window, "inductor")

@@ -51,7 +51,8 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     offloading and LoRA may come before or after. Attention goes by `ralu.attention_backend`, not by diffusers'
     `set_attention_backend`. Images of different lengths in one batch are padded at will and told apart by
     ``joint_attention_kwargs={"image_mask": mask}``, bool (B, image tokens), or (b, image tokens) where guidance repeats
-    a batch of b; their padding is in no attention, and what comes out there has no meaning.
+    a batch of b; their padding is in no attention, and what comes out there has no meaning. A mask, or text to trim, is
+    read once, which waits for the device: for other contents give another tensor. Compile first, then fuse.
 
     A transformer whose attention is not the stock one (IP-adapter, context parallelism, a chosen attention backend) or
     whose weights are offloaded layer by layer is left unfused, now or later, which is said once. Raises ValueError for
@@ -107,12 +108,12 @@ def unwrapped(transformer: nn.Module) -> nn.Module:
 
 
 class Fusion:
-    """A forward pre-hook that lays out the joint sequences, once for all blocks, and once a layout for all calls."""
+    """A forward pre-hook that lays out the joint sequences, once for all blocks and for all calls with one layout."""
 
     def __init__(self, transformer: nn.Module, blocks: list[nn.Module], trim_text: bool):
         self.blocks, self.trim_text = blocks, trim_text
         self.parameters = list(signature(type(unwrapped(transformer)).forward).parameters)[1:]
-        # Tensors are equal to these caches when they are the same object.
+        # To these caches tensors are equal when they are the same object.
         self.text_mask, self.layouts = lru_cache(4)(_text_mask), lru_cache(8)(_layouts)
         self.handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ralu
 from ralu import blocks
 from ralu.regions import gradient
+from ralu_kernels import _backend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import blocks as benchmark
@@ -194,6 +195,38 @@ def test_half_precision_clips_as_stock(kind):
     given = block_inputs(kind, 32, 16, 2, torch.float16)
     for fused in (False, True):
         assert in_one(block, given, fused)[:, :3].unique().tolist() == [65504]
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("model", ["flux", "3.5-medium"])
+def test_triton_kernels_under_whole_transformers(model, device, monkeypatch):
+    """With the strides that the blocks give them, in a ragged batch."""
+    monkeypatch.setitem(_backend._ORDER, "cpu", ("triton", "reference"))  # for the interpreter
+    transformer = make(model).transformer.to(device)
+    given = {name: value.to(device) for name, value in inputs(model, transformer).items()}
+    mask = torch.arange(24, device=device) < torch.tensor([[24], [15]], device=device)
+    given["joint_attention_kwargs"] = {"image_mask": mask}
+    ralu.fuse(transformer)
+    found = run(transformer, given)
+    monkeypatch.setitem(_backend._ORDER, "cpu", ("reference",))
+    monkeypatch.setitem(_backend._ORDER, "cuda", ("reference",))
+    torch.testing.assert_close(found, run(transformer, given), **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["flux", "3.5-medium"])
+def test_calls_wait_for_nothing(model):
+    transformer = ralu.fuse(make(model).transformer.to("cuda", torch.bfloat16))
+    given = {name: value.to("cuda") for name, value in inputs(model, transformer, dtype=torch.bfloat16).items()}
+    mask = torch.arange(24, device="cuda") < torch.tensor([[24], [15]], device="cuda")
+    given["joint_attention_kwargs"] = {"image_mask": mask}
+    first = run(transformer, given)  # which lays the sequences out
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run(transformer, given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)
 
 
 # ---- what is put on transformers ----
@@ -538,6 +571,7 @@ def test_fused_blocks_compile_whole(kind, options):
         torch.testing.assert_close(*pair, **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["flux", "3.5-medium"])
 def test_three_stages_compile_three_graphs_at_most(model):
     """With a ragged second stage; another size must not run into PyTorch's limit, where fullgraph=True would raise."""
