@@ -17,8 +17,8 @@ outside_ms       all else: sampler, region choice, moves, noise, conversion to p
 peak_mib         memory at the peak: what PyTorch holds on a GPU, weights included, or the process's on a CPU
 tflop            transformer work as `ralu.estimate` counts it, attention included (none with caches)
 tflop_per_s      that over transformer_ms
-speedup, flop_ratio  the first method's p50 and tflop over this one's. Their quotient is, exactly, the ratio of the
-                 tflop_per_s times the ratio of the transformer's shares
+speedup, flop_ratio  the first method's p50 and tflop over this one's. Their quotient is the ratio of the tflop_per_s
+                 times the ratio of the transformer's shares (exactly in one run, nearly for medians of several)
 
 Why the tflop_per_s differ is in benchmarks/results/e2e-DEVICE-MODEL.json, at batch 1: the time of a transformer call by
 method and token count; without switches its work, and what it was spent on according to `torch.profiler`; and the
