@@ -42,6 +42,7 @@ bench: install
 
 gpu-bench: install
 	$(BIN)/python benchmarks/bench.py --device cuda
+	$(BIN)/python benchmarks/blocks.py
 
 e2e: install
 	$(BIN)/python benchmarks/e2e.py

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from glob import glob
 
@@ -21,6 +22,8 @@ ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)]
 # Nobody reads errno or traps of these loops; both would keep them from becoming SIMD.
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+if platform.machine() == "x86_64":  # GCC 12 warns of its own AVX-512 header, for pages
+    CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 # PyTorch forbids the conversions of half precision that these kernels use.
 NVCC_FLAGS = ["-O3", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
@@ -83,7 +86,8 @@ def architectures(nvcc: str) -> str:
 
 def extension() -> dict:
     if not wanted("RALU_NATIVE", "the C++ kernels", why_no_native):
-        for left in glob("ralu_kernels/_C*.so"):  # by an earlier editable install: it would still be imported
+        editable = {"editable_wheel", "develop"} & set(sys.argv)
+        for left in glob("ralu_kernels/_C*.so") if editable else ():  # by an earlier one: it would still be imported
             print(f"ralu: removing {left}")
             os.remove(left)
         return {}

@@ -1,8 +1,9 @@
-"""The plots and the README's tables of what bench.py and e2e.py have measured; no figure is typed by hand.
+"""The plots and the README's tables of what bench.py, e2e.py and quality.py have measured; no figure is typed by hand.
 
     python benchmarks/render.py
 
-For every file of theirs in benchmarks/results this draws docs/NAME.png, and rewrites what the README has between
+For every file of theirs in benchmarks/results this draws docs/NAME.png (but quality.py draws its own pictures), and
+rewrites what the README has between
 
     <!-- begin benchmarks/results/NAME.csv -->
     <!-- end benchmarks/results/NAME.csv -->
@@ -229,11 +230,33 @@ def draw_pictures(rows: list[dict], path: Path):
     figure.savefig(path, dpi=110)
 
 
+# ---- what the pictures are worth ----
+
+
+def quality(path: Path) -> str:
+    """Of a file of quality.py's."""
+    rows = record.read(path)
+    body = [
+        [f"`{row['method']}`", f"{row['score']} ({row['score_low']} to {row['score_high']})",
+         *(f"{row[name]} ± {row[f'{name}_se']}" for name in ("distance", "frechet", "edge_error", "blockiness")),
+         row["flop_ratio"]]
+        for row in rows
+    ]  # fmt: skip
+    head = ["", "score", "distance", "Fréchet", "edge error", "blockiness", "less work"]
+    row = rows[-1]
+    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    counts = f"{row['captions']} captions, seeds {row['seeds']}"
+    line = f"{counts}; torch {row['torch']}; commit {row['commit']}; {row['date']} ([{path.name}]({name}))."
+    return f"{line}\n\n{table(head, body)}"
+
+
 # ---- the README ----
 
 
 def block(path: Path) -> str | None:
     """What the README says of a file of results; None for another benchmark's."""
+    if path.name.startswith("quality-"):
+        return quality(path)
     if not (rows := latest(path)):
         return None
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name

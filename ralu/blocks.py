@@ -55,16 +55,21 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     read once, which waits for the device: for other contents give another tensor. Compile first, then fuse.
 
     A transformer whose attention is not the stock one (IP-adapter, context parallelism, a chosen attention backend) or
-    whose weights are offloaded layer by layer is left unfused, now or later, which is said once. Raises ValueError for
-    another model, and for blocks whose forward was replaced.
+    whose weights are offloaded layer by layer is left unfused, now or later, which is said once; so is one that has
+    blocks of other classes or is tensor-parallel. Raises ValueError for another model, and for blocks whose forward was
+    replaced.
     """
     model = unwrapped(transformer)
     if not isinstance(model, FluxTransformer2DModel | SD3Transformer2DModel):
         known = "a FluxTransformer2DModel or SD3Transformer2DModel"
         raise ValueError(f"transformer must be {known}, got {type(model).__name__}")
     unfuse(model)
-    blocks = [module for module in model.modules() if type(module) in _FORWARDS]
-    if obstacle := _obstacle(blocks, _STOCK_PROCESSORS):
+    blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
+    strange = next((type(block).__name__ for block in blocks if type(block) not in _FORWARDS), None)
+    obstacle = f"it has blocks of class {strange}" if strange else _obstacle(blocks, _STOCK_PROCESSORS)
+    if getattr(model, "_parallel_config", None) is not None:
+        obstacle = "it is parallel"
+    if obstacle:
         logger.warning_once(f"RALU leaves this transformer unfused: {obstacle}")
         return transformer
     model.ralu_fusion = Fusion(transformer, blocks, trim_text)
@@ -151,8 +156,8 @@ def _text_mask(text: Tensor) -> tuple[int, Tensor]:
 
 def _layouts(
     text_mask: Tensor | None, image_mask: Tensor | None, batch: int, text: int, image: int, device, text_first: bool
-) -> tuple[Sequences, Sequences]:
-    """The joint sequences and the image's alone."""
+) -> tuple[Sequences, Sequences | None]:
+    """The joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over."""
     joint = None
     if image_mask is not None:
         image_mask = image_mask.repeat(batch // len(image_mask), 1)
@@ -163,7 +168,8 @@ def _layouts(
             for mask, length in ((text_mask, text), (image_mask, image))
         ]
         joint = torch.cat(masks if text_first else masks[::-1], dim=1)
-    return pack_sequences(joint, batch, text + image, device), pack_sequences(image_mask, batch, image, device)
+    alone = None if text_first else pack_sequences(image_mask, batch, image, device)
+    return pack_sequences(joint, batch, text + image, device), alone
 
 
 # ---- attention ----
@@ -324,7 +330,9 @@ def _obstacle(blocks: list[nn.Module], processors: tuple[type, ...]) -> str | No
             return f"its attention is {type(processor).__name__}'s"
         if any(getattr(processor, name, None) is not None for name in ("_attention_backend", "_parallel_config")):
             return "diffusers was given an attention backend or parallelism for it"
-        if norm is not None and hasattr(norm, "_hf_hook") and norm.weight.is_meta:
+        hooks = getattr(norm, "_diffusers_hook", None)
+        grouped = hooks is not None and hooks.get_hook("group_offloading") is not None
+        if grouped or (norm is not None and hasattr(norm, "_hf_hook") and norm.weight.is_meta):
             return "its weights are offloaded layer by layer"
     return None
 

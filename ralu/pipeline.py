@@ -91,7 +91,7 @@ def enable(
 
 def _fuse(pipe: DiffusionPipeline, fused: bool | str, trim_text: bool, undo: ExitStack):
     """Fuse or unfuse the transformer; `undo` puts it back as it was."""
-    before = vars(blocks.unwrapped(pipe.transformer)).get("ralu_fusion")
+    asked, before = fused is True or trim_text, vars(blocks.unwrapped(pipe.transformer)).get("ralu_fusion")
     if before is not None:
         blocks.unfuse(pipe.transformer)
         undo.callback(blocks.fuse, pipe.transformer, trim_text=before.trim_text)
@@ -100,7 +100,11 @@ def _fuse(pipe: DiffusionPipeline, fused: bool | str, trim_text: bool, undo: Exi
         compiled = device.type == "cuda" and resolve("auto", device, adaln.BACKENDS) == "triton"
         fused = before is not None or trim_text or compiled
     if fused:
-        blocks.fuse(pipe.transformer, trim_text=trim_text)
+        try:
+            blocks.fuse(pipe.transformer, trim_text=trim_text)
+        except ValueError:  # a forward that was replaced: no reason to refuse who did not ask
+            if asked:
+                raise
         undo.callback(blocks.unfuse, pipe.transformer)
 
 
@@ -112,6 +116,8 @@ def _zero_padding(pipe: DiffusionPipeline, encoder: Module, undo: ExitStack):
         output[0].masked_fill_((args[0] == module.config.pad_token_id).unsqueeze(-1), 0)
 
     def embed(*args, **kwargs):
+        if not blocks.fused(pipe.transformer):  # the stock attention would attend to the zeros
+            return stock(*args, **kwargs)
         hook = encoder.register_forward_hook(zero)  # no longer than this: pipelines may share their encoders
         try:
             return stock(*args, **kwargs)

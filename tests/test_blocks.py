@@ -9,6 +9,7 @@ import tiny
 import torch
 from conftest import assert_as_exact_as
 from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from peft import LoraConfig
@@ -352,6 +353,32 @@ def test_a_chosen_attention_backend_is_kept(warnings):
     for block in transformer.transformer_blocks:
         block.attn.processor._attention_backend = "native"
     assert not blocks.fused(ralu.fuse(transformer)) and "attention backend" in warnings[0]
+
+
+def test_group_offloading_by_leaves_is_left_to_diffusers(warnings):
+    transformer = tiny.flux().transformer
+    norm = transformer.transformer_blocks[0].attn.norm_q
+    registry = HookRegistry.check_if_exists_or_initialize(norm)
+    registry.register_hook(ModelHook(), "group_offloading")  # a norm has it where offload_type is "leaf_level"
+    assert not blocks.fused(ralu.fuse(transformer)) and "offloaded layer by layer" in warnings[0]
+
+
+def test_blocks_of_other_classes_are_left_alone(warnings):
+    class Own(FluxTransformerBlock):
+        pass
+
+    transformer = tiny.flux().transformer
+    transformer.transformer_blocks[1].__class__ = Own
+    assert not blocks.fused(ralu.fuse(transformer)) and "blocks of class Own" in warnings[0]
+
+
+def test_padding_stays_where_nothing_is_trimmed(warnings):
+    """A transformer that is left unfused gets T5's embeddings as they are."""
+    pipe = tiny.flux()
+    expected = tiny.paint(ralu.enable(pipe, fused=False))
+    pipe.transformer.transformer_blocks[0].attn.processor._attention_backend = "native"
+    torch.testing.assert_close(tiny.paint(ralu.enable(pipe, trim_text=True)), expected, rtol=0, atol=1e-5)
+    assert "attention backend" in warnings[0]
 
 
 class Counting(accelerate.hooks.ModelHook):
