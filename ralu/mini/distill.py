@@ -35,6 +35,7 @@ from ralu.mini.train import (
 from ralu.schedule import shifted
 
 LEVELS = 24  # Euler steps the teacher would take from noise to picture
+TURNS = (256, 4), (128, 12)  # pixels and pictures of the training steps in turn
 
 
 def targets(transformer: torch.nn.Module) -> list[str]:
@@ -64,13 +65,12 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="distil", mininterval=5)
 
     def predict(x, sigma, text):
-        with torch.autocast("cpu", torch.bfloat16):
-            return x - sigma[:, None, None, None] * velocity(transformer, x, sigma, *text).float()
+        return x - sigma[:, None, None, None] * velocity(transformer, x, sigma, *text)
 
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 4e-4 * min(1, (step + 1) / 50, (steps - step) / (0.5 * steps))
-        size, count = family.turns[step % len(family.turns)]
+        size, count = TURNS[step % len(TURNS)]
         pick = torch.randint(len(CAPTIONS), (count,))
         x = latents[size][pick]
         u = torch.rand(count)
