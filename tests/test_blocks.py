@@ -310,24 +310,9 @@ def test_quantised_linears_are_called_as_modules(model):
     torch.testing.assert_close(run(ralu.fuse(transformer), given), expected, **close)
 
 
-def load_ip_adapter(pipe):
-    width, text = pipe.transformer.inner_dim, pipe.transformer.config.joint_attention_dim
-    weights = {"image_proj": {"proj.weight": torch.randn(4 * text, 8), "proj.bias": torch.zeros(4 * text)}}
-    weights["image_proj"] |= {"norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}
-    weights["ip_adapter"] = {
-        f"{block}.to_{name}_ip.{kind}": torch.randn(width, text) if kind == "weight" else torch.zeros(width)
-        for block in range(2)
-        for name in "kv"
-        for kind in ("weight", "bias")
-    }
-    pipe.transformer._load_ip_adapter_weights([weights])
-    embeds = torch.randn(1, 1, 8)
-    return {"ip_adapter_image_embeds": [embeds], "negative_ip_adapter_image_embeds": [torch.zeros_like(embeds)]}
-
-
 def test_ip_adapters_keep_their_attention(warnings):
     pipe = ralu.enable(tiny.flux(), fused=True)
-    given = load_ip_adapter(pipe)
+    given = tiny.load_ip_adapter(pipe)
     found = tiny.paint(pipe, **given)
     assert warnings == ["RALU unfuses this transformer: its attention is FluxIPAdapterAttnProcessor's"]
     assert torch.equal(tiny.paint(ralu.enable(pipe, fused=False), **given), found)

@@ -308,18 +308,7 @@ def test_lora_scales_as_in_stock():
 def test_ip_adapter_scales_as_in_stock():
     pipe = ralu.enable(tiny.flux())
     plain = tiny.paint(pipe)
-    width, text = pipe.transformer.inner_dim, pipe.transformer.config.joint_attention_dim
-    weights = {"image_proj": {"proj.weight": torch.randn(4 * text, 8), "proj.bias": torch.zeros(4 * text)}}
-    weights["image_proj"] |= {"norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}
-    weights["ip_adapter"] = {
-        f"{block}.to_{name}_ip.{kind}": torch.randn(width, text) if kind == "weight" else torch.zeros(width)
-        for block in range(2)
-        for name in "kv"
-        for kind in ("weight", "bias")
-    }
-    pipe.transformer._load_ip_adapter_weights([weights])
-    embeds = torch.randn(1, 1, 8)
-    given = {"ip_adapter_image_embeds": [embeds], "negative_ip_adapter_image_embeds": [torch.zeros_like(embeds)]}
+    given = tiny.load_ip_adapter(pipe)
     assert (tiny.paint(pipe, **given) - plain).abs().max() > 1e-2
     pipe.set_ip_adapter_scale(0.0)
     torch.testing.assert_close(tiny.paint(pipe, **given), plain, **close)

@@ -92,3 +92,19 @@ def paint(pipe, prompt=PROMPTS[0], seeds=(0,), height=64, width=64, **call):
     """Images as a tensor (B, 3, H, W) in [0, 1]."""
     call = {"max_sequence_length": 16, "output_type": "pt", "guidance_scale": 3.5} | call
     return pipe(prompt, height=height, width=width, generator=generators(*seeds), **call).images
+
+
+def load_ip_adapter(pipe: FluxPipeline) -> dict:
+    """Random weights of an IP-adapter; returns what the pipeline is then to be called with."""
+    width, text = pipe.transformer.inner_dim, pipe.transformer.config.joint_attention_dim
+    weights = {"image_proj": {"proj.weight": torch.randn(4 * text, 8), "proj.bias": torch.zeros(4 * text)}}
+    weights["image_proj"] |= {"norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}
+    weights["ip_adapter"] = {
+        f"{block}.to_{name}_ip.{kind}": torch.randn(width, text) if kind == "weight" else torch.zeros(width)
+        for block in range(2)
+        for name in "kv"
+        for kind in ("weight", "bias")
+    }
+    pipe.transformer._load_ip_adapter_weights([weights])
+    embeds = torch.randn(1, 1, 8)
+    return {"ip_adapter_image_embeds": [embeds], "negative_ip_adapter_image_embeds": [torch.zeros_like(embeds)]}
