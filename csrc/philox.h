@@ -80,23 +80,20 @@ RALU_INLINE int32_t bits_of(float x) {
   return bits;
 }
 
-// Natural logarithm of a normal positive number: the polynomial of Cephes.
-RALU_INLINE float logarithm(float x) {
-  const int32_t bits = bits_of(x) - 0x3F3504F3;  // sqrt(1/2): the mantissa below is in [sqrt(1/2), sqrt(2))
+// -2 ln(x) of a normal positive number, a polynomial of x - 1 between sqrt(1/2) and sqrt(2), exact to 2e-8 there.
+RALU_INLINE float minus_two_log(float x) {
+  const int32_t bits = bits_of(x) - 0x3F3504F3;  // sqrt(1/2)
   const float e = static_cast<float>(bits >> 23);
   const float m = float_of((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
   const float m2 = m * m;
   // Even and odd powers apart: two chains of half the length.
-  float even = 7.0376836292e-2f, odd = -1.1514610310e-1f;
-  even = even * m2 + 1.1676998740e-1f;
-  odd = odd * m2 - 1.2420140846e-1f;
-  even = even * m2 + 1.4249322787e-1f;
-  odd = odd * m2 - 1.6668057665e-1f;
-  even = even * m2 + 2.0000714765e-1f;
-  odd = odd * m2 - 2.4999993993e-1f;
-  even = even * m2 + 3.3333331174e-1f;
-  const float y = (odd * m + even) * m * m2 - 2.12194440e-4f * e - 0.5f * m2;
-  return m + y + 0.693359375f * e;
+  float even = -1.7344367504e-1f, odd = 2.8758016229e-1f;
+  even = even * m2 - 2.9955989122e-1f;
+  odd = odd * m2 + 3.3128851652e-1f;
+  even = even * m2 - 3.9909750223e-1f;
+  odd = odd * m2 + 5.0003397465e-1f;
+  even = even * m2 - 6.6668331623e-1f;
+  return ((odd * m + even) * m + 1.0f) * m2 - (2.0f * m + 1.3862943611f * e);
 }
 
 // Sine of r * 2 pi / 2^31, |r| <= 2^29: an odd polynomial on [-pi/2, pi/2], exact to 1e-7.
@@ -109,7 +106,7 @@ RALU_INLINE float sine(int32_t r) {
 RALU_INLINE float radius(uint32_t word) {
   constexpr int32_t LEAST = 0x33D6BF95;  // 1e-7. As an integer: of a choice of floats compilers make two logarithms
   const int32_t u = bits_of(uniform(word));
-  return sqrtf(-2.0f * logarithm(float_of(u > LEAST ? u : LEAST)));
+  return sqrtf(minus_two_log(float_of(u > LEAST ? u : LEAST)));
 }
 
 // The pair. The angle stays an integer, a fraction of 2^31, until it is folded into a half turn: exact, where the

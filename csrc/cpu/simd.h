@@ -148,6 +148,14 @@ RALU_INLINE void philox_run(Isa isa, uint64_t key, const uint32_t* element, uint
   }
 }
 
+// Asks for a row that is written only after its random numbers are made.
+template <class T>
+RALU_INLINE void prefetch(const T* row, int64_t count) {
+#ifdef __GNUC__
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
+#endif
+}
+
 // ---- element types, as bits: conversions that vectorise and round to the nearest even ----
 
 struct Half {

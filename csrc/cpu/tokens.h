@@ -40,14 +40,6 @@ struct Move {
   bool pixel;
 };
 
-// Asks for a row that is written only after its random numbers are made.
-template <class T>
-RALU_INLINE void prefetch(const T* row, int64_t count) {
-#ifdef __GNUC__
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
-#endif
-}
-
 // from: the low token at (y, x); to: its four children.
 template <class T>
 RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const Elements& element, int64_t y, int64_t x,

@@ -31,6 +31,8 @@ RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent 
     } else {
       for (int64_t j = 0; j < m; ++j) value[i + j] = to_float(from[j * latent.stride_w]);
     }
+    prefetch(out + 4 * row * width + 2 * column, 2 * m);
+    prefetch(out + (4 * row + 2) * width + 2 * column, 2 * m);
     i += m;
   }
 
