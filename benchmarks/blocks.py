@@ -1,29 +1,24 @@
-"""FLUX's transformer blocks, stock and fused: bytes and launches by count, and times where there is a GPU.
+"""FLUX's transformer blocks, stock and fused: bytes and launches by count, and a step's time where there is a GPU.
 
-    python benchmarks/blocks.py [--tokens 1024 1636 4096] [--window 2000] [--output benchmarks/results/blocks.csv]
+    python benchmarks/blocks.py [--tokens 1024 1636 4096] [--budget 2] [--output benchmarks/results/blocks-DEVICE.csv]
     python benchmarks/blocks.py --dry    # on a CPU, a tiny model, to see that everything runs
 
 traffic  of one FLUX.1-dev block, in bfloat16 and counted without a device: kernel launches, and the bytes that all but
          the matrix products and the attention read and write. A view is free; norms and attention are one kernel each.
-kernel   every fused operation, its bytes over its time, and over the speed of a copy of as many bytes
 step     one forward of FLUX.1-dev with random weights, 512 text tokens, for each number of image tokens: stock and
          fused, eager and compiled, the fused ones with every attention that is installed. Milliseconds, the median.
+
+The fused operations by themselves are in bench.py.
 """
 
 import argparse
-import csv
 import statistics
-import subprocess
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import date
-from functools import partial
 from math import prod
 from pathlib import Path
 
+import record
 import torch
-import triton
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -31,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ralu
-from ralu_kernels import attention, concat_gelu, gated_add, gated_add_modulate, modulate, pack_qkv, pack_sequences, qkv
+from ralu_kernels import attention, pack_sequences
 
-ROOT = Path(__file__).parents[1]
 FLUX = {"heads": 24, "size": 128, "axes": (16, 56, 56), "layers": 19, "single_layers": 38}
 TINY = {"heads": 2, "size": 16, "axes": (4, 6, 6), "layers": 1, "single_layers": 1}
 TEXT = 512
@@ -141,57 +135,10 @@ def traffic_rows() -> list[dict]:
     return rows
 
 
-def milliseconds(function: Callable[[], object], window: float) -> float:
-    """Median time over about ``window`` milliseconds; on a GPU with a cold cache, which also hides the launch."""
-    if torch.cuda.is_available():
-        return triton.testing.do_bench(function, warmup=window / 5, rep=window, return_mode="median")
-    times, end = [], time.perf_counter() + window / 1e3
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def kernel_rows(config: dict, tokens: int, text: int, device, window: float) -> list[dict]:
-    heads, width = config["heads"], config["heads"] * config["size"]
-
-    def make(*shape, dtype=torch.bfloat16):
-        return torch.randn(shape, device=device).to(dtype)
-
-    x, y, q2, k2, v2 = (make(1, tokens, width) for _ in range(5))
-    texts, vectors = [make(1, text, width) for _ in range(3)], [make(1, width) for _ in range(3)]
-    norms = [make(config["size"]) for _ in range(2)]
-    streams = [qkv.Stream(*texts, *norms), qkv.Stream(q2, k2, v2, *norms)]
-    sequences = pack_sequences(None, 1, text + tokens, device)
-    tables = tuple(make(text + tokens, config["size"], dtype=torch.float32) for _ in range(2))
-    hidden = make(1, tokens, 4 * width)
-
-    def pack(streams, tables):
-        return pack_qkv(streams, sequences, heads, rotary=tables)
-
-    kernels = {
-        modulate: (x, *vectors[:2]),
-        gated_add: (x, vectors[0], y),
-        gated_add_modulate: (x, vectors[0], y, *vectors[1:]),
-        concat_gelu: (x, hidden),
-        pack: (streams, tables),
-    }
-    rows = []
-    for function, inputs in kernels.items():
-        kernel = partial(function, *inputs)
-        moved = sum(map(size, tensors((inputs, kernel()))))
-        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        taken, copy = milliseconds(kernel, window), milliseconds(lambda s=source, t=target: t.copy_(s), window)
-        rows.append({"part": "kernel", "what": function.__name__, "variant": "fused", "tokens": tokens, "bytes": moved,
-                     "ms": f"{taken:.4f}", "gb_s": f"{moved / taken / 1e6:.1f}",
-                     "of_copy": f"{copy / taken:.3f}"})  # fmt: skip
-    return rows
-
-
 @torch.no_grad()
-def step_rows(config: dict, tokens: list[int], text: int, device, window: float, compiler: str) -> list[dict]:
+def step_rows(
+    config: dict, tokens: list[int], text: int, device: torch.device, budget: float, compiler: str
+) -> list[dict]:
     model, rows = transformer(config, device), []
     for length in tokens:
         call = {
@@ -211,12 +158,12 @@ def step_rows(config: dict, tokens: list[int], text: int, device, window: float,
                 with ralu.attention_backend(name) if fused else nullcontext():
                     found = run(**call).sample
                     torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
-                    taken = milliseconds(lambda: run(**call), window)  # noqa: B023
+                    times = record.in_turn({name: lambda: run(**call)}, device, budget)[name]  # noqa: B023
             finally:
                 ralu.unfuse(run)
             variant = f"{'fused' if fused else 'stock'} {'compiled' if compiled else 'eager'}"
             rows.append({"part": "step", "what": "FLUX.1-dev" if config is FLUX else "tiny", "variant": variant,
-                         "attention": name, "tokens": length, "ms": f"{taken:.3f}"})  # fmt: skip
+                         "attention": name, "tokens": length, "ms": f"{statistics.median(times):.3f}"})  # fmt: skip
     return rows
 
 
@@ -232,33 +179,20 @@ def variants():
 def main(arguments=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 1636, 4096], help="image tokens")
-    parser.add_argument("--window", type=float, default=2000, help="milliseconds to measure each step for")
-    parser.add_argument("--output", type=Path, help="default benchmarks/results/blocks.csv; nowhere for a dry run")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds to measure each step for")
+    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/blocks-DEVICE.csv)")
     parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU; the times mean nothing")
     args = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available()
+    device = record.pick_device("cpu" if args.dry else "auto")
     rows = traffic_rows()
     if args.dry:
-        rows += kernel_rows(TINY, 9, 3, "cpu", 0) + step_rows(TINY, [6], 3, "cpu", 0, "eager")
-    elif gpu:
-        rows += [row for tokens in args.tokens for row in kernel_rows(FLUX, tokens, TEXT, "cuda", 100)]
-        rows += step_rows(FLUX, args.tokens, TEXT, "cuda", args.window, "inductor")
-    else:
-        print("no GPU: counted bytes alone")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    common = {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__,
-              "commit": commit, "date": date.today().isoformat()}  # fmt: skip
-    columns = ("part", "what", "variant", "attention", "tokens", "launches", "bytes", "ms", "gb_s", "of_copy")
+        rows += step_rows(TINY, [6], 3, device, 0, "eager")
+    elif device.type == "cuda":
+        rows += step_rows(FLUX, args.tokens, TEXT, device, args.budget, "inductor")
     for row in rows:
-        print({key: row[key] for key in columns if key in row}, flush=True)
-    output = args.output or (None if args.dry else ROOT / "benchmarks/results/blocks.csv")
-    if output:
-        with open(output, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*columns, *common])
-            writer.writeheader()
-            writer.writerows(row | common for row in rows)
+        print(row, flush=True)
+    output = args.output or record.RESULTS / f"blocks-{record.slug(device)}.csv"
+    record.append(output, [row | record.provenance(device) for row in rows])
     return rows
 
 

@@ -33,8 +33,7 @@ import diffusers
 import numpy as np
 import scipy.linalg
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from record import transformer_tflop
 from tqdm import tqdm
 
 import ralu
@@ -84,27 +83,6 @@ def paint(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tens
         **({"guidance_scale": GUIDANCE} if sd3 else {}),
     ).images  # fmt: skip
     return latents if sd3 else pipe._unpack_latents(latents, SIZE, SIZE, pipe.vae_scale_factor)
-
-
-def count_tflop(pipe, steps: int, captions: list[str]) -> float:
-    """Transformer work for one picture, the captions' mean. Attention in its plain form, which the counter knows."""
-    counter, total = FlopCounterMode(display=False), 0
-
-    def before(*_):
-        counter.__enter__()
-
-    def after(*_):
-        nonlocal total
-        counter.__exit__(None, None, None)
-        total += counter.get_total_flops()
-
-    hooks = [pipe.transformer.register_forward_pre_hook(before), pipe.transformer.register_forward_hook(after)]
-    with sdpa_kernel(SDPBackend.MATH):
-        for i, caption in enumerate(captions):
-            paint(pipe, [caption], [i], steps)
-    for hook in hooks:
-        hook.remove()
-    return total / len(captions) / 1e12
 
 
 # ---- measures ----
@@ -163,7 +141,9 @@ def painted(pipe, method: str, captions: list[int], seed: int, batch: int, cache
             latents.append(paint(pipe, [CAPTIONS[k] for k in captions[i : i + batch]], seeds, steps))
         # With a threshold the work differs from picture to picture.
         counted = [CAPTIONS[k] for k in captions[:: max(1, len(captions) // 16)][: 16 if "threshold" in method else 1]]
-        tflop = count_tflop(pipe, steps, counted)
+        tflop = transformer_tflop(
+            pipe.transformer, lambda: [paint(pipe, [caption], [i], steps) for i, caption in enumerate(counted)]
+        ) / len(counted)
         cache.mkdir(parents=True, exist_ok=True)
         torch.save({"latents": torch.cat(latents), "tflop": tflop, "commit": commit}, file)
     return torch.load(file)

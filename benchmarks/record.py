@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import ralu_kernels
 from ralu_kernels._backend import triton
@@ -138,3 +140,26 @@ def peak_memory(call: Callable, device: torch.device):
     restart.write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     return call(), before, resident("VmHWM")
+
+
+def transformer_tflop(transformer: torch.nn.Module, run: Callable[[], object]) -> float:
+    """Work of a transformer's calls during a run, from the operators that ran.
+
+    Attention is done in its plain form, which the counter knows on every device.
+    """
+    counter, total = FlopCounterMode(display=False), 0
+
+    def before(*_):
+        counter.__enter__()
+
+    def after(*_):
+        nonlocal total
+        counter.__exit__(None, None, None)
+        total += counter.get_total_flops()
+
+    hooks = [transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after)]
+    with sdpa_kernel(SDPBackend.MATH):
+        run()
+    for hook in hooks:
+        hook.remove()
+    return total / 1e12

@@ -12,8 +12,6 @@ import pytest
 import scipy.stats
 import tiny
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import ralu_kernels
 from ralu import cost
@@ -157,27 +155,7 @@ def small_models(monkeypatch):
 
 
 def counted(model, method):
-    """TFLOP of a run's transformer calls, from the operators that ran."""
-    total = 0
-
-    def before(*_):
-        counter.__enter__()
-
-    def after(*_):
-        nonlocal total
-        counter.__exit__(None, None, None)
-        total += counter.get_total_flops()
-
-    counter = FlopCounterMode(display=False)
-    handles = [
-        model.pipe.transformer.register_forward_pre_hook(before),
-        model.pipe.transformer.register_forward_hook(after),
-    ]
-    with sdpa_kernel(SDPBackend.MATH):
-        e2e.run(model, method, 1)
-    for handle in handles:
-        handle.remove()
-    return total / 1e12
+    return record.transformer_tflop(model.pipe.transformer, lambda: e2e.run(model, method, 1))
 
 
 @pytest.mark.parametrize(
