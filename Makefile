@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test sanitize lint bench gpu-bench e2e bench-report bench-compare train-mini evaluate-mini aot clean
+.PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench e2e bench-report bench-compare train-mini evaluate-mini aot clean
 
 install: $(VENV)/installed
 
@@ -20,9 +20,13 @@ demo: install
 	$(BIN)/ralu regions --output outputs/regions.png
 	$(BIN)/ralu schedule --output outputs/schedule.png
 
-# Triton's interpreter is chosen when triton is imported, so its tests run in a process of their own.
-test: install
+# Triton's interpreter is chosen when triton is imported, so its tests run in a process of their own (make -j2: beside the other).
+test: test-suite test-interpreted
+
+test-suite: install
 	$(BIN)/pytest
+
+test-interpreted: install
 	TRITON_INTERPRET=1 $(BIN)/pytest -m triton
 
 # The tests of the compiled extension, on a build that stops at the first wrong access or undefined operation.
