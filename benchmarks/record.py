@@ -48,12 +48,17 @@ def instructions(device: torch.device) -> str:
 
 def provenance(device: torch.device) -> dict:
     """Where and of what a row is: the commit is that of the `ralu_kernels` which is imported."""
-    package = Path(ralu_kernels.__file__).parent
-    commit = subprocess.run(["git", "-C", package, "describe", "--always", "--dirty"], capture_output=True, text=True)
+
+    def git(*arguments):
+        command = ["git", "-C", Path(ralu_kernels.__file__).parent, *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    # The rows that the last benchmark has added change nothing of what the next one measures.
+    changed = git("diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results")
     return {
         "device": device_name(device), "isa": instructions(device),
         "torch": torch.__version__, "triton": triton.__version__ if triton else "", "cuda": torch.version.cuda or "",
-        "commit": commit.stdout.strip(), "date": date.today().isoformat(),
+        "commit": git("describe", "--always") + ("-dirty" if changed else ""), "date": date.today().isoformat(),
     }  # fmt: skip
 
 

@@ -219,6 +219,31 @@ def test_the_ladder_leaves_out_what_cannot_run():
     assert not any("taylorseer" in method for method in e2e.ladder("sd3", torch.device("cuda")))
 
 
+# ---- provenance ----
+
+
+def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
+    kept, result = tmp_path / "ralu_kernels/__init__.py", tmp_path / "benchmarks/results/cpu.csv"
+    for file in (kept, result):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    monkeypatch.setattr(record.ralu_kernels, "__file__", str(kept))
+    assert record.provenance(CPU)["commit"] == ""
+
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    commit = git("rev-parse", "--short", "HEAD")
+    result.write_text("row")
+    assert record.provenance(CPU)["commit"] == commit
+    kept.write_text("1")
+    assert record.provenance(CPU)["commit"] == f"{commit}-dirty"
+
+
 # ---- the README ----
 
 
