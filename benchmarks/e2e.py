@@ -70,9 +70,11 @@ def ladder(family: str, device: torch.device) -> list[str]:
     methods = [first, "stock-10", "stock-7", mild, strong]
     if family == "flux":  # SD3's transformer takes no caches
         methods += [f"{method}+{cache}" for cache in CACHES for method in (first, mild)]
-    if device.type == "cuda":
-        switches = ("fused", "compile", "fused+compile")
-        methods += [f"{method}+{chosen}" for chosen in switches for method in (first, mild, strong)]
+    gpu = device.type == "cuda"
+    # No kernel inside the blocks is for a CPU.
+    switches = ("fused", "compile", "fused+compile") if gpu else ("compile",)
+    methods += [f"{method}+{chosen}" for chosen in switches for method in (first, mild, strong)]
+    if gpu:
         methods += [f"{mild}+fused+{name}" for name in attention.BACKENDS if name == "sdpa" or attention._load(name)[0]]
     return methods
 
