@@ -121,9 +121,8 @@ def check_sequences(name: str, cu_seqlens: torch.Tensor, device: torch.device) -
     check(cu_seqlens.device == device, f"{name}.device", cu_seqlens.device, str(device))
 
 
-def check_noise(backend: str, device: torch.device, c: float, elements: int) -> None:
+def check_noise(c: float, elements: int) -> None:
     """``c`` and the number of output elements in one sample, whose indices must fit one 32-bit counter word."""
-    resolve(backend, device)
     check(0 <= c <= 0.25, "c", c, "in [0, 1/4]")
     check(elements <= MAX_ELEMENTS, "the number of output elements of one sample", elements, "at most {}", MAX_ELEMENTS)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import check, check_alike, check_sequences, check_values, jit, register, resolve, rowwise, tl, triton
+from ._backend import check, check_alike, check_sequences, check_values, jit, register, rowwise, tl, triton
 
 
 @jit
@@ -139,9 +139,8 @@ register(
 BACKENDS = ("triton", "reference")
 
 
-def _check(x: Tensor, cu_seqlens: Tensor | None, backend: str, y: Tensor | None = None, **vectors: Tensor) -> None:
+def _check(x: Tensor, cu_seqlens: Tensor | None, y: Tensor | None = None, **vectors: Tensor) -> None:
     check_values("x", x, "(B, S, D)" if cu_seqlens is None else "(total, D)")
-    resolve(backend, x.device, BACKENDS)
     if y is not None:
         check_values("y", y, "(B, S, D)" if cu_seqlens is None else "(total, D)")
         check_alike("y", y, x, "x's", ("shape", "dtype", "device"))
@@ -181,7 +180,7 @@ def modulate(
     Raises:
         ValueError: an argument is not as described, or the backend cannot run here.
     """
-    _check(x, cu_seqlens, backend, shift=shift, scale=scale)
+    _check(x, cu_seqlens, shift=shift, scale=scale)
     return torch.ops.ralu_kernels.modulate(x, shift, scale, cu_seqlens, eps, backend)
 
 
@@ -201,7 +200,7 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, *, cu_seqlens: Tensor | None =
     Raises:
         ValueError: an argument is not as described, or the backend cannot run here.
     """
-    _check(x, cu_seqlens, backend, y, gate=gate)
+    _check(x, cu_seqlens, y, gate=gate)
     return torch.ops.ralu_kernels.gated_add(x, gate, y, cu_seqlens, backend)
 
 
@@ -230,7 +229,7 @@ def gated_add_modulate(
     Raises:
         ValueError: an argument is not as described, or the backend cannot run here.
     """
-    _check(x, cu_seqlens, backend, y, gate=gate, shift=shift, scale=scale)
+    _check(x, cu_seqlens, y, gate=gate, shift=shift, scale=scale)
     return torch.ops.ralu_kernels.gated_add_modulate(x, gate, y, shift, scale, cu_seqlens, eps, backend)
 
 
@@ -254,5 +253,4 @@ def concat_gelu(x: Tensor, y: Tensor, *, backend: str = "auto") -> Tensor:
         check_values(name, t, "(B, S, D)")
     check(x.shape[:2] == y.shape[:2], "y.shape", tuple(y.shape), f"(B, S, M) with x's (B, S) of {tuple(x.shape)}")
     check_alike("y", y, x, "x's")
-    resolve(backend, x.device, BACKENDS)
     return torch.ops.ralu_kernels.concat_gelu(x, y, backend)

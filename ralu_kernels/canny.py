@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._backend import MAX_ELEMENTS, check, register, resolve
+from ._backend import MAX_ELEMENTS, check, register
 
 _STEEPEST = 2040  # of the L1 gradient of 8 bits: no pixel exceeds it
 
@@ -67,7 +67,6 @@ def canny(image: Tensor, low: float = 100, high: float = 200, *, backend: str = 
     pixels = image.shape[1] * image.shape[2]
     check(pixels <= MAX_ELEMENTS, "the number of pixels of one image", pixels, "at most {}", MAX_ELEMENTS)
     low, high = _threshold("low", low), _threshold("high", high)
-    resolve(backend, image.device, ("native", "reference"))
     return torch.ops.ralu_kernels.canny(image, low, high, backend)
 
 

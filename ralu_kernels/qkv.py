@@ -276,7 +276,6 @@ def pack_qkv(
     check(len(streams) in (1, 2), "len(streams)", len(streams), "1 or 2")
     q = streams[0].q
     check_values("streams[0].q", q, "(B, S_i, H * D)")
-    resolve(backend, q.device, BACKENDS)
     channels, size = q.shape[2], q.shape[2] // heads if heads > 0 else 0
     check(size > 0 and channels == heads * size and size % 2 == 0, "heads", heads, f"H of {channels} = H * D, D even")
     for i, stream in enumerate(streams):

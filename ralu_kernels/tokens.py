@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import MAX_ELEMENTS, check, check_noise, check_values, jit, register, resolve, seed_tensor, tl, triton
+from ._backend import MAX_ELEMENTS, check, check_noise, check_values, jit, register, seed_tensor, tl, triton
 from .upsample import enlarge, normals
 
 GRANULARITIES = ("pixel", "token")
@@ -390,7 +390,6 @@ def plan_tokens(
     check(h > 0 and w > 0 and h * w == n, "grid", (h, w), "(h, w) with h * w = {}, the scores of one sample", n)
     check((ratio is None) != (threshold is None), "(ratio, threshold)", (ratio, threshold), "one None and one number")
     check(4 * b * n <= MAX_ELEMENTS, "the number of high tokens of the batch", 4 * b * n, "at most {}", MAX_ELEMENTS)
-    resolve(backend, scores.device)
     if ratio is not None:
         check(0 <= ratio <= 1, "ratio", ratio, "in [0, 1]")
         k = math.floor(ratio * n + 1e-6)
@@ -407,7 +406,7 @@ def plan_tokens(
     return TokenPlan((h, w), cu_seqlens, max_seqlen, source, child, inverse, positions)
 
 
-def _check_move(name, x, plan, c, granularity, carry_noise, backend):
+def _check_move(name, x, plan, c, granularity, carry_noise):
     check(granularity in GRANULARITIES, "granularity", repr(granularity), "one of {}", GRANULARITIES)
     check(carry_noise in CARRY_NOISES, "carry_noise", repr(carry_noise), "one of {}", CARRY_NOISES)
     channels = x.shape[-1]
@@ -418,7 +417,7 @@ def _check_move(name, x, plan, c, granularity, carry_noise, backend):
     check(inverse.shape == shape, "plan.inverse.shape", inverse.shape, "(B, 4n) = {}", shape)
     check(inverse.dtype == torch.int32, "plan.inverse.dtype", inverse.dtype, "int32")
     check(inverse.device == device, "plan.inverse.device", inverse.device, "{}, {}'s", device, name)
-    check_noise(backend, device, c, shape[1] * channels)
+    check_noise(c, shape[1] * channels)
 
 
 def promote_tokens(
@@ -458,7 +457,7 @@ def promote_tokens(
     check_values("low", low, "(B, n, C)")
     shape = (plan.batch_size, plan.grid[0] * plan.grid[1])
     check(low.shape[:2] == shape, "low.shape[:2]", low.shape[:2], "{}, the plan's (B, n)", shape)
-    _check_move("low", low, plan, c, granularity, carry_noise, backend)
+    _check_move("low", low, plan, c, granularity, carry_noise)
     seed = seed_tensor(seed, plan.batch_size, low.device)
     total, width = plan.source.shape[0], plan.grid[1]
     return torch.ops.ralu_kernels.promote_tokens(
@@ -495,7 +494,7 @@ def merge_tokens(
     check_values("packed", packed, "(total, C)")
     total = plan.source.shape[0]
     check(packed.shape[0] == total, "packed.shape[0]", packed.shape[0], "{}, the plan's total", total)
-    _check_move("packed", packed, plan, c, granularity, carry_noise, backend)
+    _check_move("packed", packed, plan, c, granularity, carry_noise)
     seed = seed_tensor(seed, plan.batch_size, packed.device)
     return torch.ops.ralu_kernels.merge_tokens(
         packed, plan.inverse, plan.grid[1], scale, noise_scale, c, seed, granularity, carry_noise, backend

@@ -147,7 +147,7 @@ def upsample_renoise(
         ValueError: an argument is not as described, or the backend cannot run here.
     """
     check_values("x", x, "(B, C, H, W)")
-    check_noise(backend, x.device, c, 4 * x.shape[1] * x.shape[2] * x.shape[3])
+    check_noise(c, 4 * x.shape[1] * x.shape[2] * x.shape[3])
     check(0 <= stage < 2**31, "stage", stage, "in [0, 2^31)")
     seed = seed_tensor(seed, x.shape[0], x.device)
     return torch.ops.ralu_kernels.upsample_renoise(x, scale, noise_scale, c, seed, stage, backend)
