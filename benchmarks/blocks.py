@@ -180,7 +180,7 @@ def main(arguments=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 1636, 4096], help="image tokens")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds to measure each step for")
-    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/blocks-DEVICE.csv)")
+    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/blocks-DEVICE.csv; nowhere for a dry run)")
     parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU; the times mean nothing")
     args = parser.parse_args(arguments)
     device = record.pick_device("cpu" if args.dry else "auto")
@@ -191,8 +191,9 @@ def main(arguments=None) -> list[dict]:
         rows += step_rows(FLUX, args.tokens, TEXT, device, args.budget, "inductor")
     for row in rows:
         print(row, flush=True)
-    output = args.output or record.RESULTS / f"blocks-{record.slug(device)}.csv"
-    record.append(output, [row | record.provenance(device) for row in rows])
+    if args.output or not args.dry:
+        output = args.output or record.RESULTS / f"blocks-{record.slug(device)}.csv"
+        record.append(output, [row | record.provenance(device) for row in rows])
     return rows
 
 
