@@ -180,7 +180,7 @@ def main(arguments=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 1636, 4096], help="image tokens")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds to measure each step for")
-    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/blocks-DEVICE.csv; nowhere for a dry run)")
+    parser.add_argument("--output", type=Path, help="(default: results/blocks-DEVICE.csv; a dry run: nowhere)")
     parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU; the times mean nothing")
     args = parser.parse_args(arguments)
     device = record.pick_device("cpu" if args.dry else "auto")
