@@ -335,7 +335,7 @@ def _merge_native(packed, inverse, width, scale, noise_scale, c, seed, granulari
     return out
 
 
-register(
+_plan = register(
     "plan_tokens(Tensor scores, SymInt h, SymInt w, SymInt k, float? threshold, SymInt total, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_plan,
@@ -343,7 +343,7 @@ register(
     triton=_plan_triton,
     reference=reference.plan_tokens,
 )
-register(
+_promote = register(
     "promote_tokens(Tensor low, Tensor inverse, SymInt width, SymInt total, float scale, float noise_scale, float c,"
     " Tensor seed, str granularity, str carry_noise, str backend) -> Tensor",
     _fake_promote,
@@ -351,7 +351,7 @@ register(
     triton=_promote_triton,
     reference=reference.promote_tokens,
 )
-register(
+_merge = register(
     "merge_tokens(Tensor packed, Tensor inverse, SymInt width, float scale, float noise_scale, float c,"
     " Tensor seed, str granularity, str carry_noise, str backend) -> Tensor",
     _fake_merge,
@@ -401,7 +401,7 @@ def plan_tokens(
         counts = (scores.float() >= threshold).sum(1).tolist()  # PyTorch would round the threshold to bfloat16
         max_seqlen = n + 3 * max([0, *counts])
         total = b * n + 3 * sum(counts)
-    tensors = torch.ops.ralu_kernels.plan_tokens(scores, h, w, k, threshold, total, backend)
+    tensors = _plan(scores, h, w, k, threshold, total, backend)
     cu_seqlens, source, child, inverse, positions = tensors
     return TokenPlan((h, w), cu_seqlens, max_seqlen, source, child, inverse, positions)
 
@@ -460,9 +460,7 @@ def promote_tokens(
     _check_move("low", low, plan, c, granularity, carry_noise)
     seed = seed_tensor(seed, plan.batch_size, low.device)
     total, width = plan.source.shape[0], plan.grid[1]
-    return torch.ops.ralu_kernels.promote_tokens(
-        low, plan.inverse, width, total, scale, noise_scale, c, seed, granularity, carry_noise, backend
-    )
+    return _promote(low, plan.inverse, width, total, scale, noise_scale, c, seed, granularity, carry_noise, backend)
 
 
 def merge_tokens(
@@ -496,6 +494,4 @@ def merge_tokens(
     check(packed.shape[0] == total, "packed.shape[0]", packed.shape[0], "{}, the plan's total", total)
     _check_move("packed", packed, plan, c, granularity, carry_noise)
     seed = seed_tensor(seed, plan.batch_size, packed.device)
-    return torch.ops.ralu_kernels.merge_tokens(
-        packed, plan.inverse, plan.grid[1], scale, noise_scale, c, seed, granularity, carry_noise, backend
-    )
+    return _merge(packed, plan.inverse, plan.grid[1], scale, noise_scale, c, seed, granularity, carry_noise, backend)

@@ -106,7 +106,7 @@ def _upsample_native(x: Tensor, scale: float, noise_scale: float, c: float, seed
     return out
 
 
-register(
+_upsample = register(
     "upsample_renoise(Tensor x, float scale, float noise_scale, float c, Tensor seed, int stage, str backend)"
     " -> Tensor",
     _fake,
@@ -150,4 +150,4 @@ def upsample_renoise(
     check_noise(c, 4 * x.shape[1] * x.shape[2] * x.shape[3])
     check(0 <= stage < 2**31, "stage", stage, "in [0, 2^31)")
     seed = seed_tensor(seed, x.shape[0], x.device)
-    return torch.ops.ralu_kernels.upsample_renoise(x, scale, noise_scale, c, seed, stage, backend)
+    return _upsample(x, scale, noise_scale, c, seed, stage, backend)

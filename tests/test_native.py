@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ralu
 import ralu_kernels
@@ -186,6 +188,34 @@ def test_what_the_compiled_op_itself_refuses():
         ops.upsample_renoise(torch.zeros(1, 1, 2, 2).double(), torch.zeros(1, 1, 4, 4).double(), seed, 1, 1, 0, 2)
     with pytest.raises(RuntimeError, match="the plan has 12 rows, but room for 11"):
         torch.ops.ralu_kernels.plan_tokens(torch.zeros(1, 12), 3, 4, 0, None, 11, "native")
+
+
+@native
+def test_only_what_is_traced_sees_the_op():
+    """Called plainly the extension needs no dispatch to Python; graphs and fake tensors have the one opaque op."""
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def call(x):
+        return upsample_renoise(x, 1.0, 0.5, 0.1, 3, backend="native")
+
+    def backend(graph, example_inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x = torch.randn(1, 2, 3, 4)
+    with Names():
+        expected = call(x)
+    assert "ralu_kernels_C.upsample_renoise.default" in seen and "ralu_kernels.upsample_renoise.default" not in seen
+    seen.clear()
+    assert torch.equal(torch.compile(call, fullgraph=True, backend=backend)(x), expected)
+    assert any("ralu_kernels.upsample_renoise" in name for name in seen) and not any("_C" in name for name in seen)
+    with FakeTensorMode():
+        assert call(torch.empty(1, 2, 3, 4)).shape == expected.shape
 
 
 def run_with_extension(tmp_path, content: bytes | None):
