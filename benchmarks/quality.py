@@ -23,7 +23,6 @@ import argparse
 import csv
 import math
 import platform
-import subprocess
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -33,7 +32,7 @@ import diffusers
 import numpy as np
 import scipy.linalg
 import torch
-from record import transformer_tflop
+from record import provenance, transformer_tflop
 from tqdm import tqdm
 
 import ralu
@@ -221,7 +220,7 @@ def main():
     pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(args.family), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = provenance(torch.device("cpu"))["commit"]
     common = {
         "captions": args.captions, "seeds": " ".join(map(str, args.seeds)),
         "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
