@@ -5,6 +5,7 @@ of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -67,19 +68,81 @@ def random(seeds: Tensor, grid: tuple[int, int]) -> Tensor:
     return philox(seeds[:, None], token, 1, 0, 0)[0] / 2**32
 
 
-def mask(picture: Image.Image | Tensor) -> Scorer:
+def mask(picture: Image.Image | np.ndarray | Tensor) -> "Mask":
     """A scorer from a mask of your own: the brighter a token's block is on average, the sooner it goes.
 
-    picture: an image of any size, or a tensor (H, W) or (B, H, W) with a mask for each picture of the batch.
+    picture: an image in any of PIL's modes, an array or a tensor, of any size: (H, W), (B, H, W) or (B, 1, H, W), with
+             a mask for each image of the batch. Scores are in [0, 1] whatever the format: 8-bit values are divided by
+             255 and 16-bit ones (PIL's "I" too) by 65535, colours are weighted as in luma, and an alpha channel
+             multiplies. Integers that are all 0 or 1 are taken as they are, and so are bools and floats.
+
+    Raises TypeError for what is no image, and ValueError for a mask that is empty, complex, NaN or infinite, of another
+    shape, or of integers whose white is unknown.
     """
     if isinstance(picture, Image.Image):
-        picture = torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)
-    if picture.dim() not in (2, 3):
-        raise ValueError(f"a mask must be of shape (H, W) or (B, H, W), got {tuple(picture.shape)}")
-    planes = picture.float().reshape(-1, 1, *picture.shape[-2:])
+        planes = _brightness(picture)
+    elif isinstance(picture, np.ndarray | Tensor):
+        planes = _unit(picture)
+    else:
+        raise TypeError(f"a mask must be an image, an array or a tensor, got {type(picture).__name__}")
+    if planes.dim() == 4 and planes.shape[1] == 1:
+        planes = planes[:, 0]
+    if planes.dim() not in (2, 3):
+        raise ValueError(f"a mask must be of shape (H, W), (B, H, W) or (B, 1, H, W), got {tuple(planes.shape)}")
+    if planes.numel() == 0:
+        raise ValueError(f"a mask must not be empty, got shape {tuple(planes.shape)}")
+    if not planes.isfinite().all():
+        raise ValueError("a mask must be finite, got NaN or infinity")
+    return Mask(planes.reshape(-1, 1, *planes.shape[-2:]))
 
-    def scorer(x0: Tensor, grid: tuple[int, int]) -> Tensor:
-        scores = F.adaptive_avg_pool2d(planes.to(x0.device), grid).flatten(1)
-        return scores.expand(len(x0), -1) if picture.dim() == 2 else scores
 
-    return scorer
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The scorer that `mask` makes. planes: float32 (B, 1, H, W), or (1, 1, H, W) for all images of a batch."""
+
+    planes: Tensor
+
+    def __call__(self, x0: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mean brightness of every token's block, float32 (B, n)."""
+        self.check_batch(len(x0))
+        return F.adaptive_avg_pool2d(self.planes.to(x0.device), grid).flatten(1).expand(len(x0), -1)
+
+    def check_batch(self, batch: int):
+        if len(self.planes) not in (1, batch):
+            raise ValueError(f"regions has masks for {len(self.planes)} images, but the batch has {batch}")
+
+
+def _unit(values: np.ndarray | Tensor, white: int | None = None) -> Tensor:
+    """Values of any real dtype as float32 that are 1 where they are white; by default the dtype says where."""
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind not in "biufc":
+            raise TypeError(f"a mask must be an array of numbers, got {values.dtype}")
+        values = torch.from_numpy(values.copy())  # images' arrays are read-only, which PyTorch warns of
+    values = values.detach()
+    if values.is_complex():
+        raise ValueError(f"a mask must be real, got {values.dtype}")
+    if values.is_floating_point() or values.dtype == torch.bool:
+        return values.float()
+    white = white or {torch.uint8: 255, torch.uint16: 65535}.get(values.dtype)
+    wide = values.long()
+    if bool(((wide == 0) | (wide == 1)).all()):
+        return wide.float()
+    if white is None or not 0 <= int(wide.min()) <= int(wide.max()) <= white:
+        raise ValueError(
+            f"a mask of {values.dtype} may hold 0 and 1 alone, got {int(wide.min())} to {int(wide.max())}: "
+            "divide it by its white, to floats in [0, 1]"
+        )
+    return wide.float() / white
+
+
+def _brightness(picture: Image.Image) -> Tensor:
+    """An image in any mode as brightness times alpha, float32 (H, W)."""
+    mode = picture.mode
+    if mode == "F":
+        return _unit(np.asarray(picture))
+    if mode.startswith("I"):  # of 32 bits, but PIL reads 16-bit files into it
+        return _unit(np.asarray(picture).astype(np.int64), white=65535)
+    if picture.has_transparency_data or mode == "La":
+        luma, alpha = picture.convert("RGBA" if mode not in ("LA", "La") else "LA").convert("LA").split()
+        return _unit(np.asarray(luma)) * _unit(np.asarray(alpha), white=255)
+    return _unit(np.asarray(picture.convert("L")))

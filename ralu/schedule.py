@@ -179,8 +179,12 @@ def presets(family: str) -> list[str]:
     return [*(name for name in PRESETS if name.startswith(f"{family}-")), *DISTILLED]
 
 
-def preset(name: str, shift: float = 3.0, ratio: float | None = None) -> Schedule:
-    """A named schedule of the paper. `shift` is the model's own and matters for the distilled preset alone."""
+def preset(name: str, shift: float = 1.0, ratio: float | None = None) -> Schedule:
+    """A named schedule of the paper.
+
+    shift: the model's own, which matters for "distilled-4" alone: 1 for FLUX.1-schnell, 3 for SD3.5-large-turbo.
+    ratio: replaces the preset's.
+    """
     if name in PRESETS:
         chosen = PRESETS[name]
     elif name in DISTILLED:

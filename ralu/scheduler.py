@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
@@ -54,15 +54,27 @@ def raster(grid: tuple[int, int], batch: int, device: torch.device) -> Tensor:
 
 
 def seeds_of(noise: Tensor) -> Tensor:
-    """A 64-bit seed for each sample, a hash of its starting noise (B, ...): int64 (B,).
+    """A 64-bit seed for each sample, a hash of the signs of its starting noise (B, ...): int64 (B,).
 
-    Diffusers gives a scheduler's `step` no generator, and a sample's noise says all that its generator would. Integer
-    arithmetic alone, so the seed does not depend on the batch or the device.
+    Diffusers gives a scheduler's `step` no generator, and a sample's noise says all that its generator would. Rounding
+    keeps signs, so noise in bfloat16, or that differs in its last bits, gives the same seed. Integer arithmetic alone:
+    the seed depends neither on the batch nor on the device.
     """
-    bits = noise.detach().float().flatten(1).contiguous().view(torch.int32).long()
-    mixed = (bits + torch.arange(1, bits.shape[1] + 1, device=bits.device) * -0x61C8864680B583EB) * -0x40A7B892E31B1A47
-    mixed = (mixed ^ (mixed >> 29)) * -0x6B2FB644ECCEEE15
-    return (mixed ^ (mixed >> 32)).sum(dim=1)
+    negative = noise.detach().flatten(1).signbit()
+    keys = _mixed(torch.arange(1, negative.shape[1] + 1, device=noise.device) * -0x61C8864680B583EB)
+    return _mixed((keys * negative).sum(dim=1))
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of 64 bits that each depend on all: int64 of any shape."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits = (bits ^ _shifted_right(bits, shift)) * factor
+    return bits ^ _shifted_right(bits, 31)
+
+
+def _shifted_right(bits: Tensor, count: int) -> Tensor:
+    """Zeros come in from the left, where >> would repeat the sign."""
+    return bits >> count & (1 << 64 - count) - 1
 
 
 class RaluScheduler(FlowMatchEulerDiscreteScheduler):
@@ -75,13 +87,16 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     ratio:       share of tokens to upsample early; None for the preset's.
     threshold:   upsample early what scores at least this much instead; counts then differ between images.
     regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
-                 mask (an image, or a tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
+                 mask (an image, or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
     carry_noise: "exact" gives carried tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    between stages "covariance" (the paper's), "snr" or "off", see `ralu.schedule.transition`;
                  None for the preset's.
     upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", `ralu.upsampling`.
     backend:     which `ralu_kernels` backend runs.
+    seeds:       a 64-bit number for each image of a batch, or one for all, that the later stages' noise is made of; by
+                 default it comes from the signs of the image's starting noise. Give it where starting noise is
+                 interpolated from image to image: signs flip along the way, and the later noise would jump.
     stock:       the arguments of `FlowMatchEulerDiscreteScheduler`.
     """
 
@@ -96,6 +111,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         matching: str | None = None,
         upsampler: str = "nearest",
         backend: str = "auto",
+        seeds: int | Sequence[int] | Tensor | None = None,
         **stock,
     ):
         super().__init__(**stock)
@@ -103,11 +119,11 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if carry_noise not in CARRY_NOISES:
             raise ValueError(f"carry_noise must be one of {', '.join(CARRY_NOISES)}, got {carry_noise!r}")
-        if isinstance(regions, Image.Image | Tensor):
+        if isinstance(regions, Image.Image | np.ndarray | Tensor):
             regions = region_scorers.mask(regions)
         if not callable(regions) and regions not in (*REGIONS, None):
             names = ", ".join(map(repr, REGIONS))
-            raise ValueError(f"regions must be {names}, an image, a tensor or a callable, got {regions!r}")
+            raise ValueError(f"regions must be {names}, an image, an array, a tensor or a callable, got {regions!r}")
         if threshold is not None and not isinstance(threshold, int | float):
             raise ValueError(f"threshold must be a number, got {threshold!r}")
         if ratio is not None and threshold is not None:
@@ -123,7 +139,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self.register_to_config(
             preset=asdict(preset) if isinstance(preset, Schedule) else preset,
             ratio=ratio, threshold=threshold, granularity=granularity, carry_noise=carry_noise, matching=matching,
-            upsampler=upsampler, backend=backend, regions=None if callable(regions) else regions,
+            upsampler=upsampler, backend=backend, regions=None if callable(regions) else regions, seeds=_seeds(seeds),
         )  # fmt: skip
         self.scorer = regions if callable(regions) else None
         self.bound = False
@@ -225,6 +241,10 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
                 f"{grid[1] * token_pixels} (height x width); the nearest sizes are {nearest}"
             )
         noise = self._pack(noise)
+        if noise.shape[2] % 4:
+            raise ValueError(
+                f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]} values"
+            )
         if noise.shape[1] != grid[0] * grid[1]:
             tokens = grid[0] * grid[1]
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
@@ -235,7 +255,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def low_noise(self, sample: Tensor) -> Tensor:
         """The first step's sample at half resolution: the full-size noise (B, 4n, C), subsampled to (B, n, C).
 
-        Nearest neighbour, so that a seed fixes the picture's composition at every size. Other samples pass unchanged.
+        Latent pixels by nearest neighbour, at both granularities, so that a seed fixes the picture's composition at
+        every size. Other samples pass unchanged.
         """
         if self.layout.stage != 1:
             return sample
@@ -243,8 +264,6 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if tokens.shape[1] != 4 * h * w:
             return sample
         tokens = tokens.unflatten(1, (h, 2, w, 2))
-        if self.config.granularity == "token":
-            return self._unpack(tokens[:, :, 0, :, 0].flatten(1, 2), self.grid)
         corner = tokens[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
         return self._unpack(corner.permute(0, 1, 3, 5, 2, 4).reshape(len(sample), h * w, -1), self.grid)
 
@@ -261,8 +280,16 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         index = self._step_index or 0
         stage, sigma, following = self._run[index]
         if index == 0:
-            self._seeds = seeds_of(self._pack(sample))
-        x, v = self.low_noise(sample).float(), model_output.float()
+            self._seeds = self._given_seeds(len(sample), sample.device)
+            if self._seeds is None:
+                self._seeds = seeds_of(self._pack(sample))
+        x = self.low_noise(sample)
+        if model_output.shape != x.shape or not model_output.is_floating_point():
+            raise ValueError(
+                f"the velocity must be real and of shape {tuple(x.shape)}, as the tokens it is for, "
+                f"got {tuple(model_output.shape)} in {model_output.dtype}"
+            )
+        x, v = x.float(), model_output.float()
         advanced = x + (following - sigma) * v
         self._step_index = index + 1
         if index + 1 == len(self._run):
@@ -272,6 +299,16 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             self._stage_changed()
         advanced = advanced.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
+
+    def _given_seeds(self, batch: int, device: torch.device) -> Tensor | None:
+        given = self.config.seeds
+        if given is None:
+            return None
+        if isinstance(given, int):
+            given = [given] * batch
+        if len(given) != batch:
+            raise ValueError(f"seeds must be one number, or one for each of the {batch} images, got {len(given)}")
+        return torch.tensor(given, dtype=torch.int64, device=device)
 
     def _mix(self, low: Tensor, x0: Tensor) -> Tensor:
         """Stage 1 to 2: upsample the chosen regions, re-noise everything."""
@@ -339,6 +376,20 @@ _BENDING = (
     "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
     "stochastic_sampling", "use_flow_sigmas",
 )  # fmt: skip
+
+
+def _seeds(given: int | Sequence[int] | Tensor | None) -> int | list[int] | None:
+    """As a saved configuration can hold them."""
+    numbers = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    if numbers is None:
+        return None
+    several = isinstance(numbers, list | tuple) and len(numbers) > 0
+    for number in numbers if several else [numbers]:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"seeds must be a whole number, or one for each image, got {given!r}")
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"seeds must be 64-bit signed numbers, got {number}")
+    return list(numbers) if several else numbers
 
 
 def _schedule(chosen: str | dict | Schedule, config, **changes) -> Schedule:

@@ -1,5 +1,6 @@
 """Scores against OpenCV on the same picture, and pictures whose edges are known."""
 
+import io
 from itertools import pairwise
 
 import cv2
@@ -119,11 +120,95 @@ def test_a_mask_may_be_an_image_of_any_size():
     assert mask(image)(torch.zeros(2, 4, 8), (2, 2)).tolist() == [[0, 1, 0, 0]] * 2
 
 
-def test_a_mask_of_another_rank_or_batch_is_refused():
-    with pytest.raises(ValueError, match=r"\(H, W\) or \(B, H, W\), got \(2, 1, 4, 4\)"):
-        ralu.RaluScheduler(regions=torch.zeros(2, 1, 4, 4))
-    with pytest.raises(ValueError, match=r"one score a token, \(1, 16\), got \(2, 16\)"):
+def test_a_mask_for_another_batch_is_refused():
+    with pytest.raises(ValueError, match="regions has masks for 2 images, but the batch has 1"):
         ralu.sample(lambda x, sigma, layout: x, torch.randn(1, 64, 16), (8, 8), regions=torch.zeros(2, 8, 8))
+
+
+HALVES = np.repeat([[0.25, 0.75]], 16, axis=0).repeat(8, axis=1).astype(np.float32)  # (16, 16), dark left of bright
+BINARY = HALVES > 0.5
+
+
+def saved(image, **options):
+    """As it comes back from a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "png", **options)
+    return Image.open(file)
+
+
+def alpha(mode):
+    image = Image.new(mode, (16, 16), (255,) * (len(mode) - 1) + (64,))
+    image.paste((255,) * (len(mode) - 1) + (191,), (8, 0, 16, 16))
+    return image
+
+
+def palette(transparency):
+    image = Image.fromarray(BINARY.astype(np.uint8)).convert("P")
+    image.putpalette([255, 255, 255, 255, 255, 255] if transparency else [64, 64, 64, 191, 191, 191])
+    return saved(image, **({"transparency": bytes([64, 191])} if transparency else {}))
+
+
+GRAY = Image.fromarray((HALVES * 255).round().astype(np.uint8))
+WIDE = (HALVES * 65535).round()
+FORMATS = {
+    "float32 tensor": torch.from_numpy(HALVES),
+    "float16 tensor": torch.from_numpy(HALVES).half(),
+    "bfloat16 tensor": torch.from_numpy(HALVES).bfloat16(),
+    "float64 array": HALVES.astype(np.float64),
+    "uint8 tensor": torch.from_numpy(np.array(GRAY)),
+    "uint8 array": np.array(GRAY),
+    "uint16 array": WIDE.astype(np.uint16),
+    "(1, 1, H, W)": torch.from_numpy(HALVES)[None, None],
+    "L": GRAY, "RGB": GRAY.convert("RGB"), "CMYK": GRAY.convert("CMYK"), "YCbCr": GRAY.convert("YCbCr"),
+    "HSV": GRAY.convert("RGB").convert("HSV"), "P": palette(False), "P with alpha": palette(True),
+    "F": Image.fromarray(HALVES), "I": Image.fromarray(WIDE.astype(np.int32)),
+    "I;16": Image.fromarray(WIDE.astype(np.uint16)), "16-bit PNG": saved(Image.fromarray(WIDE.astype(np.uint16))),
+    "RGBA": alpha("RGBA"), "LA": alpha("LA"), "LA PNG": saved(alpha("LA")), "RGBa": alpha("RGBA").convert("RGBa"),
+}  # fmt: skip
+TWO_VALUED = {
+    "bool tensor": torch.from_numpy(BINARY), "uint8 of 0 and 1": torch.from_numpy(BINARY.astype(np.uint8)),
+    "int64 of 0 and 1": BINARY.astype(np.int64), "1": Image.fromarray(BINARY),
+    "L": Image.fromarray(BINARY).convert("L"),
+    "L of 0 and 1": Image.fromarray(BINARY.astype(np.uint8)), "1-bit PNG": saved(Image.fromarray(BINARY)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("picture", FORMATS.values(), ids=FORMATS)
+def test_a_mask_means_the_same_in_every_format(picture):
+    scores = mask(picture)(torch.zeros(1, 16, 4), (4, 4))[0].view(4, 4)
+    expected = torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(4, 4)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1.01 / 255)  # eight bits hold neither quarter
+
+
+@pytest.mark.parametrize("picture", TWO_VALUED.values(), ids=TWO_VALUED)
+def test_a_mask_of_two_values_is_black_and_white(picture):
+    assert mask(picture)(torch.zeros(1, 4, 4), (2, 2)).tolist() == [[0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "picture, error, message",
+    [
+        (torch.full((4, 4), torch.nan), ValueError, "finite"),
+        (np.full((4, 4), np.inf), ValueError, "finite"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), ValueError, "finite"),
+        (torch.zeros(4, 4, dtype=torch.complex64), ValueError, "real, got torch.complex64"),
+        (torch.zeros(0, 4), ValueError, r"empty, got shape \(0, 4\)"),
+        (torch.zeros(0, 4, 4), ValueError, "empty"),
+        (torch.zeros(4), ValueError, r"\(B, H, W\) or \(B, 1, H, W\), got \(4,\)"),
+        (torch.zeros(2, 3, 4, 4), ValueError, r"got \(2, 3, 4, 4\)"),
+        (np.zeros((1, 1, 1, 4, 4)), ValueError, r"got \(1, 1, 1, 4, 4\)"),
+        (torch.full((4, 4), 200), ValueError, "torch.int64 may hold 0 and 1 alone, got 200 to 200"),
+        (np.full((4, 4), -1, np.int8), ValueError, "got -1 to -1"),
+        (Image.fromarray(np.full((4, 4), 70000, np.int32)), ValueError, "got 70000 to 70000"),
+        (np.array([["a"]]), TypeError, "array"),
+        ([[0.0, 1.0]], TypeError, "image, an array or a tensor, got list"),
+        (None, TypeError, "got NoneType"),
+        ("mask.png", TypeError, "got str"),
+    ],
+)
+def test_what_is_no_mask_is_refused(picture, error, message):
+    with pytest.raises(error, match=message):
+        mask(picture)
 
 
 def chosen(pipe, **options):

@@ -5,6 +5,7 @@ import torch
 
 import ralu
 from ralu.schedule import PRESETS
+from ralu.scheduler import seeds_of
 
 
 def gaussian(mean, variance):
@@ -53,11 +54,12 @@ def test_layouts_of_the_stages():
     torch.testing.assert_close(torch.tensor([s for *_, s in seen]), torch.tensor(expected))
 
 
-def test_the_first_noise_is_a_subsampling_by_nearest_neighbour():
+@pytest.mark.parametrize("granularity", ["pixel", "token"])
+def test_the_first_noise_is_a_subsampling_by_nearest_neighbour(granularity):
     noise = torch.arange(1 * 4 * 16.0).view(1, 1, 8, 8)
     tokens = torch.nn.functional.pixel_unshuffle(noise, 2).flatten(2).transpose(1, 2)  # (1, 16, 4)
     seen = []
-    ralu.sample(lambda x, s, layout: (seen.append(x), torch.zeros_like(x))[1], tokens, (4, 4))
+    ralu.sample(lambda x, s, layout: (seen.append(x), torch.zeros_like(x))[1], tokens, (4, 4), granularity=granularity)
     low = torch.nn.functional.interpolate(noise, scale_factor=0.5, mode="nearest")
     expected = torch.nn.functional.pixel_unshuffle(low, 2).flatten(2).transpose(1, 2)
     assert torch.equal(seen[0], expected)
@@ -93,3 +95,97 @@ def test_wrong_grids(noise, grid, message):
 def test_canny_needs_a_decoder():
     with pytest.raises(ValueError, match="decoder"):
         ralu.sample(lambda x, s, layout: x, torch.zeros(1, 16, 4), (4, 4), regions="canny")
+
+
+def test_the_smallest_change_of_the_noise_leaves_the_later_noise_alone():
+    """Signs alone seed it: one unit in the last place, a scale or rounding to bfloat16 do not."""
+    noise = torch.randn(3, 64, 16, generator=torch.Generator().manual_seed(0))
+    nudged = noise.clone()
+    nudged.view(-1)[0] = torch.nextafter(noise.view(-1)[0], torch.tensor(9.0))
+    seeds = seeds_of(noise)
+    assert len(set(seeds.tolist())) == 3
+    for same in (nudged, noise * 1.0001, noise.bfloat16(), noise.half().double()):
+        assert torch.equal(seeds_of(same), seeds)
+    flipped = noise.clone()
+    flipped[1, 63, 15] *= -1
+    assert (seeds_of(flipped) != seeds).tolist() == [False, True, False]
+
+    def run(start):
+        return ralu.sample(gaussian(lambda layout: 0.0, 0.25), start, (8, 8))
+
+    torch.testing.assert_close(run(nudged), run(noise), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(noise.bfloat16().float()), run(noise), rtol=0, atol=2e-2)
+
+
+def test_seeds_are_spread_over_all_bits():
+    """Each bit is set in half of them, and no two of 4,096 starts that differ in one sign share a seed."""
+    noise = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))
+    starts = torch.where(torch.eye(4096, dtype=torch.bool), -noise, noise)
+    seeds = seeds_of(starts)
+    assert len(seeds.unique()) == 4096
+    share = torch.stack([(seeds >> bit & 1).float().mean() for bit in range(64)])
+    assert (share - 0.5).abs().max() < 5 * 0.5 / 64  # five standard deviations of 4,096 coin flips
+
+
+def test_given_seeds_make_the_later_noise():
+    """With them noise that is negated in one place keeps its later noise; the first sample's is its own alone."""
+    noise = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    other = noise.clone()
+    other[:, 5] *= -1
+
+    def run(start, seeds):
+        return ralu.sample(lambda x, sigma, layout: torch.zeros_like(x), start, (8, 8), regions="random", seeds=seeds)
+
+    first, second = run(noise, [7, 8]), run(other, [7, 8])
+    changed = (first != second).any(-1)
+    assert 0 < changed.sum() <= 2 * 16  # the low tokens that row 5 is in, wherever they were copied to
+    assert torch.equal(run(noise, torch.tensor([7, 8])), first)
+    assert torch.equal(run(noise, 7)[0], first[0]) and not torch.equal(run(noise, 7)[1], first[1])
+
+
+@pytest.mark.parametrize(
+    "seeds", [1.5, "3", [1, None], [], True, [2**63], {}, object(), [[1]], torch.zeros(2), b"1", 1j]
+)
+def test_wrong_seeds(seeds):
+    with pytest.raises((TypeError, ValueError), match="seeds"):
+        ralu.sample(lambda x, s, layout: x, torch.zeros(1, 16, 4), (4, 4), seeds=seeds)
+
+
+def test_seeds_for_another_batch():
+    with pytest.raises(ValueError, match="each of the 2 images, got 3"):
+        ralu.sample(lambda x, s, layout: x, torch.zeros(2, 16, 4), (4, 4), seeds=[1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "velocity",
+    [
+        lambda x: x[:, :-1], lambda x: x[..., :1], lambda x: x[:1], lambda x: x[0], lambda x: x.long(),
+        lambda x: x.bool(), lambda x: x.to(torch.complex64),
+    ],
+)  # fmt: skip
+def test_a_velocity_of_another_shape_or_kind_is_refused_at_the_first_call(velocity):
+    calls = []
+    with pytest.raises(ValueError, match=r"velocity must be real and of shape \(2, 4, 4\)"):
+        ralu.sample(lambda x, s, layout: (calls.append(1), velocity(x))[1], torch.zeros(2, 16, 4), (4, 4))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+def test_noise_that_holds_no_latent_pixels_is_refused(channels):
+    with pytest.raises(ValueError, match=f"4 values for each latent channel in a token, got {channels}"):
+        ralu.sample(lambda x, s, layout: x, torch.zeros(1, 16, channels), (4, 4))
+
+
+def test_float32_noise_and_a_bfloat16_model():
+    """As in diffusers a step is in float32, and its result in the model's dtype."""
+    noise = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    exact = gaussian(lambda layout: 0.5, 0.25)
+    dtypes = []
+
+    def half(x, sigma, layout):
+        dtypes.append(x.dtype)
+        return exact(x.float(), sigma, layout).bfloat16()
+
+    out = ralu.sample(half, noise, (8, 8))
+    assert out.dtype == torch.bfloat16 and set(dtypes[1:]) == {torch.bfloat16}
+    torch.testing.assert_close(out.float(), ralu.sample(exact, noise, (8, 8)), rtol=0, atol=0.05)

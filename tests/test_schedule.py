@@ -8,6 +8,7 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.spatial.distance import jensenshannon
 
+import ralu
 from ralu.schedule import DISTILLED, PRESETS, Schedule, densities, preset, shifted, solve, transition
 
 # Table S1: cumulative steps, ends, h, c. The starred entries look like slips (paper.md): recomputed 6.121 and 2.273.
@@ -119,3 +120,10 @@ def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"flux-5x.*distilled-4.*'nope'"):
         preset("nope")
     assert preset("flux-5x", ratio=0.4).ratio == 0.4 and PRESETS["flux-5x"].ratio == 0.2
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_one_name_is_one_schedule(shift):
+    """`preset` without a shift is for what a scheduler without one is for, FLUX.1-schnell."""
+    assert ralu.RaluScheduler("distilled-4", shift=shift).schedule == ralu.preset("distilled-4", shift=shift)
+    assert ralu.RaluScheduler("distilled-4").schedule == ralu.preset("distilled-4")
