@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .blocks import fuse, unfuse
     from .cost import estimate
     from .pipeline import disable, enable
-    from .scheduler import Layout, RaluScheduler, sample
+    from .scheduler import RaluScheduler
+    from .stages import Layout, sample
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,14 +35,14 @@ __all__ = [
 
 # Torch and diffusers take seconds to import; the schedule's numbers and `ralu --help` do without them.
 _HOMES = {
-    "Layout": ".scheduler",
+    "Layout": ".stages",
     "RaluScheduler": ".scheduler",
     "attention_backend": "ralu_kernels",
     "disable": ".pipeline",
     "enable": ".pipeline",
     "estimate": ".cost",
     "fuse": ".blocks",
-    "sample": ".scheduler",
+    "sample": ".stages",
     "unfuse": ".blocks",
     "SchedulerMixin": ".scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .blocks import fused, unwrapped
 from .scheduler import RaluScheduler
+from .stages import unpack
 
 T5 = "text_encoder_2"
 
@@ -55,7 +56,7 @@ class LayoutHook:
             columns = int((kwargs["img_ids"][:, 1] == 0).sum())
             scheduler.start(sample, (len(kwargs["img_ids"]) // columns, columns), self.token_pixels)
         layout = scheduler.layout
-        kwargs["hidden_states"] = scheduler.low_noise(sample)
+        kwargs["hidden_states"] = scheduler.subsample_first(sample)
         batch = layout.positions.shape[0]
         ids = F.pad(layout.positions, (1, 0))  # axis 0 is unused by text-to-image
         kwargs["img_ids"] = ids.transpose(0, 1).unsqueeze(1)  # (L, 1, B, 3)
@@ -67,12 +68,6 @@ class LayoutHook:
                 mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
             kwargs["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), **mask}
         return args, kwargs
-
-
-def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
-    # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
 
 
 def decode(pipe: DiffusionPipeline, tokens: Tensor, grid: tuple[int, int], decoder: Callable | None = None) -> Tensor:

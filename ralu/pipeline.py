@@ -16,7 +16,7 @@ from .schedule import Schedule, presets
 from .scheduler import RaluScheduler
 
 _FAMILIES = {"flux": (FluxPipeline, flux), "sd3": (StableDiffusion3Pipeline, sd3)}
-_OPTIONS = ("preset", "ratio", "threshold", "regions", "granularity", "carry_noise", "matching", "upsampler", "backend")
+_OPTIONS = ("preset", "ratio", "threshold", "regions", "granularity", "carry_noise", "matching", "upsampler", "backend", "seeds")
 
 
 def enable(
@@ -25,12 +25,13 @@ def enable(
     *,
     ratio: float | None = None,
     threshold: float | None = None,
-    regions: str | Image.Image | Tensor | Scorer | None = None,
+    regions=None,
     granularity: str | None = None,
     carry_noise: str | None = None,
     matching: str | None = None,
     upsampler: str | None = None,
     backend: str | None = None,
+    seeds=None,
     fused: bool | str = "auto",
     trim_text: bool = False,
 ) -> DiffusionPipeline:

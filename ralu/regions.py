@@ -4,19 +4,55 @@ A scorer is any callable `(x0_tokens, grid) -> scores` with x0_tokens (B, n, C),
 of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import ralu_kernels
 from ralu_kernels.reference import philox
 
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
 Scorer = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+def scorer_of(regions: Any, decode: Callable | None = None) -> Scorer:
+    """Return the scorer that the option `regions` means: a name, a mask in any format that `mask` takes, or a scorer.
+
+    decode: for "canny", see `canny`. Raises ValueError for an unknown name and for "canny" without a decoder, and
+    TypeError for what is none of these.
+    """
+    if callable(regions):
+        return regions
+    if regions == "canny":
+        if decode is None:
+            raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
+        return canny(decode)
+    if isinstance(regions, str):
+        if regions not in _NAMED:
+            names = ", ".join(map(repr, ("canny", *_NAMED)))
+            raise ValueError(f"regions must be {names}, an image, an array, a tensor or a callable, got {regions!r}")
+        return _NAMED[regions]
+    return mask(regions)
+
+
+def score(scorer: Scorer, x0: Tensor, grid: tuple[int, int], seeds: Tensor) -> Tensor:
+    """Score the tokens of a clean estimate x0 (B, n, C): float32 (B, n) on its device.
+
+    seeds: int64 (B,), for `random`. Raises ValueError where the scorer gives another number of scores.
+    """
+    scores = random(seeds, grid) if scorer is random else scorer(x0, grid)
+    if not isinstance(scores, Tensor) or scores.shape != x0.shape[:2]:
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"the scorer must return one score a token, {tuple(x0.shape[:2])}, got {shape}")
+    return scores.to(x0.device, torch.float32)
 
 
 def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: int = 200) -> Tensor:
@@ -68,7 +104,7 @@ def random(seeds: Tensor, grid: tuple[int, int]) -> Tensor:
     return philox(seeds[:, None], token, 1, 0, 0)[0] / 2**32
 
 
-def mask(picture: Image.Image | np.ndarray | Tensor) -> "Mask":
+def mask(picture: "Image.Image | np.ndarray | Tensor") -> "Mask":
     """A scorer from a mask of your own: the brighter a token's block is on average, the sooner it goes.
 
     picture: an image in any of PIL's modes, an array or a tensor, of any size: (H, W), (B, H, W) or (B, 1, H, W), with
@@ -79,9 +115,9 @@ def mask(picture: Image.Image | np.ndarray | Tensor) -> "Mask":
     Raises TypeError for what is no image, and ValueError for a mask that is empty, complex, NaN or infinite, of another
     shape, or of integers whose white is unknown.
     """
-    if isinstance(picture, Image.Image):
+    if _is(picture, "PIL.Image", "Image"):
         planes = _brightness(picture)
-    elif isinstance(picture, np.ndarray | Tensor):
+    elif isinstance(picture, Tensor) or _is(picture, "numpy", "ndarray"):
         planes = _unit(picture)
     else:
         raise TypeError(f"a mask must be an image, an array or a tensor, got {type(picture).__name__}")
@@ -112,9 +148,14 @@ class Mask:
             raise ValueError(f"regions has masks for {len(self.planes)} images, but the batch has {batch}")
 
 
-def _unit(values: np.ndarray | Tensor, white: int | None = None) -> Tensor:
+def _is(value, module: str, name: str) -> bool:
+    """Whether it is of a class of a module that need not be installed: then nothing is."""
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
+
+
+def _unit(values: "np.ndarray | Tensor", white: int | None = None) -> Tensor:
     """Values of any real dtype as float32 that are 1 where they are white; by default the dtype says where."""
-    if isinstance(values, np.ndarray):
+    if not isinstance(values, Tensor):
         if values.dtype.kind not in "biufc":
             raise TypeError(f"a mask must be an array of numbers, got {values.dtype}")
         values = torch.from_numpy(values.copy())  # images' arrays are read-only, which PyTorch warns of
@@ -135,8 +176,10 @@ def _unit(values: np.ndarray | Tensor, white: int | None = None) -> Tensor:
     return wide.float() / white
 
 
-def _brightness(picture: Image.Image) -> Tensor:
+def _brightness(picture: "Image.Image") -> Tensor:
     """An image in any mode as brightness times alpha, float32 (H, W)."""
+    import numpy as np
+
     mode = picture.mode
     if mode == "F":
         return _unit(np.asarray(picture))
@@ -146,3 +189,6 @@ def _brightness(picture: Image.Image) -> Tensor:
         luma, alpha = picture.convert("RGBA" if mode not in ("LA", "La") else "LA").convert("LA").split()
         return _unit(np.asarray(luma)) * _unit(np.asarray(alpha), white=255)
     return _unit(np.asarray(picture.convert("L")))
+
+
+_NAMED: dict[str, Any] = {"gradient": gradient, "random": random}  # `score` gives random the seeds

@@ -1,194 +1,362 @@
-"""Noise-timestep matching: when each stage starts and ends, and how much noise goes in between. Numbers only.
+"""When each stage starts and ends, and how the noise is matched in between. Numbers only.
 
 Time t runs from 0 (noise) to 1 (image); sigma = 1 - t. Equations: the paper's supplement (arXiv 2507.08422).
 """
 
+import dataclasses
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
-import numpy as np
+RESOLUTIONS = ("low", "mixed", "full")
+KINDS = {
+    "renoise": (("low", "full"),),
+    "select": (("low", "mixed"),),
+    "complete": (("mixed", "full"),),
+    "resample": (("full", "low"), ("low", "full")),
+}
+MATCHINGS = ("covariance", "snr", "off")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def shifted(u, h):
-    """Timestep shift of a noise level: h·u / (1 + (h-1)·u). `shifted(s, 1 / h)` undoes it."""
+    """Shift a noise level u by a timestep shift h: h·u / (1 + (h-1)·u). `shifted(s, 1 / h)` undoes it."""
     return h * u / (1 + (h - 1) * u)
 
 
 @dataclass(frozen=True)
-class Transition:
-    """The move from a stage's end e to the next stage's start s (Eq. S11).
+class Stage:
+    """Transformer calls at one resolution.
 
-    next = scale · Up(x) + noise_scale · z with z ~ N(0, I - c·Sigma), which has the flow's mean and covariance at s.
+    resolution: "low" is half the image's height and width, "full" its own, "mixed" has tokens of both.
+    steps:      transformer calls.
+    end:        time at which the stage ends, in (0, 1].
+    shift:      timestep shift h of the noise levels inside the stage.
     """
 
+    resolution: str
+    steps: int
+    end: float
+    shift: float
+
+    def __post_init__(self):
+        if self.resolution not in RESOLUTIONS:
+            raise ValueError(f"resolution must be one of {', '.join(RESOLUTIONS)}, got {self.resolution!r}")
+        if not _is_number(self.steps) or int(self.steps) != self.steps or self.steps < 1:
+            raise ValueError(f"steps must be whole numbers of at least 1, got {self.steps!r}")
+        if not _is_number(self.end) or not 0 < self.end <= 1:
+            raise ValueError(f"ends must be times in (0, 1], got {self.end!r}")
+        if not _is_number(self.shift) or self.shift <= 0:
+            raise ValueError(f"shifts must be positive numbers, got {self.shift!r}")
+        for name, kind in (("steps", int), ("end", float), ("shift", float)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What leads from one stage to the next.
+
+    kind:          "renoise" upsamples all tokens of a low stage, "select" the chosen ones, "complete" those that are
+                   left of a mixed stage; "resample" resizes the clean estimate and adds fresh noise to it.
+    start:         time at which the next stage starts.
+    scale:         a of Eq. S11, the factor of the upsampled sample (of "resample" the clean estimate's).
+    noise_scale:   b, the factor of the noise z ~ N(0, I - c·Sigma).
+    c:             correlation of the noise inside each 4x4 block that one value was upsampled to, in [0, 1/4].
+    interpolation: how values are upsampled or resized.
+    """
+
+    kind: str
     start: float
     scale: float
     noise_scale: float
-    c: float
+    c: float = 0.0
+    interpolation: str = "nearest"
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
+        for name in ("start", "scale", "noise_scale", "c"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start must lie in [0, 1), got {self.start}")
+        if not 0 <= self.c <= 0.25:
+            raise ValueError(f"c must lie in [0, 1/4], got {self.c}")
 
 
-MATCHINGS = ("covariance", "snr", "off")
-
-
-def transition(end: float, c: float, matching: str = "covariance") -> Transition:
-    """Eq. S10-S11 for a stage that ended at time `end` in (0, 1), with 0 < c <= 1/4.
+def match_noise(
+    kind: str, end: float, c: float, matching: str = "covariance", interpolation: str = "nearest"
+) -> Transition:
+    """Match noise and timestep after a stage that ended at time `end` in (0, 1), with 0 < c <= 1/4 (Eq. S10, S11).
 
     matching: "covariance" is the paper's. The others are for comparison: "snr" goes back to the same start, with white
-    noise (c = 0) of the same variance, (1 - start)² in all; "off" neither goes back nor adds noise.
+    noise (c = 0) of the same variance, (1 - start)² in all; "off" neither goes back nor adds noise. An interpolation
+    other than "nearest" needs "snr". Raises ValueError for a value that is not as described.
     """
-    if not 0 < end < 1:
-        raise ValueError(f"end must lie strictly between 0 and 1, got {end}")
-    if not 0 < c <= 0.25:
-        raise ValueError(f"c must lie in (0, 1/4], got {c}")
+    if not _is_number(end) or not 0 < end < 1:
+        raise ValueError(f"end must lie strictly between 0 and 1, got {end!r}")
+    if not _is_number(c) or not 0 < c <= 0.25:
+        raise ValueError(f"c must lie in (0, 1/4], got {c!r}")
     if matching not in MATCHINGS:
         raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {matching!r}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"upsampler must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if interpolation != "nearest" and matching != "snr":
+        raise ValueError(f"upsampler={interpolation!r} needs matching='snr', got {matching!r}")
     if matching == "off":
-        return Transition(start=end, scale=1.0, noise_scale=0.0, c=0.0)
+        return Transition(kind, start=end, scale=1.0, noise_scale=0.0)
     delta = (1 - end) / math.sqrt(c)
-    move = Transition(start=end / (delta + end), scale=1 / (delta + end), noise_scale=delta / (delta + end), c=c)
-    return move if matching == "covariance" else replace(move, noise_scale=move.noise_scale * math.sqrt(1 - c), c=0.0)
+    start, scale, noise_scale = end / (delta + end), 1 / (delta + end), delta / (delta + end)
+    if matching == "snr":
+        return Transition(kind, start, scale, noise_scale * math.sqrt(1 - c), 0.0, interpolation)
+    return Transition(kind, start, scale, noise_scale, c)
+
+
+def resample_noise(start: float, interpolation: str = "lanczos") -> Transition:
+    """Go on at time `start` from the resized clean estimate: start·x0 + (1 - start)·noise (Bottleneck Sampling)."""
+    return Transition("resample", start, scale=start, noise_scale=1 - start, interpolation=interpolation)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Three stages: half resolution, mixed resolution, full resolution.
+    """Stages of any resolutions, and the transitions between them.
 
-    steps:    transformer calls of each stage, for example (4, 5, 6).
-    ends:     time at which each stage ends; the last is 1.
-    shifts:   timestep shift h of each stage.
-    c:        share of correlated noise, in (0, 1/4].
-    ratio:    share of the low-resolution tokens that are upsampled early, in [0, 1].
-    matching: what happens between stages, see `transition`.
+    stages:      at least one; the last is at full resolution and ends at time 1.
+    transitions: one fewer than stages. Each fits the resolutions it lies between and starts no later than it can.
+    ratio:       share of the low-resolution tokens that "select" upsamples, in [0, 1].
+
+    Both may be given as dicts of their fields, as a saved schedule has them. Raises ValueError for what does not fit.
     """
 
-    steps: tuple[int, int, int]
-    ends: tuple[float, float, float]
-    shifts: tuple[float, float, float]
-    c: float
+    stages: tuple[Stage, ...]
+    transitions: tuple[Transition, ...] = ()
     ratio: float = 0.2
-    matching: str = "covariance"
 
     def __post_init__(self):
-        _check(self.steps, self.ends)
-        for name, kind in (("steps", int), ("ends", float), ("shifts", float)):
-            object.__setattr__(self, name, tuple(map(kind, getattr(self, name))))
-        if len(self.shifts) != 3 or min(self.shifts) <= 0:
-            raise ValueError(f"shifts must be three positive numbers, got {self.shifts}")
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio must lie in [0, 1], got {self.ratio}")
-        _ = self.transitions  # checks c and matching
+        stages = tuple(_made(Stage, stage, "stages") for stage in self.stages)
+        transitions = tuple(_made(Transition, transition, "transitions") for transition in self.transitions)
+        if len(stages) != len(transitions) + 1:
+            raise ValueError(f"transitions must be one fewer than the {len(stages)} stages, got {len(transitions)}")
+        for (before, after), transition in zip(pairwise(stages), transitions, strict=True):
+            if (before.resolution, after.resolution) not in KINDS[transition.kind]:
+                leads = " or ".join(f"{first} to {second}" for first, second in KINDS[transition.kind])
+                raise ValueError(
+                    f"transitions of kind {transition.kind!r} lead from {leads}, "
+                    f"got one from {before.resolution} to {after.resolution}"
+                )
+        for stage, start in zip(stages, (0.0, *(transition.start for transition in transitions)), strict=True):
+            if not start < stage.end:
+                raise ValueError(f"ends must be later than the stages' starts, got {stage.end} after {start}")
+        if stages[-1].resolution != "full" or stages[-1].end != 1:
+            raise ValueError(f"the last of the stages must be full and end at 1, got {stages[-1]}")
+        if not _is_number(self.ratio) or not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio must lie in [0, 1], got {self.ratio!r}")
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "transitions", transitions)
 
     @property
-    def transitions(self) -> tuple[Transition, Transition]:
-        """From stage 1 to 2 and from 2 to 3."""
-        return tuple(transition(end, self.c, self.matching) for end in self.ends[:2])
+    def steps(self) -> tuple[int, ...]:
+        """Transformer calls of each stage."""
+        return tuple(stage.steps for stage in self.stages)
 
     @property
-    def starts(self) -> tuple[float, float, float]:
+    def ends(self) -> tuple[float, ...]:
+        """Time at which each stage ends."""
+        return tuple(stage.end for stage in self.stages)
+
+    @property
+    def shifts(self) -> tuple[float, ...]:
+        """Timestep shift of each stage."""
+        return tuple(stage.shift for stage in self.stages)
+
+    @property
+    def starts(self) -> tuple[float, ...]:
         """Time at which each stage starts."""
-        return (0.0, *(move.start for move in self.transitions))
+        return (0.0, *(transition.start for transition in self.transitions))
 
     def sigmas(self, stage: int) -> list[float]:
-        """The noise levels of stage 1, 2 or 3: steps + 1 values, evenly spaced before the stage's shift."""
+        """List the noise levels of a stage, counted from 1: steps + 1 values, even before the stage's shift."""
         start, end, h, n = (values[stage - 1] for values in (self.starts, self.ends, self.shifts, self.steps))
         first, last = shifted(1 - start, 1 / h), shifted(1 - end, 1 / h)
         inner = [shifted(first + (last - first) * i / n, h) for i in range(1, n)]
         return [1 - start, *inner, 1 - end]  # the ends exactly, not shifted back and forth
 
+    def replace(self, *, steps=None, shifts=None, ratio: float | None = None) -> "Schedule":
+        """Return a schedule with other steps or shifts, one for each stage, or another ratio."""
+        changes: list[dict[str, Any]] = [{} for _ in self.stages]
+        for name, values in (("steps", steps), ("shift", shifts)):
+            if values is not None:
+                for change, value in zip(changes, values, strict=True):
+                    change[name] = value
+        stages = (dataclasses.replace(stage, **change) for stage, change in zip(self.stages, changes, strict=True))
+        return Schedule(tuple(stages), self.transitions, self.ratio if ratio is None else ratio)
 
-def _check(steps, ends):
-    if len(steps) != 3 or any(int(n) != n or n < 1 for n in steps):
-        raise ValueError(f"steps must be three whole numbers of at least 1, got {tuple(steps)}")
-    if len(ends) != 3 or not 0 < ends[0] < ends[1] < ends[2] == 1:
-        raise ValueError(f"ends must be three increasing times, the last 1, got {tuple(ends)}")
+    def to_dict(self) -> dict:
+        """Return what JSON can hold and `Schedule(**...)` takes."""
+        return dataclasses.asdict(self)
 
 
-def _pdf(t, h):
-    """Density of time when noise levels are drawn evenly and shifted by h."""
-    return h / (1 + (h - 1) * t) ** 2
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _truncated(t, h, start, end):
-    """That density restricted to [start, end] and normalised; its integral is t / (1 + (h-1)·t) · h."""
-    mass = h * (end / (1 + (h - 1) * end) - start / (1 + (h - 1) * start))
-    return np.where((t >= start) & (t <= end), _pdf(t, h) / mass, 0.0)
+def _made(kind: type, given, name: str):
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, dict):
+        return kind(**given)
+    raise TypeError(f"{name} must be {kind.__name__}s, got {given!r}")
+
+
+def region_adaptive(
+    steps, ends, shifts, c: float, ratio: float = 0.2, *, matching: str = "covariance", upsampler: str = "nearest"
+) -> Schedule:
+    """Make RALU's schedule: half resolution, mixed resolution, full resolution.
+
+    steps, ends, shifts: three of each, as `Stage` has them; ends increase and the last is 1.
+    c, matching, upsampler: of both transitions, see `match_noise`.
+    Raises ValueError for numbers out of range.
+    """
+    steps, ends, shifts = (_three(name, values) for name, values in (("steps", steps), ("ends", ends), ("shifts", shifts)))
+    if not ends[0] < ends[1] < ends[2] == 1:
+        raise ValueError(f"ends must be three increasing times, the last 1, got {ends}")
+    stages = tuple(Stage(*values) for values in zip(RESOLUTIONS, steps, ends, shifts, strict=True))
+    kinds = zip(("select", "complete"), ends, strict=False)
+    return Schedule(stages, tuple(match_noise(kind, end, c, matching, upsampler) for kind, end in kinds), ratio)
+
+
+def two_resolutions(steps, end: float, shifts, c: float, *, matching: str = "covariance") -> Schedule:
+    """Make a schedule of two stages, half and full resolution, with no regions in between.
+
+    steps, shifts: two of each. end: time at which the first stage ends. With c = 1/4 it is SPEED's (arXiv 2605.18736)
+    with the Haar basis. Raises ValueError for numbers out of range.
+    """
+    low, full = zip(("low", "full"), steps, (end, 1.0), shifts, strict=True)
+    return Schedule((Stage(*low), Stage(*full)), (match_noise("renoise", end, c, matching),))
+
+
+def single(steps: int, shift: float) -> Schedule:
+    """Make a schedule of one full stage, the stock one under that timestep shift."""
+    return Schedule((Stage("full", steps, 1.0, shift),))
+
+
+def _three(name: str, values) -> tuple:
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3:
+        raise ValueError(f"{name} must be three numbers, got {values!r}")
+    for value in values:
+        if not _is_number(value):
+            raise ValueError(f"{name} must be finite numbers, got {value!r}")
+    return tuple(values)
 
 
 def densities(schedule: Schedule, shift: float, points: int = 1000):
     """Times t, the density of denoising work the flow asks for (Eq. 11) and the one the schedule gives (Eq. 12).
 
-    Times that a transition goes back over are asked for twice. Returns three arrays of shape (points,).
+    Times that a transition goes back over are asked for twice. Returns three float64 arrays of shape (points,).
     """
+    import numpy as np
+
+    def pdf(h):
+        """Density of time when noise levels are drawn evenly and shifted by h."""
+        return h / (1 + (h - 1) * t) ** 2
+
+    def truncated(h, start, end):
+        """That density restricted to [start, end] and normalised; its integral is t / (1 + (h-1)·t) · h."""
+        mass = h * (end / (1 + (h - 1) * end) - start / (1 + (h - 1) * start))
+        return np.where((t >= start) & (t <= end), pdf(h) / mass, 0.0)
+
     t = np.linspace(0, 1, points)
     starts, ends, steps = schedule.starts, schedule.ends, schedule.steps
-    overlaps = [(starts[k + 1], ends[k]) for k in range(2)]
-    target = _pdf(t, shift) + sum((end - start) * _truncated(t, shift, start, end) for start, end in overlaps)
+    overlaps = list(zip(starts[1:], ends, strict=False))
+    target = pdf(shift) + sum((end - start) * truncated(shift, start, end) for start, end in overlaps)
     target = target / (1 + sum(end - start for start, end in overlaps))
     stages = zip(steps, schedule.shifts, starts, ends, strict=True)
-    achieved = sum(n * _truncated(t, h, start, end) for n, h, start, end in stages) / sum(steps)
+    achieved = sum(n * truncated(h, start, end) for n, h, start, end in stages) / sum(steps)
     return t, target, achieved
 
 
-def solve(steps, ends, shift: float = 3.0, ratio: float = 0.2) -> Schedule:
-    """The schedule whose shifts h and noise share c minimise the Jensen-Shannon distance to the target (Eq. S12).
+def solve(
+    steps, ends, shift: float = 3.0, ratio: float = 0.2, *, matching: str = "covariance", upsampler: str = "nearest"
+) -> Schedule:
+    """Solve for the shifts h and the noise share c that minimise the Jensen-Shannon distance to the target (Eq. S12).
 
     steps: transformer calls of each of the three stages (not cumulative). ends: time at which each stage ends, the last
-    1. shift: the model's own timestep shift (3 for FLUX.1-dev and SD3, 1 for FLUX.1-schnell). ratio is passed on.
-    Raises ValueError for numbers out of range. Bounded quasi-Newton over h in [0.5, 10] and 1/sqrt(c) in [2, 100].
+    1. shift: the model's own timestep shift (3 for FLUX.1-dev and SD3, 1 for FLUX.1-schnell). The others are passed on
+    to `region_adaptive`. Raises ValueError for numbers out of range, and ImportError without SciPy. Bounded
+    quasi-Newton over h in [0.5, 10] and 1/sqrt(c) in [2, 100].
     """
-    steps, ends = tuple(steps), tuple(ends)
-    _check(steps, ends)
-    if shift <= 0:
-        raise ValueError(f"shift must be positive, got {shift}")
-    return replace(_minimise(steps, ends, float(shift)), ratio=ratio)
+    steps, ends = _three("steps", steps), _three("ends", ends)
+    region_adaptive(steps, ends, (1.0, 1.0, 1.0), 0.25, ratio, matching=matching, upsampler=upsampler)  # or it raises
+    if not _is_number(shift) or shift <= 0:
+        raise ValueError(f"shift must be a positive number, got {shift!r}")
+    h, c = _minimise(tuple(map(int, steps)), tuple(map(float, ends)), float(shift))
+    return region_adaptive(steps, ends, h, c, ratio, matching=matching, upsampler=upsampler)
 
 
 @lru_cache
-def _minimise(steps, ends, shift: float) -> Schedule:
-    from scipy.optimize import minimize
-    from scipy.spatial.distance import jensenshannon
+def _minimise(steps: tuple, ends: tuple, shift: float) -> tuple[tuple[float, float, float], float]:
+    try:
+        from scipy.optimize import minimize
+        from scipy.spatial.distance import jensenshannon
+    except ImportError as error:
+        raise ImportError('solving a schedule needs SciPy: pip install "ralu[pipelines]"') from error
 
-    def schedule(x):
-        return Schedule(steps, ends, tuple(x[:3]), float(min(0.25, x[3] ** -2)))
+    def unknowns(x):
+        return tuple(map(float, x[:3])), float(min(0.25, x[3] ** -2))
 
     def distance(x):
-        _, target, achieved = densities(schedule(x), shift)
+        _, target, achieved = densities(region_adaptive(steps, ends, *unknowns(x)), shift)
         return jensenshannon(target, achieved)
 
-    found = minimize(distance, x0=[3.0, 3.0, 3.0, 2.0], bounds=[(0.5, 10)] * 3 + [(2, 100)], method="L-BFGS-B")
-    return schedule(found.x)
+    solution = minimize(distance, x0=[3.0, 3.0, 3.0, 2.0], bounds=[(0.5, 10)] * 3 + [(2, 100)], method="L-BFGS-B")
+    return unknowns(solution.x)
 
 
-def _cumulative(*totals):
-    return tuple(b - a for a, b in zip((0, *totals), totals, strict=False))
+def _differences(*totals: int) -> tuple[int, ...]:
+    return tuple(b - a for a, b in pairwise((0, *totals)))
 
 
-# Table S1. The distilled models' shifts are solved for each model's own timestep shift, see `preset`.
+# Table S1, which gives cumulative steps. The distilled models' shifts are solved for each model's own, see `preset`.
 PRESETS = {
-    "flux-5x": Schedule(_cumulative(4, 9, 15), (0.3, 0.45, 1.0), (5.12, 2.64, 2.25), 0.0177, ratio=0.2),
-    "flux-7x": Schedule(_cumulative(2, 5, 10), (0.2, 0.3, 1.0), (8.14, 2.86, 2.19), 0.0255, ratio=0.2),
-    "sd3-2x": Schedule(_cumulative(5, 11, 20), (0.2, 0.3, 1.0), (6.21, 2.23, 1.97), 0.0586, ratio=0.3),
-    "sd3-3x": Schedule(_cumulative(3, 6, 12), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, ratio=0.2),
+    "flux-5x": region_adaptive(_differences(4, 9, 15), (0.3, 0.45, 1.0), (5.12, 2.64, 2.25), 0.0177, ratio=0.2),
+    "flux-7x": region_adaptive(_differences(2, 5, 10), (0.2, 0.3, 1.0), (8.14, 2.86, 2.19), 0.0255, ratio=0.2),
+    "sd3-2x": region_adaptive(_differences(5, 11, 20), (0.2, 0.3, 1.0), (6.21, 2.23, 1.97), 0.0586, ratio=0.3),
+    "sd3-3x": region_adaptive(_differences(3, 6, 12), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, ratio=0.2),
 }
-DISTILLED = {"distilled-4": (_cumulative(1, 2, 4), (0.3, 0.45, 1.0))}
+DISTILLED = {"distilled-4": (_differences(1, 2, 4), (0.3, 0.45, 1.0))}
+
+
+def preset(
+    name: str,
+    shift: float = 1.0,
+    ratio: float | None = None,
+    *,
+    matching: str = "covariance",
+    upsampler: str = "nearest",
+) -> Schedule:
+    """Return a named schedule of the paper.
+
+    shift: the model's own, which matters for "distilled-4" alone: 1 for FLUX.1-schnell, 3 for SD3.5-large-turbo.
+    ratio: replaces the preset's. matching, upsampler: for comparison, see `match_noise`.
+    Raises ValueError for an unknown name or a value out of range, and ImportError where SciPy is needed and absent.
+    """
+    if name in PRESETS:
+        plain = PRESETS[name]
+        c = plain.transitions[0].c
+        schedule = region_adaptive(
+            plain.steps, plain.ends, plain.shifts, c, plain.ratio, matching=matching, upsampler=upsampler
+        )
+    elif name in DISTILLED:
+        schedule = solve(*DISTILLED[name], shift, matching=matching, upsampler=upsampler)
+    else:
+        raise ValueError(f"preset must be one of {', '.join([*PRESETS, *DISTILLED])}, got {name!r}")
+    return schedule if ratio is None else schedule.replace(ratio=ratio)
 
 
 def presets(family: str) -> list[str]:
     """The names of the presets for "flux" or "sd3", the default one first."""
     return [*(name for name in PRESETS if name.startswith(f"{family}-")), *DISTILLED]
-
-
-def preset(name: str, shift: float = 1.0, ratio: float | None = None) -> Schedule:
-    """A named schedule of the paper.
-
-    shift: the model's own, which matters for "distilled-4" alone: 1 for FLUX.1-schnell, 3 for SD3.5-large-turbo.
-    ratio: replaces the preset's.
-    """
-    if name in PRESETS:
-        chosen = PRESETS[name]
-    elif name in DISTILLED:
-        chosen = solve(*DISTILLED[name], shift=shift)
-    else:
-        raise ValueError(f"preset must be one of {', '.join([*PRESETS, *DISTILLED])}, got {name!r}")
-    return chosen if ratio is None else replace(chosen, ratio=ratio)

@@ -1,12 +1,12 @@
-"""The three stages, as a diffusers scheduler whose `step` hands back another number of tokens at a stage's end.
+"""`ralu.stages` as a diffusers scheduler, whose `step` hands back another number of tokens at a stage's end.
 
-`RaluScheduler` lives inside an unmodified pipeline (see `ralu.enable`); `sample` is the same loop for everybody else.
+`RaluScheduler` lives inside an unmodified pipeline, see `ralu.enable`.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,67 +14,21 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import SchedulerMixin as SchedulerMixin  # see ralu/__init__.py
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils import logging
-from PIL import Image
 from torch import Tensor
 
-from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens
-from ralu_kernels._backend import resolve
-from ralu_kernels.tokens import CARRY_NOISES, GRANULARITIES
-
-from . import regions as region_scorers
-from . import upsampling
-from .schedule import Schedule, preset
-from .upsampling import UPSAMPLERS
+from .options import Options
+from .regions import scorer_of
+from .schedule import Schedule
+from .stages import Layout, Run, schedule_of
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
-REGIONS = ("canny", "gradient", "random")
 
-
-@dataclass(frozen=True)
-class Layout:
-    """The token sequence that the model sees now.
-
-    stage:     1, 2 or 3.
-    positions: float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in stage 1, the children
-               of a promoted token at its own position + {0, 1/2} in stage 2, whole numbers on the high grid in stage 3.
-    mask:      bool (B, L), False for padding; None when every sample has L tokens.
-    plan:      stage 2's TokenPlan, else None.
-    """
-
-    stage: int
-    positions: Tensor
-    mask: Tensor | None = None
-    plan: TokenPlan | None = None
-
-
-def raster(grid: tuple[int, int], batch: int, device: torch.device) -> Tensor:
-    """Whole positions of a grid in raster order, float32 (batch, h·w, 2)."""
-    rows, columns = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
-    return torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(batch, -1, -1)
-
-
-def seeds_of(noise: Tensor) -> Tensor:
-    """A 64-bit seed for each sample, a hash of the signs of its starting noise (B, ...): int64 (B,).
-
-    Diffusers gives a scheduler's `step` no generator, and a sample's noise says all that its generator would. Rounding
-    keeps signs, so noise in bfloat16, or that differs in its last bits, gives the same seed. Integer arithmetic alone:
-    the seed depends neither on the batch nor on the device.
-    """
-    negative = noise.detach().flatten(1).signbit()
-    keys = _mixed(torch.arange(1, negative.shape[1] + 1, device=noise.device) * -0x61C8864680B583EB)
-    return _mixed((keys * negative).sum(dim=1))
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64 bits that each depend on all: int64 of any shape."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        bits = (bits ^ _shifted_right(bits, shift)) * factor
-    return bits ^ _shifted_right(bits, 31)
-
-
-def _shifted_right(bits: Tensor, count: int) -> Tensor:
-    """Zeros come in from the left, where >> would repeat the sign."""
-    return bits >> count & (1 << 64 - count) - 1
+# Stock options that change the noise levels after shifting, or add noise of their own.
+_DISTORTING = (
+    "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+    "stochastic_sampling", "use_flow_sigmas",
+)  # fmt: skip
+OPTIONS = tuple(field.name for field in fields(Options))
 
 
 class RaluScheduler(FlowMatchEulerDiscreteScheduler):
@@ -83,21 +37,10 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     Its own steps rule: `num_inference_steps` cannot be told from a pipeline's default, so `set_timesteps` always makes
     the preset's. Fewer than 3 asked for means the stock schedule at full resolution.
 
-    preset:      a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is.
-    ratio:       share of tokens to upsample early; None for the preset's.
-    threshold:   upsample early what scores at least this much instead; counts then differ between images.
-    regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
-                 mask (an image, or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
-    granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
-    carry_noise: "exact" gives carried tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
-    matching:    between stages "covariance" (the paper's), "snr" or "off", see `ralu.schedule.transition`;
-                 None for the preset's.
-    upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", `ralu.upsampling`.
-    backend:     which `ralu_kernels` backend runs.
-    seeds:       a 64-bit number for each image of a batch, or one for all, that the later stages' noise is made of; by
-                 default it comes from the signs of the image's starting noise. Give it where starting noise is
-                 interpolated from image to image: signs flip along the way, and the later noise would jump.
-    stock:       the arguments of `FlowMatchEulerDiscreteScheduler`.
+    preset:   a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is.
+    the rest: as `ralu.Options` describes it, and the arguments of `FlowMatchEulerDiscreteScheduler`.
+
+    Raises TypeError or ValueError for what is not as described, and for a stock option that would distort the schedule.
     """
 
     def __init__(
@@ -105,45 +48,34 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         preset: str | dict | Schedule = "flux-5x",
         ratio: float | None = None,
         threshold: float | None = None,
-        regions: str | Image.Image | Tensor | region_scorers.Scorer | None = "canny",
-        granularity: str = "pixel",
-        carry_noise: str = "exact",
+        regions: Any = None,
+        granularity: str | None = None,
+        carry_noise: str | None = None,
         matching: str | None = None,
-        upsampler: str = "nearest",
-        backend: str = "auto",
-        seeds: int | Sequence[int] | Tensor | None = None,
+        upsampler: str | None = None,
+        backend: str | None = None,
+        seeds: Any = None,
         **stock,
     ):
         super().__init__(**stock)
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-        if carry_noise not in CARRY_NOISES:
-            raise ValueError(f"carry_noise must be one of {', '.join(CARRY_NOISES)}, got {carry_noise!r}")
-        if isinstance(regions, Image.Image | np.ndarray | Tensor):
-            regions = region_scorers.mask(regions)
-        if not callable(regions) and regions not in (*REGIONS, None):
-            names = ", ".join(map(repr, REGIONS))
-            raise ValueError(f"regions must be {names}, an image, an array, a tensor or a callable, got {regions!r}")
-        if threshold is not None and not isinstance(threshold, int | float):
-            raise ValueError(f"threshold must be a number, got {threshold!r}")
-        if ratio is not None and threshold is not None:
-            raise ValueError(f"give ratio or threshold, not both: got ratio={ratio}, threshold={threshold}")
-        bent = [key for key in _BENDING if self.config.get(key)]
-        if bent:
-            raise ValueError(f"the stock scheduler's {', '.join(bent)} would distort RALU's schedule; it must be off")
-        self.schedule = _schedule(preset, self.config, ratio=ratio, matching=matching)
-        if upsampler not in UPSAMPLERS:
-            raise ValueError(f"upsampler must be one of {', '.join(UPSAMPLERS)}, got {upsampler!r}")
-        if upsampler != "nearest" and self.schedule.matching != "snr":
-            raise ValueError(f"upsampler={upsampler!r} needs matching='snr', got {self.schedule.matching!r}")
-        self.register_to_config(
-            preset=asdict(preset) if isinstance(preset, Schedule) else preset,
-            ratio=ratio, threshold=threshold, granularity=granularity, carry_noise=carry_noise, matching=matching,
-            upsampler=upsampler, backend=backend, regions=None if callable(regions) else regions, seeds=_seeds(seeds),
+        options = Options(
+            ratio, threshold, regions, granularity, carry_noise, matching, upsampler, backend, seeds
         )  # fmt: skip
-        self.scorer = regions if callable(regions) else None
-        self.bound = False
-        self._run = self.layout = None
+        distorting = [key for key in _DISTORTING if self.config.get(key)]
+        if distorting:
+            raise ValueError(f"the stock scheduler's {', '.join(distorting)} would distort RALU's schedule: it must be off")
+        # FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
+        shift = 3.0 if self.config.use_dynamic_shifting else self.config.shift
+        self.schedule = schedule_of(preset, options, shift)
+        # Only a name can be saved: None is for a mask or a scorer.
+        name = "canny" if options.regions is None else options.regions if isinstance(options.regions, str) else None
+        self.scorer = scorer_of(options.regions) if name is None else None
+        self.register_to_config(
+            preset=preset.to_dict() if isinstance(preset, Schedule) else preset,
+            **{option: getattr(options, option) for option in OPTIONS} | {"regions": name},
+        )
+        self.options = options
+        self.unbind()
 
     @staticmethod
     def _get_init_keys(input_class):
@@ -158,35 +90,30 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         pack: Callable[[Tensor], Tensor] = lambda sample: sample,
         unpack: Callable[[Tensor, tuple[int, int]], Tensor] = lambda tokens, grid: tokens,
     ):
-        """Make ready to run.
+        """Make ready to run. A second call replaces the first.
 
         decode:        for "canny", see `ralu.regions.canny`.
         stage_changed: called between stages.
-        pack, unpack:  where a model's samples are no tokens (B, L, C): `pack(sample)` gives them, in raster order and
-                       with channel c·4 + 2·row + column for latent channel c, and `unpack(tokens, (rows, columns))`
-                       undoes it. A mixed sequence is one row. The methods below take and give samples as the model's.
+        pack, unpack:  where a model's samples are no tokens, see `ralu.stages.Run`. The methods below take and give
+                       samples as the model's.
+        Raises ValueError for regions="canny" without a decoder.
         """
-        if self.scorer is None:
-            if self.config.regions == "canny" and decode is None:
-                raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
-            named = {
-                "canny": region_scorers.canny(decode),
-                "gradient": region_scorers.gradient,
-                "random": lambda x0, grid: region_scorers.random(self._seeds, grid),
-            }
-            self.scorer = named[self.config.regions]
+        self._bound_scorer = self.scorer or scorer_of(self.config.regions, decode)
         self._stage_changed, self._pack, self._unpack = stage_changed, pack, unpack
-        self.bound = True
 
     def unbind(self):
-        self.bound = False
-        self._run = self.layout = None
+        """Forget the model."""
+        self._bound_scorer = self._stage_changed = self._pack = self._unpack = self._run = None
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is ready to run."""
+        return self._bound_scorer is not None
 
     def __getstate__(self):
         """Copies are not bound: a scheduler that is copied or pickled must not take the model along."""
-        scorer = self.scorer if self.config.regions is None else None
-        loose = {"scorer": scorer, "bound": False, "_run": None, "layout": None}
-        return self.__dict__ | loose | dict.fromkeys(("_stage_changed", "_pack", "_unpack"))
+        loose = ("_bound_scorer", "_stage_changed", "_pack", "_unpack", "_run")
+        return self.__dict__ | dict.fromkeys(loose)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
@@ -197,239 +124,78 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             )
         given = sigmas if sigmas is not None else timesteps
         asked = num_inference_steps or (sum(self.schedule.steps) if given is None else len(given))
-        self._run = self.layout = None
+        self._run = None
         self._stage_changed()  # a run that failed may have left its caches behind
         if asked < 3:
             logger.warning_once(f"RALU needs at least 3 steps; {asked} steps run the stock schedule at full resolution")
             return super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / asked, asked))):
             raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps do not fit in")
-        run = []  # (stage, sigma, next sigma), a row a step
-        for stage in (1, 2, 3):
-            levels = self.schedule.sigmas(stage)
-            run += [(stage, *pair) for pair in pairwise(levels)]
+        run = Run(self.schedule, self._bound_scorer, self.options, pack=self._pack, unpack=self._unpack)
         self._run = run
-        self.num_inference_steps = len(run)
-        self.sigmas = torch.tensor([sigma for _, sigma, _ in run] + [0.0], dtype=torch.float32, device=device)
+        self.num_inference_steps = len(run.steps)
+        self.sigmas = torch.cat([run.sigmas, torch.zeros(1)]).to(device)
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
         self._step_index = self._begin_index = None
 
     def set_begin_index(self, begin_index=0):
+        """Stock signature. Raises ValueError for a start in the middle of a run with stages."""
         if begin_index and self._run is not None:
             raise ValueError(f"RALU starts from pure noise, but the pipeline asks to start at step {begin_index}")
         super().set_begin_index(begin_index)
 
     @property
     def running(self) -> bool:
-        """Whether the current run has stages (and not the stock schedule)."""
+        """Whether a run with stages (and not the stock schedule) is going on."""
         return self._run is not None
 
+    @property
+    def layout(self) -> Layout | None:
+        """What the model sees now; None before a run's first transformer call and after its end."""
+        return None if self._run is None else self._run.layout
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The current run's low grid (h, w)."""
+        return self._run.grid
+
     def start(self, noise: Tensor, grid: tuple[int, int], token_pixels: int | None = None):
-        """Begin stage 1.
+        """Begin the first stage, see `ralu.stages.Run.start`. noise: the sample of the model's first call."""
+        self._run.start(noise, grid, token_pixels)
 
-        noise:        (B, 4n, C), the model's first input, in raster order of the high grid (2h, 2w) = grid. B may be
-                      more than the first step's: guidance doubles batches.
-        token_pixels: side of a token in the picture, for errors that speak of pixels.
-        """
-        if grid[0] % 2 or grid[1] % 2:
-            if token_pixels is None:
-                raise ValueError(f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number")
-            unit = 2 * token_pixels
-            nearest = " or ".join("x".join(str(unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1))
-            raise ValueError(
-                f"RALU needs a height and width that divide by {unit}, got {grid[0] * token_pixels}x"
-                f"{grid[1] * token_pixels} (height x width); the nearest sizes are {nearest}"
-            )
-        noise = self._pack(noise)
-        if noise.shape[2] % 4:
-            raise ValueError(
-                f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]} values"
-            )
-        if noise.shape[1] != grid[0] * grid[1]:
-            tokens = grid[0] * grid[1]
-            raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
-        resolve(self.config.backend, noise.device)
-        self.grid = grid[0] // 2, grid[1] // 2
-        self.layout = Layout(1, raster(self.grid, len(noise), noise.device))
-
-    def low_noise(self, sample: Tensor) -> Tensor:
-        """The first step's sample at half resolution: the full-size noise (B, 4n, C), subsampled to (B, n, C).
-
-        Latent pixels by nearest neighbour, at both granularities, so that a seed fixes the picture's composition at
-        every size. Other samples pass unchanged.
-        """
-        if self.layout.stage != 1:
-            return sample
-        (h, w), tokens = self.grid, self._pack(sample)
-        if tokens.shape[1] != 4 * h * w:
-            return sample
-        tokens = tokens.unflatten(1, (h, 2, w, 2))
-        corner = tokens[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
-        return self._unpack(corner.permute(0, 1, 3, 5, 2, 4).reshape(len(sample), h * w, -1), self.grid)
+    def subsample_first(self, sample: Tensor) -> Tensor:
+        """Bring the first step's full-size noise to the first stage's resolution. Other samples pass unchanged."""
+        return sample if self._run is None else self._run.first(sample)
 
     def step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
-        """One Euler step (stock signature). At a stage's end the result has the next stage's token count.
+        """Make one Euler step (stock signature). At a stage's end the result has the next stage's token count.
 
-        model_output: (B, L, C) velocity; sample: (B, L, C), in the very first step the full-size noise, whose values
+        model_output: (B, L, C) velocity; sample: (B, L, C), in the very first step the full-size noise, whose signs
         seed the later stages' noise. Where `pack` is bound both are what it takes.
         """
-        if not self.running:
+        run = self._run
+        if run is None:
             return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
-        if self.layout is None:
+        if run.layout is None:
             raise RuntimeError("the model was not called through ralu.enable or ralu.sample before this step")
-        index = self._step_index or 0
-        stage, sigma, following = self._run[index]
-        if index == 0:
-            self._seeds = self._given_seeds(len(sample), sample.device)
-            if self._seeds is None:
-                self._seeds = seeds_of(self._pack(sample))
-        x = self.low_noise(sample)
-        if model_output.shape != x.shape or not model_output.is_floating_point():
-            raise ValueError(
-                f"the velocity must be real and of shape {tuple(x.shape)}, as the tokens it is for, "
-                f"got {tuple(model_output.shape)} in {model_output.dtype}"
-            )
-        x, v = x.float(), model_output.float()
-        advanced = x + (following - sigma) * v
-        self._step_index = index + 1
-        if index + 1 == len(self._run):
-            self._run = self.layout = None
-        elif self._run[index + 1][0] != stage:
-            advanced = self._mix(advanced, x - sigma * v) if stage == 1 else self._merge(advanced)
+        advanced, ended = run.step(sample, model_output)
+        self._step_index = run.index
+        if ended:
             self._stage_changed()
+        if run.over:
+            self._run = None
         advanced = advanced.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
 
-    def _given_seeds(self, batch: int, device: torch.device) -> Tensor | None:
-        given = self.config.seeds
-        if given is None:
-            return None
-        if isinstance(given, int):
-            given = [given] * batch
-        if len(given) != batch:
-            raise ValueError(f"seeds must be one number, or one for each of the {batch} images, got {len(given)}")
-        return torch.tensor(given, dtype=torch.int64, device=device)
-
-    def _mix(self, low: Tensor, x0: Tensor) -> Tensor:
-        """Stage 1 to 2: upsample the chosen regions, re-noise everything."""
-        low, x0 = self._pack(low), self._pack(x0)
-        scores = self.scorer(x0, self.grid)
-        if scores.shape != low.shape[:2]:
-            expected, got = tuple(low.shape[:2]), tuple(scores.shape)
-            raise ValueError(f"the scorer must return one score a token, {expected}, got {got}")
-        backend, threshold = self.config.backend, self.config.threshold
-        choice = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
-        plan = plan_tokens(scores.to(low.device, torch.float32), self.grid, **choice, backend=backend)
-        packed = self._move(promote_tokens, upsampling.promote, low, plan, 0)
-        batch, length = len(low), plan.max_seqlen
-        if packed.shape[0] == batch * length:
-            self.layout = Layout(2, plan.positions.view(batch, length, 2), plan=plan)
-            return self._unpack(packed.view(batch, length, -1), (1, length))
-        column = torch.arange(length, device=low.device)
-        mask = column < plan.cu_seqlens.diff()[:, None]
-        rows = torch.where(mask, plan.cu_seqlens[:-1, None] + column, plan.cu_seqlens[:-1, None])  # any row pads
-        self.layout = Layout(2, plan.positions[rows], mask, plan)
-        return self._unpack(packed[rows], (1, length))
-
-    def _merge(self, mixed: Tensor) -> Tensor:
-        """Stage 2 to 3: upsample the rest, re-noise everything, raster order."""
-        plan, mask, mixed, grid = self.layout.plan, self.layout.mask, self._pack(mixed), self._high_grid
-        packed = mixed.flatten(0, 1) if mask is None else mixed[mask]
-        self.layout = Layout(3, raster(grid, len(mixed), mixed.device))
-        return self._unpack(self._move(merge_tokens, upsampling.merge, packed, plan, 1), grid)
-
-    def _move(self, fused: Callable, interpolated: Callable, tokens: Tensor, plan: TokenPlan, k: int) -> Tensor:
-        move, kind = self.schedule.transitions[k], self.config.upsampler
-        if kind == "nearest":
-            return fused(tokens, plan, move.scale, move.noise_scale, move.c, self._seeds, **self._rules)
-        return interpolated(tokens, plan, move, self._seeds, kind, self.config.granularity, self.config.backend)
-
-    @property
-    def _high_grid(self) -> tuple[int, int]:
-        return 2 * self.grid[0], 2 * self.grid[1]
-
-    @property
-    def _rules(self):
-        return {key: self.config[key] for key in ("granularity", "carry_noise", "backend")}
-
     def full_resolution(self, sample: Tensor) -> Tensor:
-        """A sample of any stage at full resolution, (B, 4n, C), without noise: for previews and interrupted runs."""
-        if self.layout is None or self.layout.stage == 3:
-            return sample
-        sample, plan, mask = self._pack(self.low_noise(sample)), self.layout.plan, self.layout.mask
-        if plan is None:
-            plan = plan_tokens(sample.new_zeros(sample.shape[:2], dtype=torch.float32), self.grid, ratio=0.0)
-        packed = sample.flatten(0, 1) if mask is None else sample[mask]
-        return self._unpack(merge_tokens(packed, plan, 1.0, 0.0, 0.0, 0, **self._rules), self._high_grid)
+        """Upsample a sample of any stage to full resolution without noise: for previews and interrupted runs."""
+        return sample if self._run is None else self._run.full_resolution(sample)
 
     def finish(self, sample: Tensor) -> Tensor:
         """End the run here, in whatever stage it is: `full_resolution` of its last sample."""
         full = self.full_resolution(sample)
-        self._run = self.layout = None
+        self._run = None
         return full
 
 
 RaluScheduler.__module__ = "ralu"  # what diffusers writes into model_index.json, to import it from there
-
-# Stock options that change the noise levels after shifting, or add noise of their own.
-_BENDING = (
-    "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
-    "stochastic_sampling", "use_flow_sigmas",
-)  # fmt: skip
-
-
-def _seeds(given: int | Sequence[int] | Tensor | None) -> int | list[int] | None:
-    """As a saved configuration can hold them."""
-    numbers = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
-    if numbers is None:
-        return None
-    several = isinstance(numbers, list | tuple) and len(numbers) > 0
-    for number in numbers if several else [numbers]:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"seeds must be a whole number, or one for each image, got {given!r}")
-        if not -(2**63) <= number < 2**63:
-            raise ValueError(f"seeds must be 64-bit signed numbers, got {number}")
-    return list(numbers) if several else numbers
-
-
-def _schedule(chosen: str | dict | Schedule, config, **changes) -> Schedule:
-    if isinstance(chosen, str):
-        # FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
-        schedule = preset(chosen, shift=3.0 if config.use_dynamic_shifting else config.shift)
-    else:
-        schedule = Schedule(**chosen) if isinstance(chosen, dict) else chosen
-    return replace(schedule, **{key: value for key, value in changes.items() if value is not None})
-
-
-@torch.no_grad()
-def sample(
-    velocity: Callable[[Tensor, float, Layout], Tensor],
-    noise: Tensor,
-    grid: tuple[int, int],
-    preset: str | Schedule = "flux-5x",
-    *,
-    decode: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
-    **options,
-) -> Tensor:
-    """Sample any flow-matching transformer with RALU, without a diffusers pipeline.
-
-    velocity: `(x (B, L, C), sigma, layout) -> (B, L, C)`, d x / d sigma at noise level sigma, for tokens at
-              `layout.positions`; where `layout.mask` is not None, attention must skip its False tokens.
-    noise:    (B, 4n, C) standard normal tokens in raster order of the high grid; it seeds the later stages' noise too.
-    grid:     (2h, 2w), the high grid, both even.
-    decode:   `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, needed for regions="canny".
-    options:  `RaluScheduler`'s; regions defaults to "canny" with a decoder and "gradient" without.
-
-    Returns the clean tokens, (B, 4n, C), in the dtype of the last velocity. Raises ValueError for an odd grid, noise
-    that does not fit it, or wrong options.
-    """
-    options.setdefault("regions", "gradient" if decode is None else "canny")
-    scheduler = RaluScheduler(preset, **options)
-    scheduler.bind(decode)
-    scheduler.set_timesteps()
-    scheduler.start(noise, grid)
-    x = noise
-    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
-        v = velocity(scheduler.low_noise(x), sigma, scheduler.layout)
-        x = scheduler.step(v, t, x, return_dict=False)[0]
-    return x

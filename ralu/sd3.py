@@ -15,15 +15,12 @@ from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from
 from torch import Tensor
 
 from .blocks import fused, unwrapped
-from .flux import decode, unpack
-from .scheduler import Layout, RaluScheduler
+from .flux import decode
+from .stages import pack, unpack
+from .scheduler import RaluScheduler
+from .stages import Layout
 
 T5 = "text_encoder_3"
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latent pixels (B, C, 2h, 2w), a strip's too, to tokens (B, h·w, 4C) in raster order."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 class Positions:
@@ -101,8 +98,8 @@ class LayoutHook:
                 )
             given = kwargs.get("joint_attention_kwargs") or {}
             kwargs["joint_attention_kwargs"] = {**given, "image_mask": layout.mask}
-        kwargs["hidden_states"] = scheduler.low_noise(sample)
-        if layout.stage == 2:
+        kwargs["hidden_states"] = scheduler.subsample_first(sample)
+        if layout.plan is not None:
             if self._of[0] is not layout:
                 self._of = layout, self.positions(layout.positions, scheduler.grid)
             rows = self._of[1]

@@ -7,7 +7,6 @@ revisions on one machine. Regions do not hang on rounding here: a preview's edge
 import argparse
 import hashlib
 import json
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -146,7 +145,7 @@ def configurations():
         title = ",".join(f"{key}={getattr(value, '__name__', 'mask' if value is MASK else value)}"
                          for key, value in options.items())  # fmt: skip
         runs[f"sample flux-5x {title}"] = lambda o=options: sampled("flux-5x", **o)
-    shifts = replace_shifts(PRESETS["flux-5x"])
+    shifts = PRESETS["flux-5x"].replace(shifts=(3.0, 3.0, 3.0))
     runs["sample shifts=3"] = lambda: sampled(shifts)
     runs["sample distilled shift=3"] = lambda: sampled(preset("distilled-4", shift=3.0))
     for batch, guidance in ((2, 1.0), (1, 3.0), (2, 3.0)):
@@ -163,8 +162,6 @@ def configurations():
     return runs
 
 
-def replace_shifts(schedule):
-    return replace(schedule, shifts=(3.0, 3.0, 3.0))
 
 
 def digest(latents):

@@ -1,0 +1,114 @@
+"""Interpolation other than nearest neighbour: ablations of the transitions (supplement C, Table S5), and resizing.
+
+Smoother upsamplers' noise would need a dense covariance, so the SNR alone is matched. Interpolation U gives pixel i of
+Up(x) the noise variance (1-e)²·v_i, v = diag(U Uᵀ), and the flow at the start s has (1-s)². With the signal right,
+a·e = s, white noise of variance
+
+    b_i² = (1-s)² - a²·(1-e)²·v_i = (1-s)² - (a-s)²·v_i
+
+makes up the rest, pixel by pixel: v = 1 for nearest neighbour and for kept tokens, less in between two pixels.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ralu_kernels import TokenPlan, merge_tokens, promote_tokens
+
+from .options import Options
+from .schedule import Transition
+
+
+@lru_cache
+def weights(kind: str, size: int, target: int) -> Tensor:
+    """U along one axis, float32 (target, size), as Pillow interpolates (bicubic with a = -1/2, three-lobed Lanczos)."""
+    try:
+        import numpy as np
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f'interpolation {kind!r} needs Pillow: pip install "ralu[pipelines]"') from error
+
+    rows = Image.fromarray(np.eye(size, dtype=np.float32)).resize((size, target), Image.Resampling[kind.upper()])
+    return torch.from_numpy(np.array(rows))
+
+
+def resized(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int], kind: str) -> Tensor:
+    """Resize the latent pixels of tokens (B, h·w, C) from a grid (h, w) to another: float32 (B, n, C)."""
+    planes = _planes(tokens.float(), grid, "pixel")
+    rows, columns = (
+        weights(kind, 2 * old, 2 * new).to(tokens.device) for old, new in zip(grid, target, strict=True)
+    )
+    return _tokens(rows @ planes @ columns.T, "pixel")
+
+
+def _planes(tokens: Tensor, grid: tuple[int, int], granularity: str) -> Tensor:
+    """Tokens (B, h·w, C) as images: of latent pixels (B, C/4, 2h, 2w), or of whole tokens (B, C, h, w)."""
+    planes = tokens.transpose(1, 2).unflatten(2, grid)
+    return F.pixel_shuffle(planes, 2) if granularity == "pixel" else planes
+
+
+def _tokens(planes: Tensor, granularity: str) -> Tensor:
+    """The inverse of `_planes`."""
+    return (F.pixel_unshuffle(planes, 2) if granularity == "pixel" else planes).flatten(2).transpose(1, 2)
+
+
+def upsampled(low: Tensor, grid: tuple[int, int], kind: str, granularity: str) -> tuple[Tensor, Tensor]:
+    """Interpolate tokens (B, n, C) to Up(low), float32 (B, 4n, C) in raster order, and its v, (1, 4n, C or 1)."""
+    planes = _planes(low.float(), grid, granularity)
+    rows, columns = (weights(kind, size, 2 * size).to(low.device) for size in planes.shape[2:])
+    v = torch.outer(rows.square().sum(1), columns.square().sum(1))[None, None]
+    if granularity == "pixel":
+        v = v.expand(1, low.shape[2] // 4, -1, -1)
+    return _tokens(rows @ planes @ columns.T, granularity), _tokens(v, granularity)
+
+
+def _renoise(x: Tensor, v: Tensor | float, transition: Transition, white: Tensor) -> Tensor:
+    variance = (1 - transition.start) ** 2 - (transition.scale - transition.start) ** 2 * v
+    return transition.scale * x + variance**0.5 * white
+
+
+def _selected(plan: TokenPlan) -> Tensor:
+    """Which high tokens had a selected parent, bool (B, 4n) in raster order."""
+    return plan.child[plan.inverse.long()] >= 0
+
+
+def select(low: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
+    """Low (B, n, C) to packed (total, C), as `ralu_kernels.promote_tokens` with another upsampler."""
+    high, v = upsampled(low, plan.grid, transition.interpolation, *options.chosen("granularity").values())
+    whole = torch.arange(low.shape[1], device=low.device).view(plan.grid)
+    parent = whole.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # of every high token, in raster order
+    children = _selected(plan)[..., None]
+    white = _white(promote_tokens, low, plan, seeds, options)[plan.inverse.long()]
+    kept = _renoise(low[:, parent].float(), 1.0, transition, white)
+    x = torch.where(children, _renoise(high, v, transition, white), kept)
+    packed = low.new_empty(plan.source.shape[0], low.shape[2])
+    packed[plan.inverse.long().flatten()] = x.flatten(0, 1).to(low.dtype)  # a kept row four times, the same
+    return packed
+
+
+def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
+    """Packed (total, C) to raster (B, 4n, C), as `ralu_kernels.merge_tokens` with another upsampler.
+
+    Where a low token's neighbour is selected, one pixel of each 2x2 of the neighbour's stands for it: their mean would
+    have less noise.
+    """
+    granularity = options.chosen("granularity")["granularity"]
+    (h, w), covered = plan.grid, packed[plan.inverse.long()].float()
+    children = _selected(plan)[..., None]
+    corner = _planes(covered, (2 * h, 2 * w), granularity)[..., ::2, ::2]
+    first = slice(None), slice(None), 0, slice(None), 0
+    kept, low = children.unflatten(1, (h, 2, w, 2))[first], covered.unflatten(1, (h, 2, w, 2))[first]
+    low = torch.where(kept.flatten(1, 2), _tokens(corner, granularity), low.flatten(1, 2))
+    high, v = upsampled(low, plan.grid, transition.interpolation, granularity)
+    white = _white(merge_tokens, packed, plan, seeds, options)
+    x = torch.where(children, _renoise(covered, 1.0, transition, white), _renoise(high, v, transition, white))
+    return x.to(packed.dtype)
+
+
+def _white(fused: Callable, tokens: Tensor, plan: TokenPlan, seeds: Tensor, options: Options) -> Tensor:
+    """Standard normals from the same random numbers as the fused operation's: its noise without c and without x."""
+    zeros = torch.zeros_like(tokens, dtype=torch.float32)
+    return fused(zeros, plan, 0.0, 1.0, 0.0, seeds, **options.chosen("granularity", "backend"))

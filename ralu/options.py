@@ -1,0 +1,103 @@
+"""The options of a spatial method: what they are, which values they take, and their defaults. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .schedule import INTERPOLATIONS, MATCHINGS
+
+# What the options that are words can be; the first is the default.
+CHOICES = {
+    "regions": ("canny", "gradient", "random"),
+    "granularity": ("pixel", "token"),
+    "carry_noise": ("exact", "release"),
+    "matching": MATCHINGS,
+    "upsampler": INTERPOLATIONS,
+    "backend": ("auto", "native", "triton", "reference"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keyword options of a spatial method, as `sample`, `RaluScheduler` and `enable` take them.
+
+    None is the preset's or the default, which is the first one named.
+
+    ratio:       share of the low-resolution tokens to upsample early, in [0, 1].
+    threshold:   upsample early what scores at least this much instead; counts then differ between images.
+    regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
+                 mask (an image, or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
+    granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
+    carry_noise: "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
+    matching:    of noise and timestep between stages: "covariance" (the paper's), "snr" or "off", see
+                 `ralu.schedule.match_noise`.
+    upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", see
+                 `ralu.interpolation`.
+    backend:     of `ralu_kernels`: "auto", "native", "triton" or "reference".
+    seeds:       a 64-bit number for each image of a batch, or one for all, that the later stages' noise is made of; by
+                 default it comes from the signs of the image's starting noise. Give it where starting noise is
+                 interpolated from image to image: signs flip along the way, and the later noise would jump.
+
+    Raises ValueError for a value out of range, and TypeError for one of a wrong type.
+    """
+
+    ratio: float | None = None
+    threshold: float | None = None
+    regions: Any = None
+    granularity: str | None = None
+    carry_noise: str | None = None
+    matching: str | None = None
+    upsampler: str | None = None
+    backend: str | None = None
+    seeds: Any = None
+
+    def __post_init__(self):
+        for name in ("ratio", "threshold"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        if self.ratio is not None and not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio must lie in [0, 1], got {self.ratio}")
+        if self.ratio is not None and self.threshold is not None:
+            raise ValueError(f"give ratio or threshold, not both: got ratio={self.ratio}, threshold={self.threshold}")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value is None or (name == "regions" and not isinstance(value, str)):
+                continue
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string, got {value!r}")
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.upsampler not in (None, "nearest") and self.matching != "snr":
+            raise ValueError(f"upsampler={self.upsampler!r} needs matching='snr', got {self.matching!r}")
+        # Names score in [0, 1], beyond which a threshold would select all or nothing; a scorer's range is its own.
+        if self.threshold is not None and not callable(self.regions) and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must lie in [0, 1], in which edges and masks score, got {self.threshold}")
+        object.__setattr__(self, "seeds", _seeds(self.seeds))
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that are not None, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def chosen(self, *names: str) -> dict[str, str]:
+        """Return the options of these names, with the defaults of those that are None."""
+        return {name: getattr(self, name) or CHOICES[name][0] for name in names}
+
+
+def _seeds(given) -> int | list[int] | None:
+    """Return seeds as a saved configuration can hold them."""
+    if given is None:
+        return None
+    numbers = given.tolist() if hasattr(given, "tolist") else given  # arrays and tensors
+    several = isinstance(numbers, list | tuple) and len(numbers) > 0
+    for number in numbers if several else [numbers]:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"seeds must be a whole number, or one for each image, got {given!r}")
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"seeds must be 64-bit signed numbers, got {number}")
+    return list(numbers) if several else numbers

@@ -1,0 +1,413 @@
+"""The stages of a run: what the model sees, the transitions in between, and the loop. Needs PyTorch alone.
+
+Tokens are packed as FLUX packs them: (B, n, C) in raster order, and channel c·4 + 2·row + column of a token is pixel
+(row, column) of its 2x2 latent pixels in latent channel c.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens, upsample_renoise
+from ralu_kernels._backend import resolve
+
+from . import regions
+from .options import Options
+from .schedule import Schedule, Transition, preset
+
+Grid = tuple[int, int]
+_RULES = "granularity", "carry_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tokens that the model sees now.
+
+    stage:      the stage's number, from 1.
+    resolution: "low", "mixed" or "full".
+    positions:  float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in a low stage, the
+                children of a selected token at its own position + {0, 1/2} in a mixed one, whole numbers on the full
+                grid in a full one.
+    plan:       a mixed stage's TokenPlan, else None.
+    scores:     float32 (B, n), what the plan was made from, else None.
+    """
+
+    stage: int
+    resolution: str
+    positions: Tensor
+    plan: TokenPlan | None = None
+    scores: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of every sample, int32 (B,), where they differ and the shorter are padded; else None."""
+        return None if self._rows is None or self.plan is None else self.plan.lengths
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens are no padding, bool (B, L); None where none is."""
+        return None if self._rows is None else self._rows[1]
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor] | None:
+        """The packed row of every token, and which are no padding, (B, L) each; None where all samples have L."""
+        plan = self.plan
+        if plan is None or plan.source.shape[0] == plan.batch_size * plan.max_seqlen:
+            return None
+        column = torch.arange(plan.max_seqlen, device=plan.source.device)
+        kept, first = column < plan.lengths[:, None], plan.cu_seqlens[:-1, None]
+        return torch.where(kept, first + column, first), kept  # any row pads
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Spread a mixed stage's packed rows (total, ...) over samples, (B, L, ...)."""
+        if self._rows is not None:
+            return packed[self._rows[0]]
+        return packed.unflatten(0, (self.plan.batch_size, self.plan.max_seqlen))
+
+    def strip(self, padded: Tensor) -> Tensor:
+        """Undo `pad`: (B, L, ...) to (total, ...)."""
+        rows = padded.flatten(0, 1)
+        return rows if self._rows is None else rows[self._packed_rows]
+
+    @cached_property
+    def _packed_rows(self) -> Tensor:
+        plan = self.plan
+        total = plan.source.shape[0]
+        sample = torch.repeat_interleave(plan.lengths, output_size=total)
+        gap = plan.max_seqlen * torch.arange(plan.batch_size, device=sample.device) - plan.cu_seqlens[:-1]
+        return torch.arange(total, device=sample.device) + gap[sample]
+
+
+def raster(grid: Grid, batch: int, device: torch.device) -> Tensor:
+    """List the whole positions of a grid in raster order, float32 (batch, h·w, 2)."""
+    rows, columns = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
+    return torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(batch, -1, -1)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latent pixels (B, C, 2h, 2w) to tokens (B, h·w, 4C) in raster order."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, grid: Grid) -> Tensor:
+    """Tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
+    # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
+
+
+def seeds_of(noise: Tensor) -> Tensor:
+    """Derive a 64-bit seed for each sample from the signs of its starting noise (B, ...): int64 (B,).
+
+    Diffusers gives a scheduler's `step` no generator, and a sample's noise says all that its generator would. Rounding
+    keeps signs, so noise in bfloat16, or that differs in its last bits, gives the same seed. Integer arithmetic alone:
+    the seed depends neither on the batch nor on the device.
+    """
+    negative = noise.detach().flatten(1).signbit()
+    keys = _mixed(torch.arange(1, negative.shape[1] + 1, device=noise.device) * -0x61C8864680B583EB)
+    return _mixed((keys * negative).sum(dim=1))
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of 64 bits that each depend on all: int64 of any shape."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits = (bits ^ _shifted_right(bits, shift)) * factor
+    return bits ^ _shifted_right(bits, 31)
+
+
+def _shifted_right(bits: Tensor, count: int) -> Tensor:
+    """Zeros come in from the left, where >> would repeat the sign."""
+    return bits >> count & (1 << 64 - count) - 1
+
+
+# ---- transitions ----
+
+
+def subsample_first(noise: Tensor, grid: Grid) -> Tensor:
+    """Take a low stage's noise out of the full-size noise: (B, 4n, C) to (B, n, C), grid (h, w) with h·w = n.
+
+    Latent pixels by nearest neighbour, so that a seed fixes the image's composition at every size.
+    """
+    (h, w), (batch, _, channels) = grid, noise.shape
+    corner = noise.unflatten(1, (h, 2, w, 2))[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
+    return corner.permute(0, 1, 3, 5, 2, 4).reshape(batch, h * w, channels)
+
+
+def renoise(tokens: Tensor, grid: Grid, transition: Transition, seeds: Tensor, stage: int, options: Options) -> Tensor:
+    """From a low stage to a full one: (B, n, C) on a grid (h, w) to (B, 4n, C), all upsampled and re-noised (Eq. S10).
+
+    stage: the number of the stage that is entered, a word of the random numbers' counter.
+    """
+    rules = options.chosen("granularity", "backend")
+    pixels = rules["granularity"] == "pixel"
+    latents = unpack(tokens, grid) if pixels else tokens.transpose(1, 2).unflatten(2, grid)
+    scale, noise_scale, c = transition.scale, transition.noise_scale, transition.c
+    latents = upsample_renoise(latents, scale, noise_scale, c, seeds, stage=stage, backend=rules["backend"])
+    return pack(latents) if pixels else latents.flatten(2).transpose(1, 2)
+
+
+def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
+    """From a low stage to a mixed one: (B, n, C) to packed (total, C), the plan's tokens upsampled, all re-noised."""
+    if transition.interpolation != "nearest":
+        from . import interpolation
+
+        return interpolation.select(tokens, plan, transition, seeds, options)
+    noise = transition.scale, transition.noise_scale, transition.c, seeds
+    return promote_tokens(tokens, plan, *noise, **options.chosen(*_RULES))
+
+
+def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
+    """From a mixed stage to a full one: packed (total, C) to raster (B, 4n, C), the rest upsampled, all re-noised."""
+    if transition.interpolation != "nearest":
+        from . import interpolation
+
+        return interpolation.complete(packed, plan, transition, seeds, options)
+    noise = transition.scale, transition.noise_scale, transition.c, seeds
+    return merge_tokens(packed, plan, *noise, **options.chosen(*_RULES))
+
+
+def resample(x0: Tensor, grids: tuple[Grid, Grid], transition: Transition, seeds: Tensor, stage: int, options: Options):
+    """From any whole stage to another: resize the clean estimate (B, n, C) from one grid to the other, add fresh noise.
+
+    The noise is white: it depends on the seed, the stage that is entered and the place. Returns (B, m, C).
+    """
+    from . import interpolation
+
+    resized = interpolation.resized(x0, *grids, transition.interpolation)
+    batch, _, channels = x0.shape
+    none = x0.new_zeros(batch, channels // 4, *grids[1], dtype=torch.float32)
+    white = pack(upsample_renoise(none, 0.0, 1.0, 0.0, seeds, stage=stage, **options.chosen("backend")))
+    return (transition.scale * resized + transition.noise_scale * white).to(x0.dtype)
+
+
+# ---- the loop ----
+
+
+def _same(sample: Tensor, *_) -> Tensor:
+    return sample
+
+
+class Run:
+    """One pass through a schedule: at which step it is, and the layout that the model sees there.
+
+    scorer:       `(x0, grid) -> scores`, see `ralu.regions`.
+    options:      of these the threshold, the seeds and how transitions treat tokens.
+    pack, unpack: where a model's samples are no tokens (B, L, C): `pack(sample)` gives them and
+                  `unpack(tokens, (rows, columns))` undoes it. A mixed sequence is one row. The methods below take and
+                  give samples as the model's.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        scorer: Callable,
+        options: Options,
+        *,
+        pack: Callable[[Tensor], Tensor] = _same,
+        unpack: Callable[[Tensor, Grid], Tensor] = _same,
+    ):
+        self.schedule, self.scorer, self.options = schedule, scorer, options
+        self.pack, self.unpack = pack, unpack
+        self.steps = [  # (stage, sigma, next sigma)
+            (stage, *levels)
+            for stage in range(1, 1 + len(schedule.stages))
+            for levels in pairwise(schedule.sigmas(stage))
+        ]
+        self.index = 0
+        self.layout: Layout | None = None
+        self.full_grid: Grid = (0, 0)
+        self._seeds = torch.empty(0)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise level of every step, float32 as diffusers has it."""
+        return torch.tensor([sigma for _, sigma, _ in self.steps], dtype=torch.float32)
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps were made."""
+        return self.index == len(self.steps)
+
+    @property
+    def grid(self) -> Grid:
+        """The low grid (h, w)."""
+        return self.full_grid[0] // 2, self.full_grid[1] // 2
+
+    def start(self, noise: Tensor, grid: Grid, token_pixels: int | None = None):
+        """Begin the first stage.
+
+        noise:        (B, N, C), the model's first input, in raster order of the full grid (rows, columns) = grid. B may
+                      be more than the first step's: guidance doubles batches.
+        token_pixels: side of a token in the image, for errors that speak of pixels.
+        Raises ValueError for a grid that cannot be halved where the schedule does so, and for noise that does not fit.
+        """
+        halved = any(stage.resolution != "full" for stage in self.schedule.stages)
+        if halved and (grid[0] % 2 or grid[1] % 2):
+            raise ValueError(_odd(grid, token_pixels))
+        noise = self.pack(noise)
+        if noise.shape[2] % 4:
+            raise ValueError(f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]} values")
+        tokens = grid[0] * grid[1]
+        if noise.shape[1] != tokens:
+            raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
+        resolve(*self.options.chosen("backend").values(), noise.device)
+        self.full_grid = grid
+        self.layout = self._whole(1, len(noise), noise.device)
+
+    def first(self, sample: Tensor) -> Tensor:
+        """The first step's sample at the first stage's resolution. Other steps' samples pass unchanged."""
+        if self.index or self.schedule.stages[0].resolution != "low":
+            return sample
+        tokens = self.pack(sample)
+        if tokens.shape[1] != self.full_grid[0] * self.full_grid[1]:
+            return sample
+        return self.unpack(subsample_first(tokens, self.grid), self.grid)
+
+    def step(self, sample: Tensor, velocity: Tensor) -> tuple[Tensor, bool]:
+        """Make one Euler step, and at a stage's end the transition.
+
+        sample: (B, L, C), in the very first step the full-size noise. velocity: the model's output for it.
+        Returns the next sample in float32, at a stage's end with the next stage's tokens, and whether the stage ended.
+        Raises ValueError for a velocity of another shape or of no real numbers.
+        """
+        stage, sigma, following = self.steps[self.index]
+        if self.index == 0:
+            self._seeds = self._first_seeds(sample)
+        x = self.first(sample)
+        if velocity.shape != x.shape or not velocity.is_floating_point():
+            raise ValueError(
+                f"the velocity must be real and of shape {tuple(x.shape)}, as the tokens it is for, "
+                f"got {tuple(velocity.shape)} in {velocity.dtype}"
+            )
+        x, v = x.float(), velocity.float()
+        advanced = x + (following - sigma) * v
+        self.index += 1
+        ended = not self.over and self.steps[self.index][0] != stage
+        if ended:
+            advanced = self._enter(stage + 1, advanced, x - sigma * v)
+        return advanced, ended
+
+    def _enter(self, stage: int, sample: Tensor, x0: Tensor) -> Tensor:
+        """The sample that the stage begins with, from the last one of the stage before and its clean estimate."""
+        transition, layout = self.schedule.transitions[stage - 2], self.layout
+        batch, device = len(sample), sample.device
+        if transition.kind == "select":
+            x0 = self.pack(x0)
+            scores = regions.score(self.scorer, x0, self.grid, self._seeds)
+            threshold = self.options.threshold
+            chosen = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
+            plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
+            packed = select(self.pack(sample), plan, transition, self._seeds, self.options)
+            self.layout = layout = Layout(stage, "mixed", plan.positions, plan, scores)
+            self.layout = Layout(stage, "mixed", layout.pad(plan.positions), plan, scores)
+            return self.unpack(layout.pad(packed), (1, plan.max_seqlen))
+        self.layout = self._whole(stage, batch, device)
+        if transition.kind == "complete":
+            packed = layout.strip(self.pack(sample))
+            tokens = complete(packed, layout.plan, transition, self._seeds, self.options)
+        elif transition.kind == "renoise":
+            tokens = renoise(self.pack(sample), self.grid, transition, self._seeds, stage, self.options)
+        else:
+            grids = self._grid_of(layout), self._grid_of(self.layout)
+            tokens = resample(self.pack(x0), grids, transition, self._seeds, stage, self.options)
+        return self.unpack(tokens, self._grid_of(self.layout))
+
+    def full_resolution(self, sample: Tensor) -> Tensor:
+        """Upsample a sample of any stage to full resolution without noise: for previews and interrupted runs."""
+        layout = self.layout
+        if layout is None or layout.resolution == "full":
+            return sample
+        plain = Transition("complete", 0.0, scale=1.0, noise_scale=0.0)
+        seeds = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
+        tokens = self.pack(self.first(sample))
+        if layout.plan is None:
+            full = renoise(tokens, self.grid, plain, seeds, layout.stage + 1, self.options)
+        else:
+            full = complete(layout.strip(tokens), layout.plan, plain, seeds, self.options)
+        return self.unpack(full, self.full_grid)
+
+    def _whole(self, stage: int, batch: int, device: torch.device) -> Layout:
+        resolution = self.schedule.stages[stage - 1].resolution
+        grid = self.grid if resolution == "low" else self.full_grid
+        return Layout(stage, resolution, raster(grid, batch, device))
+
+    def _grid_of(self, layout: Layout) -> Grid:
+        return self.grid if layout.resolution == "low" else self.full_grid
+
+    def _first_seeds(self, noise: Tensor) -> Tensor:
+        given, batch = self.options.seeds, len(noise)
+        if given is None:
+            return seeds_of(self.pack(noise))
+        numbers = [given] * batch if isinstance(given, int) else given
+        if len(numbers) != batch:
+            raise ValueError(f"seeds must be one number, or one for each of the {batch} images, got {len(numbers)}")
+        return torch.tensor(numbers, dtype=torch.int64, device=noise.device)
+
+
+def _odd(grid: Grid, token_pixels: int | None) -> str:
+    """Why a grid with an odd side cannot be used."""
+    if token_pixels is None:
+        return f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number"
+    unit = 2 * token_pixels
+    nearest = " or ".join("x".join(str(unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1))
+    return (
+        f"RALU needs a height and width that divide by {unit}, got {grid[0] * token_pixels}x"
+        f"{grid[1] * token_pixels} (height x width); the nearest sizes are {nearest}"
+    )
+
+
+def schedule_of(name: str | dict | Schedule, options: Options, shift: float = 1.0) -> Schedule:
+    """Return the schedule that a preset's name, a saved schedule or a schedule means under these options.
+
+    shift: the model's own timestep shift, for distilled presets. Raises ValueError for an unknown name, and for options
+    that only a name can be given with.
+    """
+    if isinstance(name, str):
+        return preset(name, shift, options.ratio, **options.chosen("matching", "upsampler"))
+    if not isinstance(name, dict | Schedule):
+        raise TypeError(f"preset must be a name or a Schedule, got {name!r}")
+    schedule = Schedule(**name) if isinstance(name, dict) else name
+    for option in ("matching", "upsampler"):
+        if getattr(options, option) is not None:
+            raise ValueError(f"{option} goes with a preset's name: a Schedule has transitions of its own")
+    return schedule if options.ratio is None else schedule.replace(ratio=options.ratio)
+
+
+@torch.no_grad()
+def sample(
+    velocity: Callable[[Tensor, float, Layout], Tensor],
+    noise: Tensor,
+    grid: Grid,
+    preset: str | Schedule = "flux-5x",
+    *,
+    decode: Callable[[Tensor, Grid], Tensor] | None = None,
+    **options,
+) -> Tensor:
+    """Sample any flow-matching transformer with RALU, without a diffusers pipeline.
+
+    velocity: `(x (B, L, C), sigma, layout) -> (B, L, C)`, d x / d sigma at noise level sigma, for tokens at
+              `layout.positions`; where `layout.mask` is not None, attention must skip its False tokens.
+    noise:    (B, N, C) standard normal tokens in raster order of the full grid; it seeds the later stages' noise too.
+    grid:     (rows, columns) of the full grid, both even where the schedule has a stage that is not full.
+    preset:   a name of `ralu.schedule`, or a `Schedule`.
+    decode:   `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, needed for regions="canny".
+    options:  `Options`; regions defaults to "canny" with a decoder and "gradient" without.
+
+    Returns the clean tokens, (B, N, C), in the dtype of the last velocity. Raises TypeError or ValueError, which name
+    the argument, before the model is called; for a velocity that does not fit its tokens, at the first call.
+    """
+    chosen = Options(**options)
+    default = "gradient" if decode is None else "canny"
+    scorer = regions.scorer_of(default if chosen.regions is None else chosen.regions, decode)
+    run = Run(schedule_of(preset, chosen), scorer, chosen)
+    run.start(noise, grid)
+    x = noise
+    for sigma in run.sigmas.tolist():
+        v = velocity(run.first(x), sigma, run.layout)
+        x, _ = run.step(x, v)
+        x = x.to(v.dtype)
+    return x
