@@ -4,7 +4,7 @@ The blocks' modules stay where they are and are called as modules: LoRA, quantis
 Between them the stock blocks make a pass over memory for every product and sum; these make one for each residual.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from types import MethodType
 
@@ -112,15 +112,30 @@ def unwrapped(transformer: nn.Module) -> nn.Module:
     return getattr(transformer, "_orig_mod", transformer)
 
 
+def named_arguments(transformer: nn.Module) -> list[str]:
+    """The names of what the model's forward takes, in order."""
+    return list(signature(type(unwrapped(transformer)).forward).parameters)[1:]
+
+
 class Fusion:
     """A forward pre-hook that lays out the joint sequences, once for all blocks and for all calls with one layout."""
 
     def __init__(self, transformer: nn.Module, blocks: list[nn.Module], trim_text: bool):
         self.blocks, self.trim_text = blocks, trim_text
-        self.parameters = list(signature(type(unwrapped(transformer)).forward).parameters)[1:]
+        self.parameters = named_arguments(transformer)
+        self.handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
+        self._remember()
+
+    def _remember(self):
         # To these caches tensors are equal when they are the same object.
         self.text_mask, self.layouts = lru_cache(4)(_text_mask), lru_cache(8)(_layouts)
-        self.handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __getstate__(self):
+        return {key: value for key, value in vars(self).items() if key not in ("text_mask", "layouts")}
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        self._remember()
 
     def __call__(self, module, args, kwargs):
         if not fused(module):
@@ -345,10 +360,16 @@ def _replace_forward(block: nn.Module, old, new, required: bool = True):
     innermost = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", [])[:1]
     places = [(block, "forward"), (block, "_old_forward")]
     places += [(reference, name) for reference in innermost for name in ("forward", "original_forward")]
-    found = [place for place in places if getattr(getattr(*place, None), "__func__", None) is old]
+    found = [place for place in places if _function(getattr(*place, None)) is old]
     if required and not found:
         raise ValueError(f"the forward of {type(block).__name__} has been replaced: it cannot be fused")
+    stock = new is type(block).forward
     for place in found:
-        setattr(*place, MethodType(new, block))
+        setattr(*place, MethodType(new, block) if stock else partial(new, block))
     if vars(block).get("forward") == MethodType(type(block).forward, block):
         del block.forward
+
+
+def _function(forward):
+    """Of a block's own method, or of a replaced one, which is no method, as those pickle by their name in the class."""
+    return forward.func if type(forward) is partial else getattr(forward, "__func__", None)

@@ -1,7 +1,6 @@
 """FLUX: per-sample positions in a batch, and what a stock `FluxPipeline` needs to take a `RaluScheduler`."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FluxPipeline
@@ -9,6 +8,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
 
 from .blocks import fused, unwrapped
+from .patch import LayoutHook, StandIn, calling_pipeline, reset_caches
 from .scheduler import RaluScheduler
 
 T5 = "text_encoder_2"
@@ -38,35 +38,43 @@ class BatchedPosEmbed(FluxPosEmbed):
         return tuple(PerSample(table.view(length, batch, -1).transpose(0, 1).contiguous()) for table in tables)
 
 
-class LayoutHook:
-    """A forward pre-hook that gives every transformer call the positions of the scheduler's current layout."""
+class Hook(LayoutHook):
+    stock_class, own_class = FluxPosEmbed, BatchedPosEmbed
 
-    def __init__(self, scheduler: RaluScheduler, token_pixels: int):
-        self.scheduler = scheduler
-        self.token_pixels = token_pixels
-
-    def __call__(self, module, args, kwargs):
-        scheduler = self.scheduler
-        if not scheduler.running:
-            return args, kwargs
-        sample, text_ids = kwargs["hidden_states"], kwargs["txt_ids"]
+    def lay_out(self, module, given, pipe):
+        scheduler, sample, text_ids = self.scheduler, given["hidden_states"], given["txt_ids"]
         if scheduler.layout is None:
             # Counted and not read off the last id: bfloat16 ids are inexact from 257 on.
-            columns = int((kwargs["img_ids"][:, 1] == 0).sum())
-            scheduler.start(sample, (len(kwargs["img_ids"]) // columns, columns), self.token_pixels)
+            columns = int((given["img_ids"][:, 1] == 0).sum())
+            scheduler.start(sample, (len(given["img_ids"]) // columns, columns), self.token_pixels)
         layout = scheduler.layout
-        kwargs["hidden_states"] = scheduler.low_noise(sample)
+        given["hidden_states"] = scheduler.low_noise(sample)
         batch = layout.positions.shape[0]
         ids = F.pad(layout.positions, (1, 0))  # axis 0 is unused by text-to-image
-        kwargs["img_ids"] = ids.transpose(0, 1).unsqueeze(1)  # (L, 1, B, 3)
-        kwargs["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
+        given["img_ids"] = ids.transpose(0, 1).unsqueeze(1)  # (L, 1, B, 3)
+        given["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
         if layout.mask is not None:
             if fused(module):
                 mask = {"image_mask": layout.mask}
             else:
                 mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
-            kwargs["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), **mask}
-        return args, kwargs
+            given["joint_attention_kwargs"] = {**(given.get("joint_attention_kwargs") or {}), **mask}
+        return given
+
+
+class Unpacking(StandIn):
+    """An interrupted run ends in any stage, and the pipeline decodes what it has; callbacks unpack what they like."""
+
+    name = "_unpack_latents"
+
+    def __call__(self, latents: Tensor, *size, **named):
+        pipe = self.owner
+        layout = getattr(pipe.scheduler, "layout", None)
+        # The pipeline sets its timestep to None after its loop, so no callback's call is taken for its own.
+        ended = layout is not None and calling_pipeline() is pipe and pipe.current_timestep is None
+        if ended and latents.shape[:2] == layout.positions.shape[:2]:
+            latents = pipe.scheduler.full_resolution(latents)
+        return self.stock(latents, *size, **named)
 
 
 def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -81,22 +89,8 @@ def decode(pipe: DiffusionPipeline, tokens: Tensor, grid: tuple[int, int], decod
     return (decoder or pipe.vae.decode)(latents.to(pipe.vae.dtype), return_dict=False)[0]
 
 
-def install(pipe: FluxPipeline, scheduler: RaluScheduler, undo: ExitStack):
-    """Put the hook and the position embedding into the pipeline; `undo` takes them out again."""
-    transformer = unwrapped(pipe.transformer)
-    scheduler.bind(lambda tokens, grid: decode(pipe, tokens, grid), transformer._reset_stateful_cache)
-    undo.callback(scheduler.unbind)
-    undo.callback(transformer._reset_stateful_cache)
-
-    stock = transformer.pos_embed
-    transformer.pos_embed = BatchedPosEmbed(stock.theta, stock.axes_dim)
-    undo.callback(setattr, transformer, "pos_embed", stock)
-
-    # On the outside: what torch.compile traces, and what offloading wraps anew on every call, lies within.
-    hook = LayoutHook(scheduler, pipe.vae_scale_factor * 2)
-    undo.callback(pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-    # An interrupted run ends in any stage, and the pipeline decodes what it has.
-    unpack = pipe._unpack_latents
-    pipe._unpack_latents = lambda latents, *size: unpack(scheduler.finish(latents), *size)
-    undo.callback(delattr, pipe, "_unpack_latents")
+def bind(pipe: FluxPipeline, scheduler: RaluScheduler):
+    """Make the scheduler this pipeline's, and the pipeline ready for interruptions."""
+    Unpacking.put_into(pipe)
+    decoder = None if pipe.vae is None else lambda tokens, grid: decode(pipe, tokens, grid)
+    scheduler.bind(decoder, lambda: reset_caches(unwrapped(pipe.transformer)))

@@ -80,6 +80,11 @@ def mask(picture: Image.Image | Tensor) -> Scorer:
 
     def scorer(x0: Tensor, grid: tuple[int, int]) -> Tensor:
         scores = F.adaptive_avg_pool2d(planes.to(x0.device), grid).flatten(1)
-        return scores.expand(len(x0), -1) if picture.dim() == 2 else scores
+        return scores.expand(len(x0), -1)
 
+    def check_batch(batch: int):
+        if len(planes) not in (1, batch):
+            raise ValueError(f"regions has masks for {len(planes)} images, but the batch has {batch}")
+
+    scorer.check_batch = check_batch
     return scorer

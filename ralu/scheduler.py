@@ -127,6 +127,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         )  # fmt: skip
         self.scorer = regions if callable(regions) else None
         self.bound = False
+        self.run_begins: Callable[[RaluScheduler], None] | None = None  # a function of a module, which can be pickled
         self._run = self.layout = None
 
     @staticmethod
@@ -150,7 +151,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
                        with channel c·4 + 2·row + column for latent channel c, and `unpack(tokens, (rows, columns))`
                        undoes it. A mixed sequence is one row. The methods below take and give samples as the model's.
         """
-        if self.scorer is None:
+        if self.config.regions is not None:
             if self.config.regions == "canny" and decode is None:
                 raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
             named = {
@@ -174,10 +175,12 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
+        if self.run_begins is not None:
+            self.run_begins(self)
         if not self.bound:
             raise RuntimeError(
-                "this pipeline was saved with RALU: call ralu.enable(pipe) before using it, or ralu.disable(pipe) for "
-                "the stock schedule"
+                "this pipeline has RALU's scheduler, but its transformer is a stock one, as after loading: call "
+                "ralu.enable(pipe) before using it, or ralu.disable(pipe) for the stock schedule"
             )
         given = sigmas if sigmas is not None else timesteps
         asked = num_inference_steps or (sum(self.schedule.steps) if given is None else len(given))
@@ -208,12 +211,13 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """Whether the current run has stages (and not the stock schedule)."""
         return self._run is not None
 
-    def start(self, noise: Tensor, grid: tuple[int, int], token_pixels: int | None = None):
+    def start(self, noise: Tensor, grid: tuple[int, int], token_pixels: int | None = None, images: int | None = None):
         """Begin stage 1.
 
         noise:        (B, 4n, C), the model's first input, in raster order of the high grid (2h, 2w) = grid. B may be
                       more than the first step's: guidance doubles batches.
         token_pixels: side of a token in the picture, for errors that speak of pixels.
+        images:       how many images these are, B unless guidance doubles them.
         """
         if grid[0] % 2 or grid[1] % 2:
             if token_pixels is None:
@@ -229,6 +233,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             tokens = grid[0] * grid[1]
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
         resolve(self.config.backend, noise.device)
+        if hasattr(self.scorer, "check_batch"):  # a mask's
+            self.scorer.check_batch(images or len(noise))
         self.grid = grid[0] // 2, grid[1] // 2
         self.layout = Layout(1, raster(self.grid, len(noise), noise.device))
 
@@ -324,12 +330,6 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             plan = plan_tokens(sample.new_zeros(sample.shape[:2], dtype=torch.float32), self.grid, ratio=0.0)
         packed = sample.flatten(0, 1) if mask is None else sample[mask]
         return self._unpack(merge_tokens(packed, plan, 1.0, 0.0, 0.0, 0, **self._rules), self._high_grid)
-
-    def finish(self, sample: Tensor) -> Tensor:
-        """End the run here, in whatever stage it is: `full_resolution` of its last sample."""
-        full = self.full_resolution(sample)
-        self._run = self.layout = None
-        return full
 
 
 RaluScheduler.__module__ = "ralu"  # what diffusers writes into model_index.json, to import it from there

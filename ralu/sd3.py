@@ -5,9 +5,6 @@ sequence of L tokens travels as a strip (B, C, 2, 2L), a token for each 2x2 patc
 the unpatching treat it as L tokens without knowing, and only the positions that are added are not the strip's own.
 """
 
-import weakref
-from contextlib import ExitStack
-
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from .blocks import fused, unwrapped
 from .flux import decode, unpack
+from .patch import LayoutHook, StandIn, calling_pipeline, reset_caches
 from .scheduler import Layout, RaluScheduler
 
 T5 = "text_encoder_3"
@@ -72,26 +70,46 @@ class Positions:
         return max(float((part - axis).abs().max()) for part in (columns, rows.transpose(0, 1)))
 
 
-class LayoutHook:
-    """A forward pre-hook that gives every transformer call the sample and positions of the scheduler's current layout.
+class StripPatchEmbed(PatchEmbed):
+    """A `PatchEmbed` that adds the positions it is given, (B, L, D), to a strip."""
 
-    Guidance doubles the batch and skip-layer guidance does not, so positions are repeated as each call needs.
-    """
+    strip: Tensor | None = None
 
-    def __init__(self, scheduler: RaluScheduler, embed: PatchEmbed, token_pixels: int):
-        self.scheduler, self.token_pixels = scheduler, token_pixels
-        self.positions, self.stock = Positions(embed), embed.cropped_pos_embed
-        self.strip: Tensor | None = None  # what is added to this call's tokens, where they are a strip
+    def cropped_pos_embed(self, height: int, width: int) -> Tensor:
+        return super().cropped_pos_embed(height, width) if self.strip is None else self.strip
+
+
+class Hook(LayoutHook):
+    """Guidance doubles the batch and skip-layer guidance does not, so positions are repeated as each call needs."""
+
+    stock_class, own_class = PatchEmbed, StripPatchEmbed
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, scheduler: RaluScheduler):
+        super().__init__(pipe, scheduler)
+        self.positions = Positions(unwrapped(pipe.transformer).pos_embed)
         self._of: tuple[Layout | None, Tensor | None] = None, None
 
-    def __call__(self, module, args, kwargs):
-        scheduler, self.strip = self.scheduler, None
-        if not scheduler.running:
-            return args, kwargs
-        sample = kwargs["hidden_states"]
+    @classmethod
+    def check(cls, transformer):
+        super().check(transformer)
+        if (size := unwrapped(transformer).config.patch_size) != 2:
+            raise ValueError(f"pipe.transformer must have patch_size 2, got {size}")
+
+    def remove(self, transformer):
+        vars(unwrapped(transformer).pos_embed).pop("strip", None)
+        super().remove(transformer)
+
+    def pass_on(self, module, args, kwargs):
+        unwrapped(module).pos_embed.strip = None
+        return args, kwargs
+
+    def lay_out(self, module, given, pipe):
+        scheduler, sample, strip = self.scheduler, given["hidden_states"], None
         if scheduler.layout is None:
             height, width = sample.shape[-2:]
-            scheduler.start(sample, (height // 2, width // 2), self.token_pixels)
+            guided = pipe is not None and pipe.do_classifier_free_guidance
+            images = len(sample) // (2 if guided else 1)
+            scheduler.start(sample, (height // 2, width // 2), self.token_pixels, images)
         layout = scheduler.layout
         if layout.mask is not None:
             if not fused(module):
@@ -99,67 +117,49 @@ class LayoutHook:
                     "SD3's stock attention takes no mask, so the pictures of a batch must have equal token counts: "
                     "with threshold= paint one at a time or enable with fused=True, or give ratio="
                 )
-            given = kwargs.get("joint_attention_kwargs") or {}
-            kwargs["joint_attention_kwargs"] = {**given, "image_mask": layout.mask}
-        kwargs["hidden_states"] = scheduler.low_noise(sample)
+            joint = given.get("joint_attention_kwargs") or {}
+            given["joint_attention_kwargs"] = {**joint, "image_mask": layout.mask}
+        given["hidden_states"] = scheduler.low_noise(sample)
         if layout.stage == 2:
             if self._of[0] is not layout:
                 self._of = layout, self.positions(layout.positions, scheduler.grid)
             rows = self._of[1]
-            self.strip = rows.repeat(len(sample) // len(rows), 1, 1)
-        return args, kwargs
-
-    def cropped_pos_embed(self, height: int, width: int) -> Tensor:
-        """Stands in for `PatchEmbed.cropped_pos_embed`."""
-        return self.stock(height, width) if self.strip is None else self.strip
+            strip = rows.repeat(len(sample) // len(rows), 1, 1)
+        unwrapped(module).pos_embed.strip = strip
+        return given
 
 
-class WholeDecode:
-    """Stands in for `vae.decode`: an interrupted run ends in any stage, and the pipeline decodes what it has.
+class WholeDecode(StandIn):
+    """An interrupted run ends in any stage, and the pipeline decodes what it has.
 
-    The decoder alone sees those latents: nothing of the pipeline's own is called between its loop and the decoding.
+    The decoder alone sees those latents: nothing of the pipeline's own is called between its loop and the decoding. A
+    preview in a callback is of the whole picture already, and what the caller decodes afterwards is the caller's.
     """
 
-    def __init__(self, pipe: StableDiffusion3Pipeline, scheduler: RaluScheduler):
-        self.pipe, self.scheduler, self.stock = weakref.ref(pipe), scheduler, pipe.vae.decode
-        self.before = vars(pipe.vae).get("decode")
+    name = "decode"
 
     def __call__(self, latents: Tensor, *args, **kwargs):
-        if getattr(self.pipe(), "_interrupt", False) and self._are_the_runs(latents):
-            latents = self.scheduler.finish(latents)
+        pipe = calling_pipeline()
+        scheduler = getattr(pipe, "scheduler", None)
+        layout = getattr(scheduler, "layout", None)
+        if layout is not None and pipe.interrupt and latents.shape[-2:] == _size(layout, scheduler.grid):
+            latents = scheduler.full_resolution(latents)
         return self.stock(latents, *args, **kwargs)
 
-    def _are_the_runs(self, latents: Tensor) -> bool:
-        """A run that returned its latents leaves the pipeline interrupted: what is decoded then may be any others."""
-        layout = self.scheduler.layout
-        if layout is None:
-            return False
-        (h, w), length = self.scheduler.grid, layout.positions.shape[1]
-        tokens = {1: (h, w), 2: (1, length), 3: (2 * h, 2 * w)}[layout.stage]
-        return latents.shape[-2:] == (2 * tokens[0], 2 * tokens[1])
 
-    @staticmethod
-    def take_off(vae: torch.nn.Module):
-        """Remove what no bound scheduler needs: pipelines may share a VAE, and be disabled in any order."""
-        while isinstance(top := vars(vae).get("decode"), WholeDecode) and not top.scheduler.bound:
-            del vae.decode
-            if top.before is not None:
-                vae.decode = top.before
+def _size(layout: Layout, grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the latents (B, C, H, W) that a layout's tokens are."""
+    (h, w), length = grid, layout.positions.shape[1]
+    return {1: (2 * h, 2 * w), 2: (2, 2 * length), 3: (4 * h, 4 * w)}[layout.stage]
 
 
-def install(pipe: StableDiffusion3Pipeline, scheduler: RaluScheduler, undo: ExitStack):
-    """Put the hook, the positions and the decoder into the pipeline; `undo` takes them out again."""
-    transformer, vae = unwrapped(pipe.transformer), pipe.vae
-    if transformer.config.patch_size != 2:
-        raise ValueError(f"RALU needs a transformer with patch_size 2, got {transformer.config.patch_size}")
-    undo.callback(WholeDecode.take_off, vae)
-    whole = WholeDecode(pipe, scheduler)
-    scheduler.bind(lambda tokens, grid: decode(pipe, tokens, grid, whole.stock), pack=pack, unpack=unpack)
-    undo.callback(scheduler.unbind)
-    vae.decode = whole
-
-    hook = LayoutHook(scheduler, transformer.pos_embed, pipe.vae_scale_factor * 2)
-    transformer.pos_embed.cropped_pos_embed = hook.cropped_pos_embed
-    undo.callback(delattr, transformer.pos_embed, "cropped_pos_embed")
-    # On the outside: what torch.compile traces, and what offloading wraps anew on every call, lies within.
-    undo.callback(pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+def bind(pipe: StableDiffusion3Pipeline, scheduler: RaluScheduler):
+    """Make the scheduler this pipeline's, and the pipeline ready for interruptions."""
+    decoder = None
+    if pipe.vae is not None:
+        WholeDecode.put_into(pipe.vae)
+        # An interruption from another thread does not touch the preview.
+        whole = vars(pipe.vae)["decode"]
+        stock = whole.stock if isinstance(whole, WholeDecode) else whole
+        decoder = lambda tokens, grid: decode(pipe, tokens, grid, stock)  # noqa: E731
+    scheduler.bind(decoder, lambda: reset_caches(unwrapped(pipe.transformer)), pack, unpack)
