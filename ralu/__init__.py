@@ -4,13 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .mini import mini_path
+from .options import Options
 from .schedule import PRESETS, Schedule, preset, solve
 
 if TYPE_CHECKING:
     from ralu_kernels import attention_backend
 
     from .blocks import fuse, unfuse
+    from .caches.taylorseer import TaylorSeer
     from .cost import estimate
+    from .method import Method
     from .pipeline import disable, enable
     from .scheduler import RaluScheduler
     from .stages import Layout, sample
@@ -19,8 +22,11 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Layout",
+    "Method",
+    "Options",
     "RaluScheduler",
     "Schedule",
+    "TaylorSeer",
     "attention_backend",
     "disable",
     "enable",
@@ -36,6 +42,7 @@ __all__ = [
 # Torch and diffusers take seconds to import; the schedule's numbers and `ralu --help` do without them.
 _HOMES = {
     "Layout": ".stages",
+    "Method": ".method",
     "RaluScheduler": ".scheduler",
     "attention_backend": "ralu_kernels",
     "disable": ".pipeline",
@@ -44,6 +51,7 @@ _HOMES = {
     "fuse": ".blocks",
     "sample": ".stages",
     "unfuse": ".blocks",
+    "TaylorSeer": ".caches",
     "SchedulerMixin": ".scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }
 

@@ -4,39 +4,28 @@ The blocks' modules stay where they are and are called as modules: LoRA, quantis
 Between them the stock blocks make a pass over memory for every product and sum; these make one for each residual.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from types import MethodType
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
-from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
 from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ralu_kernels import (
     Sequences,
     Stream,
-    concat_gelu,
     gated_add,
     gated_add_modulate,
-    modulate,
     pack_qkv,
     pack_sequences,
     unpack,
     varlen_attention,
 )
 
+from .families import Family, family_of_transformer
+
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
-
-_STOCK_PROCESSORS = (FluxAttnProcessor, JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
-
 
 def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     """Make the blocks of a stock transformer run on `ralu_kernels`. Returns the same transformer.
@@ -60,24 +49,23 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     replaced.
     """
     model = unwrapped(transformer)
-    if not isinstance(model, FluxTransformer2DModel | SD3Transformer2DModel):
-        known = "a FluxTransformer2DModel or SD3Transformer2DModel"
-        raise ValueError(f"transformer must be {known}, got {type(model).__name__}")
+    family = family_of_transformer(model)
     unfuse(model)
     blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
-    strange = next((type(block).__name__ for block in blocks if type(block) not in _FORWARDS), None)
-    obstacle = f"it has blocks of class {strange}" if strange else _obstacle(blocks, _STOCK_PROCESSORS)
+    strange = next((type(block).__name__ for block in blocks if type(block) not in family.fused_blocks), None)
+    obstacle = f"it has blocks of class {strange}" if strange else _obstacle(blocks, family.stock_processors)
     if getattr(model, "_parallel_config", None) is not None:
         obstacle = "it is parallel"
     if obstacle:
         logger.warning_once(f"RALU leaves this transformer unfused: {obstacle}")
         return transformer
-    model.ralu_fusion = Fusion(transformer, blocks, trim_text)
+    model.ralu_fusion = Fusion(transformer, family, blocks, trim_text)
     try:
         for block in blocks:
-            _replace_forward(block, type(block).forward, _FORWARDS[type(block)])
+            replacement = family.fused_blocks[type(block)]
+            _replace_forward(block, type(block).forward, replacement.forward)
             for attention in _attentions(block):
-                attention.set_processor(_PROCESSORS[type(block)](attention.processor))
+                attention.set_processor(replacement.processor(attention.processor))
     except ValueError:
         unfuse(model)
         raise
@@ -90,17 +78,18 @@ def unfuse(transformer: nn.Module) -> nn.Module:
     if fusion is not None:
         fusion.handle.remove()
         for block in fusion.blocks:
-            _replace_forward(block, _FORWARDS[type(block)], type(block).forward, required=False)
+            fused = fusion.family.fused_blocks[type(block)].forward
+            _replace_forward(block, fused, type(block).forward, required=False)
             for attention in _attentions(block):
                 if isinstance(attention.processor, Processor):  # and not one put in since
                     attention.set_processor(attention.processor.stock or attention._default_processor_cls())
     return transformer
 
 
-def fused(transformer: nn.Module) -> bool:
-    """Whether a transformer is fused. Where its attention is not `fuse`'s any more, it is unfused first."""
+def is_fused(transformer: nn.Module) -> bool:
+    """Say whether a transformer is fused. Where its attention is not `fuse`'s any more, it is unfused first."""
     fusion = vars(unwrapped(transformer)).get("ralu_fusion")
-    if fusion is not None and (obstacle := _obstacle(fusion.blocks, tuple(_PROCESSORS.values()))):
+    if fusion is not None and (obstacle := _obstacle(fusion.blocks, fusion.processors)):
         logger.warning_once(f"RALU unfuses this transformer: {obstacle}")
         unfuse(transformer)
         return False
@@ -108,24 +97,44 @@ def fused(transformer: nn.Module) -> bool:
 
 
 def unwrapped(transformer: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` has made a new module of it."""
+    """Return the model itself, where `torch.compile` has made a new module of it."""
     return getattr(transformer, "_orig_mod", transformer)
+
+
+def named_arguments(transformer: nn.Module) -> list[str]:
+    """List the names of what the model's forward takes, in order."""
+    return list(signature(type(unwrapped(transformer)).forward).parameters)[1:]
 
 
 class Fusion:
     """A forward pre-hook that lays out the joint sequences, once for all blocks and for all calls with one layout."""
 
-    def __init__(self, transformer: nn.Module, blocks: list[nn.Module], trim_text: bool):
-        self.blocks, self.trim_text = blocks, trim_text
-        self.parameters = list(signature(type(unwrapped(transformer)).forward).parameters)[1:]
+    def __init__(self, transformer: nn.Module, family: Family, blocks: list[nn.Module], trim_text: bool):
+        self.family, self.blocks, self.trim_text = family, blocks, trim_text
+        self.parameters = named_arguments(transformer)
+        self.handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
+        self._remember()
+
+    @property
+    def processors(self) -> tuple[type, ...]:
+        """Classes of the attention processors that `fuse` puts in."""
+        return tuple(block.processor for block in self.family.fused_blocks.values())
+
+    def _remember(self):
         # To these caches tensors are equal when they are the same object.
         self.text_mask, self.layouts = lru_cache(4)(_text_mask), lru_cache(8)(_layouts)
-        self.handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __getstate__(self):
+        return {key: value for key, value in vars(self).items() if key not in ("text_mask", "layouts")}
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        self._remember()
 
     def __call__(self, module, args, kwargs):
-        if not fused(module):
+        if not is_fused(module):
             return args, kwargs
-        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        family, kwargs = self.family, dict(zip(self.parameters, args, strict=False)) | kwargs
         sample, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         given = dict(kwargs.get("joint_attention_kwargs") or {})
         if "attention_mask" in given:
@@ -133,15 +142,12 @@ class Fusion:
         length, text_mask = text.shape[1], None
         if self.trim_text:
             length, text_mask = self.text_mask(text)
-            kwargs["encoder_hidden_states"] = text[:, :length]
-        flux = "txt_ids" in self.parameters
-        if flux:
-            kwargs["txt_ids"] = kwargs["txt_ids"][:length]
-        image_length = sample.shape[1] if flux else sample.shape[2] * sample.shape[3] // module.config.patch_size**2
-        lengths = length, image_length
+            family.trim_text(kwargs, length)
+        lengths = length, family.image_tokens(module, kwargs)
         masks = text_mask, given.pop("image_mask", None)
-        given["sequences"], image = self.layouts(*masks, len(sample), *lengths, sample.device, flux)
-        if not flux:
+        order = family.text_first, family.image_alone
+        given["sequences"], image = self.layouts(*masks, len(sample), *lengths, sample.device, *order)
+        if family.image_alone:
             given["image_sequences"] = image
         kwargs["joint_attention_kwargs"] = given
         return (), kwargs
@@ -155,7 +161,8 @@ def _text_mask(text: Tensor) -> tuple[int, Tensor]:
 
 
 def _layouts(
-    text_mask: Tensor | None, image_mask: Tensor | None, batch: int, text: int, image: int, device, text_first: bool
+    text_mask: Tensor | None, image_mask: Tensor | None, batch: int, text: int, image: int, device, text_first: bool,
+    image_alone: bool,
 ) -> tuple[Sequences, Sequences | None]:
     """The joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over."""
     joint = None
@@ -168,7 +175,7 @@ def _layouts(
             for mask, length in ((text_mask, text), (image_mask, image))
         ]
         joint = torch.cat(masks if text_first else masks[::-1], dim=1)
-    alone = None if text_first else pack_sequences(image_mask, batch, image, device)
+    alone = pack_sequences(image_mask, batch, image, device) if image_alone else None
     return pack_sequences(joint, batch, text + image, device), alone
 
 
@@ -206,10 +213,6 @@ class Processor:
         return image, text[0] if attn.context_pre_only else attn.to_add_out(text[0])
 
 
-class SD3Processor(Processor):
-    text_first = False
-
-
 # A stream's projections, the same in one (`fuse_qkv_projections`), and its norms.
 _OWN = ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
@@ -223,96 +226,23 @@ def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: t
     return Stream(*qkv, *(getattr(getattr(attn, name), "weight", None) for name in norms))
 
 
-# ---- blocks: the stock forwards with the same parameters and results ----
+# ---- what the forwards of families' blocks share ----
 
 
-def _vectors(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]:
-    """What an adaptive norm makes of the timestep: (B, D) each."""
+def vectors(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Compute what an adaptive norm makes of the timestep: (B, D) each."""
     return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
-def _feed_forward(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, ff) -> Tensor:
-    """A stream x from its attention's output y to the end of the block."""
+def feed_forward(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, ff) -> Tensor:
+    """Bring a stream x from its attention's output y to the end of the block."""
     x, normed = gated_add_modulate(x, gate, y, shift, scale)
     return gated_add(x, gate_mlp, ff(normed))
 
 
-def _clipped(x: Tensor) -> Tensor:
+def clipped(x: Tensor) -> Tensor:
+    """Clip float16 as the stock blocks do."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
-
-
-def _flux_double(
-    block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
-):  # fmt: skip
-    shift, scale, *image = _vectors(block.norm1, temb, 6)
-    text_shift, text_scale, *text = _vectors(block.norm1_context, temb, 6)
-    attention, text_attention = block.attn(
-        hidden_states=modulate(hidden_states, shift, scale),
-        encoder_hidden_states=modulate(encoder_hidden_states, text_shift, text_scale),
-        image_rotary_emb=image_rotary_emb,
-        **(joint_attention_kwargs or {}),
-    )
-    gate, *rest = image
-    hidden_states = _feed_forward(hidden_states, gate, attention, *rest, block.ff)
-    gate, *rest = text
-    encoder_hidden_states = _feed_forward(encoder_hidden_states, gate, text_attention, *rest, block.ff_context)
-    return _clipped(encoder_hidden_states), hidden_states
-
-
-def _flux_single(
-    block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
-):  # fmt: skip
-    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = _vectors(block.norm, temb, 3)
-    normed = modulate(x, shift, scale)
-    mlp = block.proj_mlp(normed)
-    attention = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    x = _clipped(gated_add(x, gate, block.proj_out(concat_gelu(attention, mlp))))
-    return x.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
-
-
-def _sd3_joint(block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
-    given = dict(joint_attention_kwargs or {})
-    image_sequences = given.pop("image_sequences", None)
-    shift, scale, gate, *image = _vectors(block.norm1, temb, 9 if block.use_dual_attention else 6)
-    if block.context_pre_only:
-        text_scale, text_shift = _vectors(block.norm1_context, temb, 2)
-    else:
-        text_shift, text_scale, text_gate, *text = _vectors(block.norm1_context, temb, 6)
-    attention, text_attention = block.attn(
-        hidden_states=modulate(hidden_states, shift, scale),
-        encoder_hidden_states=modulate(encoder_hidden_states, text_shift, text_scale),
-        **given,
-    )
-    if block.use_dual_attention:
-        *image, shift, scale, gate2 = image
-        attention2 = block.attn2(
-            hidden_states=modulate(hidden_states, shift, scale), **given | {"sequences": image_sequences}
-        )
-        hidden_states, gate, attention = gated_add(hidden_states, gate, attention), gate2, attention2
-    ff, ff_context = (_chunked(block, ff) for ff in (block.ff, block.ff_context))
-    hidden_states = _feed_forward(hidden_states, gate, attention, *image, ff)
-    if block.context_pre_only:
-        return None, hidden_states
-    return _feed_forward(encoder_hidden_states, text_gate, text_attention, *text, ff_context), hidden_states
-
-
-def _chunked(block, ff):
-    if block._chunk_size is None:
-        return ff
-    return lambda x: _chunked_feed_forward(ff, x, block._chunk_dim, block._chunk_size)
-
-
-_FORWARDS = {
-    FluxTransformerBlock: _flux_double,
-    FluxSingleTransformerBlock: _flux_single,
-    JointTransformerBlock: _sd3_joint,
-}
-_PROCESSORS = {
-    FluxTransformerBlock: Processor,
-    FluxSingleTransformerBlock: Processor,
-    JointTransformerBlock: SD3Processor,
-}
 
 
 # ---- in and out ----
@@ -345,10 +275,16 @@ def _replace_forward(block: nn.Module, old, new, required: bool = True):
     innermost = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", [])[:1]
     places = [(block, "forward"), (block, "_old_forward")]
     places += [(reference, name) for reference in innermost for name in ("forward", "original_forward")]
-    found = [place for place in places if getattr(getattr(*place, None), "__func__", None) is old]
+    found = [place for place in places if _function(getattr(*place, None)) is old]
     if required and not found:
         raise ValueError(f"the forward of {type(block).__name__} has been replaced: it cannot be fused")
+    stock = new is type(block).forward
     for place in found:
-        setattr(*place, MethodType(new, block))
+        setattr(*place, MethodType(new, block) if stock else partial(new, block))
     if vars(block).get("forward") == MethodType(type(block).forward, block):
         del block.forward
+
+
+def _function(forward):
+    """Of a block's own method, or of a replaced one, which is no method, as those pickle by their name in the class."""
+    return forward.func if type(forward) is partial else getattr(forward, "__func__", None)

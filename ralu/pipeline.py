@@ -1,101 +1,203 @@
 """`enable` and `disable`: RALU in and out of a diffusers pipeline, all or nothing."""
 
-from contextlib import ExitStack
+from typing import Any
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
-from PIL import Image
-from torch import Tensor
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch.nn import Module
 
 from ralu_kernels import adaln
 from ralu_kernels._backend import resolve
 
-from . import blocks, flux, sd3
-from .regions import Scorer
-from .schedule import Schedule, presets
-from .scheduler import RaluScheduler
-
-_FAMILIES = {"flux": (FluxPipeline, flux), "sd3": (StableDiffusion3Pipeline, sd3)}
-_OPTIONS = ("preset", "ratio", "threshold", "regions", "granularity", "carry_noise", "matching", "upsampler", "backend", "seeds")
+from . import blocks
+from .caches import CACHES, Cache
+from .families import FAMILIES, Family, family_of
+from .method import Method
+from .options import Options
+from .patch import LayoutHook, StandIn, calling_pipeline, remove_stand_ins, reset_caches, stateful
+from .schedule import Schedule
+from .scheduler import OPTIONS, RaluScheduler
 
 
 def enable(
     pipe: DiffusionPipeline,
-    preset: str | Schedule | None = None,
+    preset: str | Method | Schedule | None = None,
     *,
-    ratio: float | None = None,
-    threshold: float | None = None,
-    regions=None,
-    granularity: str | None = None,
-    carry_noise: str | None = None,
-    matching: str | None = None,
-    upsampler: str | None = None,
-    backend: str | None = None,
-    seeds=None,
+    cache: str | Cache | None = None,
     fused: bool | str = "auto",
     trim_text: bool = False,
+    **options: Any,
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.
 
-    pipe:   a `FluxPipeline` or `StableDiffusion3Pipeline`.
-    preset: "flux-5x" (default) or "flux-7x" for FLUX, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5, "distilled-4"
-            for both families' four-step models, or a `Schedule`.
-    fused:  run the transformer's blocks on `ralu_kernels`, see `ralu.fuse`. "auto": where Triton compiles them, on a
-            GPU that the pipeline is on by now, or is offloaded from; and where the transformer is fused already.
+    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `StableDiffusion3Pipeline`.
+    preset:  "flux-5x" (default) or "flux-7x" for FLUX.1-dev, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5,
+             "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
+             its configuration), "stock-STEPS" for no stages, a `Schedule`, or a whole method, see `ralu.method`:
+             "flux-5x(ratio=0.3)+taylorseer(interval=3)".
+    cache:   a cache of `ralu.caches` that is combined with it, or its name, "taylorseer(interval=3)".
+    fused:   run the transformer's blocks on `ralu_kernels`, see `ralu.fuse`. "auto": where Triton compiles them, on a
+             GPU that the pipeline is on by now, or is offloaded from; and where the transformer is fused already.
     trim_text: compute attention without T5's padding, for prompts of different lengths and speed; needs `fused`. It
-            changes the pictures: the models were trained to attend to that padding. `prompt_embeds` of your own are
-            taken as they are, see `ralu.fuse`.
-    others: see `RaluScheduler`, which has the defaults. What is left out (the preset too) is as it was saved in a
-            pipeline that was saved enabled.
+             changes the images: the models were trained to attend to that padding. `prompt_embeds` of your own are
+             taken as they are, see `ralu.fuse`.
+    options: of `ralu.Options`: ratio, threshold, regions, granularity, carry_noise, matching, upsampler, backend,
+             seeds. What is left out (the preset too) is as it was saved in a pipeline that was saved enabled.
 
     The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran; SD3's progress bar and
     the window of its skip-layer guidance go by the number asked for all the same). Height and width must divide by 32.
-    With a threshold, SD3 paints pictures one at a time unless it is fused: its attention takes no mask. A pipeline or
-    transformer that is already enabled, here or in a pipeline it is shared with, is disabled first. Raises ValueError,
-    before anything is changed, for a pipeline or scheduler that RALU cannot serve and for a wrong option.
+    With a threshold, SD3 generates images one at a time unless it is fused: its attention takes no mask. A pipeline or
+    transformer that is already enabled, here or in a pipeline it is shared with, is disabled first. Raises ValueError
+    or TypeError, before anything is changed, for a pipeline or scheduler that RALU cannot serve and for a wrong option.
     """
-    given = locals()
-    kind, architecture = _FAMILIES[family(pipe)]
-    fitting = presets(family(pipe))
+    family = family_of(pipe)
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(f"RALU needs a FlowMatchEulerDiscreteScheduler, got {type(pipe.scheduler).__name__}")
-    options = {key: given[key] for key in _OPTIONS if given[key] is not None}
-    if isinstance(preset, str) and preset not in fitting:
-        raise ValueError(f"{kind.__name__}'s preset must be one of {', '.join(fitting)} or a Schedule, got {preset!r}")
-    config = dict(pipe.scheduler.config)
-    if isinstance(pipe.scheduler, RaluScheduler) and not pipe.scheduler.bound:
-        saved = {key: config[key] for key in _OPTIONS}
-        if {"preset", "ratio", "threshold"} & options.keys():
-            saved |= {"ratio": None, "threshold": None}
-        options = saved | options
-        if options["regions"] is None:
-            raise ValueError("this pipeline was saved with a scorer or mask of your own: pass it again as regions=")
-    if fused not in (True, False, "auto"):
-        raise ValueError(f"fused must be True, False or 'auto', got {fused!r}")
+        kind = type(pipe.scheduler).__name__
+        raise ValueError(f"pipe.scheduler must be a FlowMatchEulerDiscreteScheduler, got {kind}")
+    for name, value in (("fused", fused), ("trim_text", trim_text)):
+        if not isinstance(value, bool) and (name, value) != ("fused", "auto"):
+            allowed = "True, False or 'auto'" if name == "fused" else "True or False"
+            raise (ValueError if isinstance(value, str) else TypeError)(f"{name} must be {allowed}, got {value!r}")
     if trim_text and not fused:
         raise ValueError("trim_text=True needs fused=True or 'auto', got fused=False")
-    scheduler = RaluScheduler(**_stock_arguments(config), **({"preset": fitting[0]} | options))
+    check(pipe, family)
+    if isinstance(preset, str):
+        preset = Method.parse(preset)
+    if isinstance(preset, Method):
+        preset, options, cache = _combined(preset, options, cache)
+    if isinstance(cache, str):
+        cache = Method.parse(f"stock+{cache}").cache
+    _check_cache(pipe, family, cache)
+    if isinstance(preset, str) and not preset.startswith("stock") and preset not in family.entry.presets:
+        fitting = ", ".join(family.entry.presets)
+        raise ValueError(f"{type(pipe).__name__}'s preset must be one of {fitting} or a Schedule, got {preset!r}")
+    scheduler = _scheduler(pipe, family, preset, options)
 
     disable(pipe)
-    stock, transformer = pipe.scheduler, blocks.unwrapped(pipe.transformer)
-    with ExitStack() as undo:
-        architecture.install(pipe, scheduler, undo)
-        pipe.scheduler = scheduler
-        undo.callback(setattr, pipe, "scheduler", stock)
-        encoder = getattr(pipe, architecture.T5)
-        if trim_text and encoder is not None:  # without T5 SD3 has zeros anyway
-            _zero_padding(pipe, encoder, undo)
-        _fuse(pipe, fused, trim_text, undo)
-        transformer.ralu_undo = undo.pop_all()
+    hook = LayoutHook(pipe, scheduler, family)
+    try:
+        bind(pipe, scheduler, hook)
+        if trim_text:
+            PaddingOfZeros.put_into(pipe)
+        _fuse(pipe, hook, fused, trim_text)
+        if cache is not None:
+            cache.apply(blocks.unwrapped(pipe.transformer))
+            hook.cache = cache
+    except BaseException:
+        disable(pipe)
+        raise
+    pipe.scheduler = scheduler
     return pipe
 
 
-def _fuse(pipe: DiffusionPipeline, fused: bool | str, trim_text: bool, undo: ExitStack):
-    """Fuse or unfuse the transformer; `undo` puts it back as it was."""
+def _combined(method: Method, options: dict, cache) -> tuple[str, dict, Any]:
+    """Join what a method says with keywords, which must not say it again."""
+    given = method.options.given()
+    if twice := given.keys() & options.keys():
+        raise ValueError(f"{', '.join(sorted(twice))} given twice: in {str(method)!r} and as a keyword")
+    if method.cache is not None and cache is not None:
+        raise ValueError(f"cache given twice: in {str(method)!r} and as a keyword")
+    return method.spatial, given | options, method.cache or cache
+
+
+def _check_cache(pipe: DiffusionPipeline, family: Family, cache):
+    if cache is None:
+        return
+    if type(cache) not in CACHES.values():
+        raise TypeError(f"cache must be one of {', '.join(CACHES)}, or an instance of its class, got {cache!r}")
+    if family.name not in cache.families:
+        served = ", ".join(cache.families)
+        raise ValueError(f"cache {type(cache).__name__} serves {served}, and the pipeline's family is {family.name}")
+    hook = LayoutHook.find(pipe.transformer)
+    ours = hook is not None and hook.cache is not None
+    if not ours and any(stateful(blocks.unwrapped(pipe.transformer))):
+        raise ValueError("cache must be None: the transformer has a cache of diffusers, disable_cache() takes it off")
+
+
+def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule | None, options: dict) -> RaluScheduler:
+    Options(**options)  # a wrong one is told by its own name
+    config = dict(pipe.scheduler.config)
+    if isinstance(pipe.scheduler, RaluScheduler) and LayoutHook.find(pipe.transformer) is None:
+        saved = {key: config[key] for key in ("preset", *OPTIONS)}
+        if preset is not None or {"ratio", "threshold"} & options.keys():
+            saved |= {"ratio": None, "threshold": None}
+        if (options.get("regions") if "regions" in options else saved["regions"]) is None:
+            raise ValueError("this pipeline was saved with a scorer or mask of your own: pass it again as regions=")
+        preset, options = preset if preset is not None else saved.pop("preset"), saved | options
+        options.pop("preset", None)
+    preset = family.default_preset(pipe) if preset is None else preset
+    scheduler = RaluScheduler(preset, **stock_arguments(config), **options)
+    if scheduler.config.regions == "canny" and pipe.vae is None and not scheduler.is_stock:
+        raise ValueError("regions='canny' needs a VAE, and pipe.vae is None: regions='gradient' does without")
+    scheduler.run_begins = run_begins
+    return scheduler
+
+
+def check(pipe: DiffusionPipeline, family: Family):
+    """Raise ValueError for a transformer that cannot be given other tokens at every stage."""
+    transformer = pipe.transformer
+    if transformer is None:
+        raise ValueError("pipe.transformer must be a model, got None")
+    model = blocks.unwrapped(transformer)
+    if type(model.pos_embed) not in family.embedding:
+        expected, kind = family.embedding[0].__name__, type(model.pos_embed).__name__
+        raise ValueError(f"pipe.transformer.pos_embed must be a {expected}, got {kind}")
+    family.check(model)
+    parallel = getattr(model, "_parallel_config", None)
+    if parallel is not None and parallel.context_parallel_config is not None:
+        raise ValueError(
+            "pipe.transformer must not be context-parallel: RALU's positions are of each image, and are not split. "
+            "Load the transformer without enable_parallelism"
+        )
+    if transformer._compiled_call_impl is not None:
+        raise ValueError(
+            "pipe.transformer must not be compiled in place: RALU's hook would be compiled too. Instead of "
+            "pipe.transformer.compile(), use pipe.transformer = torch.compile(pipe.transformer) on one that is not"
+        )
+
+
+def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
+    """Make the scheduler this pipeline's, and the pipeline ready for interruptions."""
+    family, transformer = hook.family, blocks.unwrapped(pipe.transformer)
+    family.patch(pipe)
+    decode = None if pipe.vae is None else lambda tokens, grid: family.decode(pipe, tokens, grid)
+
+    def stage_begins(stage: int, steps: int):
+        reset_caches(transformer)
+        if hook.cache is not None:
+            hook.cache.reset(transformer, stage, steps)
+
+    scheduler.bind(decode, stage_begins, family.pack, family.unpack)
+
+
+def run_begins(scheduler: RaluScheduler):
+    """Bind a scheduler to the pipeline that calls it, which may be a copy of the one that was enabled."""
+    pipe = calling_pipeline()
+    if getattr(pipe, "scheduler", None) is not scheduler:
+        return
+    try:
+        family = family_of(pipe)
+    except ValueError:
+        served = " and ".join(name for entry in FAMILIES.values() for name in entry.pipelines)
+        raise ValueError(
+            f"{type(pipe).__name__} has the scheduler of a pipeline that RALU is enabled for, and RALU serves "
+            f"{served} alone: call ralu.disable(pipe) first, or give this one a scheduler of its own, "
+            "scheduler=FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+        ) from None
+    hook = LayoutHook.find(pipe.transformer)
+    if hook is None or hook.scheduler is not scheduler:
+        scheduler.unbind()
+        return
+    check(pipe, family)
+    bind(pipe, scheduler, hook)
+    hook.pipes.add(pipe)
+
+
+def _fuse(pipe: DiffusionPipeline, hook: LayoutHook, fused: bool | str, trim_text: bool):
+    """Fuse or unfuse the transformer, and note in the hook how it was."""
     asked, before = fused is True or trim_text, vars(blocks.unwrapped(pipe.transformer)).get("ralu_fusion")
     if before is not None:
         blocks.unfuse(pipe.transformer)
-        undo.callback(blocks.fuse, pipe.transformer, trim_text=before.trim_text)
+        hook.fused_before = {"trim_text": before.trim_text}
     if fused == "auto":
         device = pipe._execution_device
         compiled = device.type == "cuda" and resolve("auto", device, adaln.BACKENDS) == "triton"
@@ -106,49 +208,65 @@ def _fuse(pipe: DiffusionPipeline, fused: bool | str, trim_text: bool, undo: Exi
         except ValueError:  # a forward that was replaced: no reason to refuse who did not ask
             if asked:
                 raise
-        undo.callback(blocks.unfuse, pipe.transformer)
+        hook.fused = True
 
 
-def _zero_padding(pipe: DiffusionPipeline, encoder: Module, undo: ExitStack):
+class PaddingOfZeros(StandIn):
     """Make zeros of T5's embeddings of padding, by which a fused transformer tells it from text."""
-    stock = pipe._get_t5_prompt_embeds
 
-    def zero(module, args, output):
-        output[0].masked_fill_((args[0] == module.config.pad_token_id).unsqueeze(-1), 0)
+    name = "_get_t5_prompt_embeds"
 
-    def embed(*args, **kwargs):
-        if not blocks.fused(pipe.transformer):  # the stock attention would attend to the zeros
-            return stock(*args, **kwargs)
-        hook = encoder.register_forward_hook(zero)  # no longer than this: pipelines may share their encoders
+    def __call__(self, *args, **kwargs):
+        pipe = self.owner
+        encoder = getattr(pipe, family_of(pipe).t5)
+        # Without T5 SD3 has zeros anyway; the stock attention would attend to the zeros.
+        if encoder is None or not blocks.is_fused(pipe.transformer):
+            return self.stock(*args, **kwargs)
+        hook = encoder.register_forward_hook(_zero_padding)  # no longer than this: pipelines may share their encoders
         try:
-            return stock(*args, **kwargs)
+            return self.stock(*args, **kwargs)
         finally:
             hook.remove()
 
-    pipe._get_t5_prompt_embeds = embed
-    undo.callback(delattr, pipe, "_get_t5_prompt_embeds")
 
-
-def family(pipe: DiffusionPipeline) -> str:
-    """What `ralu.schedule.presets` takes: "flux" or "sd3". Raises ValueError for a pipeline that RALU cannot serve."""
-    found = next((name for name, (kind, _) in _FAMILIES.items() if isinstance(pipe, kind)), None)
-    if found is None:
-        known = ", ".join(kind.__name__ for kind, _ in _FAMILIES.values())
-        raise ValueError(f"RALU serves {known}, got {type(pipe).__name__}")
-    return found
+def _zero_padding(encoder: Module, args, output):
+    output[0].masked_fill_((args[0] == encoder.config.pad_token_id).unsqueeze(-1), 0)
 
 
 def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Put a pipeline back exactly as it was before `enable`. Does nothing to a stock pipeline. Returns the pipeline."""
-    transformer = blocks.unwrapped(pipe.transformer)
-    if hasattr(transformer, "ralu_undo"):
-        transformer.ralu_undo.close()
-        del transformer.ralu_undo
-    if isinstance(pipe.scheduler, RaluScheduler):  # loaded from disk, or a `from_pipe` copy of the enabled pipeline
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(**_stock_arguments(pipe.scheduler.config))
+    """Put a pipeline back exactly as it was before `enable`. Does nothing to a stock pipeline. Returns the pipeline.
+
+    Pipelines that share its transformer (`from_pipe`) are disabled with it; a copy (`copy.deepcopy`) is not. A
+    scheduler that was put in since stays. Raises TypeError for what is no pipeline.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe must be a DiffusionPipeline, got {type(pipe).__name__}")
+    transformer, hook = getattr(pipe, "transformer", None), None
+    if isinstance(transformer, Module):
+        hook = LayoutHook.find(transformer)
+    if hook is not None:
+        if hook.cache is not None:
+            hook.cache.remove(blocks.unwrapped(transformer))
+        hook.remove(transformer)
+        hook.scheduler.unbind()
+        reset_caches(blocks.unwrapped(transformer))
+        if hook.fused:
+            blocks.unfuse(transformer)
+        if hook.fused_before is not None:
+            blocks.fuse(transformer, **hook.fused_before)
+    for each in {pipe, *(hook.pipes if hook else ())}:
+        remove_stand_ins(each)
+        if getattr(each, "vae", None) is not None:
+            remove_stand_ins(each.vae)
+        scheduler = getattr(each, "scheduler", None)
+        if hook is not None and scheduler is hook.scheduler:
+            each.scheduler = hook.stock
+        elif isinstance(scheduler, RaluScheduler):  # loaded from disk, or a copy of one that was disabled
+            each.scheduler = FlowMatchEulerDiscreteScheduler(**stock_arguments(scheduler.config))
     return pipe
 
 
-def _stock_arguments(config) -> dict:
+def stock_arguments(config) -> dict:
+    """Pick the arguments of the stock scheduler out of a configuration."""
     keys = FlowMatchEulerDiscreteScheduler._get_init_keys(FlowMatchEulerDiscreteScheduler) - {"self"}
     return {key: config[key] for key in keys if key in config}

@@ -221,7 +221,7 @@ def region_adaptive(
     c, matching, upsampler: of both transitions, see `match_noise`.
     Raises ValueError for numbers out of range.
     """
-    steps, ends, shifts = (_three(name, values) for name, values in (("steps", steps), ("ends", ends), ("shifts", shifts)))
+    steps, ends, shifts = _three("steps", steps), _three("ends", ends), _three("shifts", shifts)
     if not ends[0] < ends[1] < ends[2] == 1:
         raise ValueError(f"ends must be three increasing times, the last 1, got {ends}")
     stages = tuple(Stage(*values) for values in zip(RESOLUTIONS, steps, ends, shifts, strict=True))
@@ -355,8 +355,3 @@ def preset(
     else:
         raise ValueError(f"preset must be one of {', '.join([*PRESETS, *DISTILLED])}, got {name!r}")
     return schedule if ratio is None else schedule.replace(ratio=ratio)
-
-
-def presets(family: str) -> list[str]:
-    """The names of the presets for "flux" or "sd3", the default one first."""
-    return [*(name for name in PRESETS if name.startswith(f"{family}-")), *DISTILLED]

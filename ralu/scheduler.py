@@ -37,7 +37,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     Its own steps rule: `num_inference_steps` cannot be told from a pipeline's default, so `set_timesteps` always makes
     the preset's. Fewer than 3 asked for means the stock schedule at full resolution.
 
-    preset:   a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is.
+    preset:   a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is. "stock-STEPS" is the stock
+              schedule with that many steps, and "stock" with as many as are asked for.
     the rest: as `ralu.Options` describes it, and the arguments of `FlowMatchEulerDiscreteScheduler`.
 
     Raises TypeError or ValueError for what is not as described, and for a stock option that would distort the schedule.
@@ -58,15 +59,13 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         **stock,
     ):
         super().__init__(**stock)
-        options = Options(
-            ratio, threshold, regions, granularity, carry_noise, matching, upsampler, backend, seeds
-        )  # fmt: skip
-        distorting = [key for key in _DISTORTING if self.config.get(key)]
-        if distorting:
-            raise ValueError(f"the stock scheduler's {', '.join(distorting)} would distort RALU's schedule: it must be off")
+        options = Options(ratio, threshold, regions, granularity, carry_noise, matching, upsampler, backend, seeds)
+        if distorting := ", ".join(key for key in _DISTORTING if self.config.get(key)):
+            raise ValueError(f"the stock scheduler's {distorting} must be off: it would distort RALU's schedule")
         # FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
         shift = 3.0 if self.config.use_dynamic_shifting else self.config.shift
-        self.schedule = schedule_of(preset, options, shift)
+        self.schedule = None if preset == "stock" else schedule_of(preset, options, shift)
+        self.is_stock = isinstance(preset, str) and preset.startswith("stock")
         # Only a name can be saved: None is for a mask or a scorer.
         name = "canny" if options.regions is None else options.regions if isinstance(options.regions, str) else None
         self.scorer = scorer_of(options.regions) if name is None else None
@@ -75,6 +74,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             **{option: getattr(options, option) for option in OPTIONS} | {"regions": name},
         )
         self.options = options
+        self.run_begins: Callable[[RaluScheduler], None] | None = None  # a function of a module, which can be pickled
         self.unbind()
 
     @staticmethod
@@ -86,24 +86,25 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def bind(
         self,
         decode: Callable | None = None,
-        stage_changed: Callable[[], None] = lambda: None,
+        stage_begins: Callable[[int, int], None] = lambda stage, steps: None,
         pack: Callable[[Tensor], Tensor] = lambda sample: sample,
         unpack: Callable[[Tensor, tuple[int, int]], Tensor] = lambda tokens, grid: tokens,
     ):
         """Make ready to run. A second call replaces the first.
 
-        decode:        for "canny", see `ralu.regions.canny`.
-        stage_changed: called between stages.
-        pack, unpack:  where a model's samples are no tokens, see `ralu.stages.Run`. The methods below take and give
-                       samples as the model's.
+        decode:       for "canny", see `ralu.regions.canny`.
+        stage_begins: called before each stage's first transformer call, with the stage's number and its steps.
+        pack, unpack: where a model's samples are no tokens, see `ralu.stages.Run`. The methods below take and give
+                      samples as the model's.
         Raises ValueError for regions="canny" without a decoder.
         """
-        self._bound_scorer = self.scorer or scorer_of(self.config.regions, decode)
-        self._stage_changed, self._pack, self._unpack = stage_changed, pack, unpack
+        regions = "gradient" if self.is_stock else self.config.regions
+        self._bound_scorer = self.scorer or scorer_of(regions, decode)
+        self._stage_begins, self._pack, self._unpack = stage_begins, pack, unpack
 
     def unbind(self):
         """Forget the model."""
-        self._bound_scorer = self._stage_changed = self._pack = self._unpack = self._run = None
+        self._bound_scorer = self._stage_begins = self._pack = self._unpack = self._run = None
 
     @property
     def bound(self) -> bool:
@@ -112,20 +113,29 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     def __getstate__(self):
         """Copies are not bound: a scheduler that is copied or pickled must not take the model along."""
-        loose = ("_bound_scorer", "_stage_changed", "_pack", "_unpack", "_run")
+        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_run")
         return self.__dict__ | dict.fromkeys(loose)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
+        if self.run_begins is not None:
+            self.run_begins(self)
         if not self.bound:
             raise RuntimeError(
-                "this pipeline was saved with RALU: call ralu.enable(pipe) before using it, or ralu.disable(pipe) for "
-                "the stock schedule"
+                "this pipeline has RALU's scheduler, but its transformer is a stock one, as after loading: call "
+                "ralu.enable(pipe) before using it, or ralu.disable(pipe) for the stock schedule"
             )
+        self._run = None
+        if self.is_stock:
+            if self.schedule is not None:
+                steps = sum(self.schedule.steps)
+                sigmas = None if sigmas is None else np.linspace(1, 1 / steps, steps)
+                num_inference_steps = None if sigmas is not None and num_inference_steps is None else steps
+            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+            return self._stage_begins(1, len(self.timesteps))
         given = sigmas if sigmas is not None else timesteps
         asked = num_inference_steps or (sum(self.schedule.steps) if given is None else len(given))
-        self._run = None
-        self._stage_changed()  # a run that failed may have left its caches behind
+        self._stage_begins(1, self.schedule.steps[0])  # a run that failed may have left its caches behind
         if asked < 3:
             logger.warning_once(f"RALU needs at least 3 steps; {asked} steps run the stock schedule at full resolution")
             return super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
@@ -159,9 +169,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """The current run's low grid (h, w)."""
         return self._run.grid
 
-    def start(self, noise: Tensor, grid: tuple[int, int], token_pixels: int | None = None):
+    def start(self, noise: Tensor, grid: tuple[int, int], token_pixels: int | None = None, images: int | None = None):
         """Begin the first stage, see `ralu.stages.Run.start`. noise: the sample of the model's first call."""
-        self._run.start(noise, grid, token_pixels)
+        self._run.start(noise, grid, token_pixels, images)
 
     def subsample_first(self, sample: Tensor) -> Tensor:
         """Bring the first step's full-size noise to the first stage's resolution. Other samples pass unchanged."""
@@ -181,7 +191,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         advanced, ended = run.step(sample, model_output)
         self._step_index = run.index
         if ended:
-            self._stage_changed()
+            stage = run.steps[run.index][0]
+            self._stage_begins(stage, self.schedule.steps[stage - 1])
         if run.over:
             self._run = None
         advanced = advanced.to(model_output.dtype)
@@ -190,12 +201,6 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def full_resolution(self, sample: Tensor) -> Tensor:
         """Upsample a sample of any stage to full resolution without noise: for previews and interrupted runs."""
         return sample if self._run is None else self._run.full_resolution(sample)
-
-    def finish(self, sample: Tensor) -> Tensor:
-        """End the run here, in whatever stage it is: `full_resolution` of its last sample."""
-        full = self.full_resolution(sample)
-        self._run = None
-        return full
 
 
 RaluScheduler.__module__ = "ralu"  # what diffusers writes into model_index.json, to import it from there

@@ -18,7 +18,7 @@ from ralu_kernels._backend import resolve
 
 from . import regions
 from .options import Options
-from .schedule import Schedule, Transition, preset
+from .schedule import Schedule, Transition, preset, single
 
 Grid = tuple[int, int]
 _RULES = "granularity", "carry_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
@@ -237,12 +237,13 @@ class Run:
         """The low grid (h, w)."""
         return self.full_grid[0] // 2, self.full_grid[1] // 2
 
-    def start(self, noise: Tensor, grid: Grid, token_pixels: int | None = None):
+    def start(self, noise: Tensor, grid: Grid, token_pixels: int | None = None, images: int | None = None):
         """Begin the first stage.
 
         noise:        (B, N, C), the model's first input, in raster order of the full grid (rows, columns) = grid. B may
                       be more than the first step's: guidance doubles batches.
         token_pixels: side of a token in the image, for errors that speak of pixels.
+        images:       how many images these are, B unless guidance doubles them.
         Raises ValueError for a grid that cannot be halved where the schedule does so, and for noise that does not fit.
         """
         halved = any(stage.resolution != "full" for stage in self.schedule.stages)
@@ -250,11 +251,13 @@ class Run:
             raise ValueError(_odd(grid, token_pixels))
         noise = self.pack(noise)
         if noise.shape[2] % 4:
-            raise ValueError(f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]} values")
+            raise ValueError(f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]}")
         tokens = grid[0] * grid[1]
         if noise.shape[1] != tokens:
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
         resolve(*self.options.chosen("backend").values(), noise.device)
+        if isinstance(self.scorer, regions.Mask):
+            self.scorer.check_batch(images or len(noise))
         self.full_grid = grid
         self.layout = self._whole(1, len(noise), noise.device)
 
@@ -366,6 +369,8 @@ def schedule_of(name: str | dict | Schedule, options: Options, shift: float = 1.
     shift: the model's own timestep shift, for distilled presets. Raises ValueError for an unknown name, and for options
     that only a name can be given with.
     """
+    if isinstance(name, str) and name.startswith("stock-") and name[6:].isdecimal() and int(name[6:]):
+        return single(int(name[6:]), shift)
     if isinstance(name, str):
         return preset(name, shift, options.ratio, **options.chosen("matching", "upsampler"))
     if not isinstance(name, dict | Schedule):

@@ -5,7 +5,6 @@ modules in it import nothing heavy before a cache is applied.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
 CACHES: dict[str, type] = {}
@@ -39,5 +38,4 @@ def register(name: str) -> Callable[[type], type]:
     return add
 
 
-for _module in ("taylorseer",):
-    import_module(f"{__name__}.{_module}")
+from .taylorseer import TaylorSeer as TaylorSeer  # noqa: E402

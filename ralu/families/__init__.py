@@ -1,0 +1,173 @@
+"""Model families: what RALU has to know of a model, one file each.
+
+A family is registered by the names of its classes, so that nothing heavy is imported before it is needed: its module
+has an instance of `Family` called FAMILY.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a family before its module is imported.
+
+    module:      where it is, with a `Family` called FAMILY.
+    pipelines:   names of the pipeline classes it serves, in diffusers.
+    transformer: name of their transformer's class.
+    presets:     names of the presets that fit, the default one first.
+    stock_steps: of a stock run, which RALU is compared with.
+    """
+
+    module: str
+    pipelines: tuple[str, ...]
+    transformer: str
+    presets: tuple[str, ...]
+    stock_steps: int
+
+
+FAMILIES: dict[str, Entry] = {
+    "flux": Entry(
+        f"{__name__}.flux", ("FluxPipeline",), "FluxTransformer2DModel", ("flux-5x", "flux-7x", "distilled-4"), 50
+    ),
+    "sd3": Entry(
+        f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel",
+        ("sd3-2x", "sd3-3x", "distilled-4"), 28,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """How one class of transformer blocks runs on `ralu_kernels`.
+
+    forward:   replaces the block's; it takes and returns the same.
+    processor: class of the attention processor that goes with it.
+    """
+
+    forward: Callable
+    processor: type
+
+
+class Family:
+    """What the rest of `ralu` asks of a family; subclasses have all of it.
+
+    name:          as registered.
+    transformer:   class of the model.
+    embedding:     class of the model's `pos_embed`, and the class it becomes while RALU is enabled.
+    fused_blocks:  by class of block.
+    stock_processors: classes of the attention processors that may be fused.
+    text_first:    whether text comes before the image in the joint sequence.
+    image_alone:   whether blocks may have a second attention, of the image alone.
+    t5:            name of the pipeline's T5 encoder, whose padding can be trimmed.
+    text_tokens:   of T5, as the pipeline's `max_sequence_length` is by default.
+    published:     names of published models -> what their transformer's configuration has that is no default.
+    encoders:      the published models' text encoders, by name: class in transformers, and configuration.
+    guided:        whether a negative prompt is usual.
+    batched_guidance: whether it doubles the batch, instead of a second call.
+    """
+
+    name: str
+    transformer: type
+    embedding: tuple[type, type]
+    fused_blocks: ClassVar[dict[type, FusedBlock]]
+    stock_processors: tuple[type, ...]
+    text_first: bool
+    image_alone: bool
+    t5: str
+    text_tokens: int
+    published: ClassVar[dict[str, dict]]
+    encoders: ClassVar[dict[str, tuple[type, dict]]]
+    guided: bool
+    batched_guidance: bool
+
+    @property
+    def entry(self) -> Entry:
+        """What it is registered with."""
+        return FAMILIES[self.name]
+
+    def default_preset(self, pipe: Any) -> str:
+        """Choose the preset that fits a pipeline, as far as its configuration tells."""
+        return self.entry.presets[0]
+
+    def check(self, transformer: Any) -> None:
+        """Raise ValueError for a transformer that cannot be served."""
+
+    def pack(self, sample):
+        """Make tokens (B, n, C) of a sample of the pipeline's."""
+        return sample
+
+    def unpack(self, tokens, grid: tuple[int, int]):
+        """Undo `pack`."""
+        return tokens
+
+    def grid_of(self, arguments: dict) -> tuple[int, int]:
+        """Read the full token grid (rows, columns) off the arguments of the model's first call."""
+        raise NotImplementedError
+
+    def set_layout(self, module: Any, arguments: dict, layout: Any, grid: tuple[int, int]) -> None:
+        """Give a call, whose arguments are changed in place, the positions and masks of a layout.
+
+        grid: the low grid (h, w).
+        """
+        raise NotImplementedError
+
+    def clear_layout(self, module: Any) -> None:
+        """Undo what `set_layout` left in the model."""
+
+    def image_tokens(self, module: Any, arguments: dict) -> int:
+        """Count the image's tokens of a call."""
+        raise NotImplementedError
+
+    def trim_text(self, arguments: dict, length: int) -> None:
+        """Leave a call's text tokens from `length` on out of its arguments, which are changed in place."""
+        arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:, :length]
+
+    def decode(self, pipe: Any, tokens, grid: tuple[int, int]):
+        """Decode tokens (B, h·w, C) to images (B, 3, H, W) in [-1, 1]."""
+        raise NotImplementedError
+
+    def patch(self, pipe: Any) -> None:
+        """Put stand-ins into a pipeline, see `ralu.patch.StandIn`; they are removed by their type."""
+
+    def dummy_call(self, module: Any, dtype: Any, batch: int, tokens: int, text_tokens: int) -> None:
+        """Call the model with anything of the right size. Only sizes matter: it may be on the meta device."""
+        raise NotImplementedError
+
+
+def register(name: str, entry: Entry) -> None:
+    """Make a family known. Its classes' names must not be another family's."""
+    FAMILIES[name] = entry
+
+
+def load(name: str) -> Family:
+    """Import a registered family."""
+    return import_module(FAMILIES[name].module).FAMILY
+
+
+def name_of_pipeline(class_name: str) -> str | None:
+    """Name the family that serves a class of pipelines, or None."""
+    return next((name for name, entry in FAMILIES.items() if class_name in entry.pipelines), None)
+
+
+def family_of(pipe: Any) -> Family:
+    """Return the family of a pipeline. Raises TypeError for what is no pipeline, ValueError for one that is not served."""
+    for kind in type(pipe).__mro__:
+        if name := name_of_pipeline(kind.__name__):
+            return load(name)
+    served = " or ".join(pipeline for entry in FAMILIES.values() for pipeline in entry.pipelines)
+    wrong = ValueError if hasattr(pipe, "components") else TypeError
+    raise wrong(f"pipe must be a {served}, got {type(pipe).__name__}")
+
+
+def family_of_transformer(transformer: Any) -> Family:
+    """Return the family of a transformer. Raises ValueError for another model, and TypeError for what is none."""
+    names = {kind.__name__ for kind in type(transformer).__mro__}
+    for name, entry in FAMILIES.items():
+        if entry.transformer in names:
+            return load(name)
+    served = " or ".join(entry.transformer for entry in FAMILIES.values())
+    wrong = ValueError if "Module" in names else TypeError
+    raise wrong(f"transformer must be a {served}, got {type(transformer).__name__}")

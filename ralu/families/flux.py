@@ -1,0 +1,173 @@
+"""FLUX.1: per-sample positions in a batch, and how its blocks run on `ralu_kernels`."""
+
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModel, T5EncoderModel
+
+from ralu_kernels import concat_gelu, gated_add, modulate
+
+from ..blocks import Processor, clipped, feed_forward, is_fused, vectors
+from ..patch import StandIn, calling_pipeline, decode_latents
+from ..stages import Layout, unpack
+from . import Family, FusedBlock
+from ._published import CLIP_L, T5_XXL
+
+
+class PerSample:
+    """A rotary table with one set of rows a sample, (B, S, D), where `apply_rotary_emb` expects one for all, (S, D)."""
+
+    def __init__(self, table: Tensor):
+        self.table = table
+
+    def __getitem__(self, index):  # diffusers asks for [None, :, None, :]
+        return self.table.unsqueeze(2)
+
+    def to(self, *args, **kwargs):
+        return PerSample(self.table.to(*args, **kwargs))
+
+
+class BatchedPosEmbed(FluxPosEmbed):
+    """`FluxPosEmbed` that also takes per-sample ids of shape (S, 1, B, 3)."""
+
+    def forward(self, ids: Tensor):
+        if ids.ndim == 2:
+            return super().forward(ids)
+        length, _, batch, axes = ids.shape
+        tables = super().forward(ids.reshape(length * batch, axes))
+        return tuple(PerSample(table.view(length, batch, -1).transpose(0, 1).contiguous()) for table in tables)
+
+
+class Unpacking(StandIn):
+    """An interrupted run ends in any stage, and the pipeline decodes what it has; callbacks unpack what they like."""
+
+    name = "_unpack_latents"
+
+    def __call__(self, latents: Tensor, *size, **named):
+        pipe = self.owner
+        layout = getattr(pipe.scheduler, "layout", None)
+        # The pipeline sets its timestep to None after its loop, so no callback's call is taken for its own.
+        ended = layout is not None and calling_pipeline() is pipe and pipe.current_timestep is None
+        if ended and latents.shape[:2] == layout.positions.shape[:2]:
+            latents = pipe.scheduler.full_resolution(latents)
+        return self.stock(latents, *size, **named)
+
+
+# ---- blocks: the stock forwards with the same parameters and results ----
+
+
+def _flux_double(
+    block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):  # fmt: skip
+    shift, scale, *image = vectors(block.norm1, temb, 6)
+    text_shift, text_scale, *text = vectors(block.norm1_context, temb, 6)
+    attention, text_attention = block.attn(
+        hidden_states=modulate(hidden_states, shift, scale),
+        encoder_hidden_states=modulate(encoder_hidden_states, text_shift, text_scale),
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    gate, *rest = image
+    hidden_states = feed_forward(hidden_states, gate, attention, *rest, block.ff)
+    gate, *rest = text
+    encoder_hidden_states = feed_forward(encoder_hidden_states, gate, text_attention, *rest, block.ff_context)
+    return clipped(encoder_hidden_states), hidden_states
+
+
+def _flux_single(
+    block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):  # fmt: skip
+    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    shift, scale, gate = vectors(block.norm, temb, 3)
+    normed = modulate(x, shift, scale)
+    mlp = block.proj_mlp(normed)
+    attention = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    x = clipped(gated_add(x, gate, block.proj_out(concat_gelu(attention, mlp))))
+    return x.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+
+
+class Flux(Family):
+    """FLUX.1: tokens travel as tokens, and text and image have rotary positions."""
+
+    name = "flux"
+    transformer = FluxTransformer2DModel
+    embedding = (FluxPosEmbed, BatchedPosEmbed)
+    fused_blocks: ClassVar = {
+        FluxTransformerBlock: FusedBlock(_flux_double, Processor),
+        FluxSingleTransformerBlock: FusedBlock(_flux_single, Processor),
+    }
+    stock_processors = (FluxAttnProcessor,)
+    text_first = True
+    image_alone = False
+    t5 = "text_encoder_2"
+    text_tokens = 512
+    published: ClassVar = {"flux-dev": {"guidance_embeds": True}, "flux-schnell": {}}
+    encoders: ClassVar = {"text_encoder": (CLIPTextModel, CLIP_L), "text_encoder_2": (T5EncoderModel, T5_XXL)}
+    guided = False
+    batched_guidance = False
+
+    def default_preset(self, pipe: FluxPipeline) -> str:
+        """Choose the distilled preset for FLUX.1-schnell, whose noise levels are not shifted by resolution."""
+        return super().default_preset(pipe) if pipe.scheduler.config.use_dynamic_shifting else "distilled-4"
+
+    def grid_of(self, arguments: dict) -> tuple[int, int]:
+        """Count rows and columns, and not read them off the last id: bfloat16 ids are inexact from 257 on."""
+        ids = arguments["img_ids"]
+        columns = int((ids[:, 1] == 0).sum())
+        return len(ids) // columns, columns
+
+    def set_layout(self, module: nn.Module, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
+        """Give the call ids of its own for every sample, float32 (L, 1, B, 3)."""
+        text_ids, batch = arguments["txt_ids"], layout.positions.shape[0]
+        ids = F.pad(layout.positions, (1, 0))  # axis 0 is unused by text-to-image
+        arguments["img_ids"] = ids.transpose(0, 1).unsqueeze(1)
+        arguments["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
+        if layout.mask is not None:
+            if is_fused(module):
+                mask = {"image_mask": layout.mask}
+            else:
+                mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
+            arguments["joint_attention_kwargs"] = {**(arguments.get("joint_attention_kwargs") or {}), **mask}
+
+    def image_tokens(self, module: nn.Module, arguments: dict) -> int:
+        """Count the tokens."""
+        return arguments["hidden_states"].shape[1]
+
+    def trim_text(self, arguments: dict, length: int) -> None:
+        """Leave out text tokens, and their ids."""
+        super().trim_text(arguments, length)
+        arguments["txt_ids"] = arguments["txt_ids"][:length]
+
+    def decode(self, pipe: FluxPipeline, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Decode tokens (B, h·w, 64) to images (B, 3, H, W) in [-1, 1]."""
+        return decode_latents(pipe, unpack(tokens, grid))
+
+    def patch(self, pipe: FluxPipeline) -> None:
+        """Make the pipeline ready for interruptions."""
+        Unpacking.put_into(pipe)
+
+    def dummy_call(self, module: nn.Module, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
+        """Call the model with empty tensors."""
+        new, config = partial(torch.empty, dtype=dtype), module.config
+        module(
+            hidden_states=new(batch, tokens, config.in_channels),
+            encoder_hidden_states=new(batch, text_tokens, config.joint_attention_dim),
+            pooled_projections=new(batch, config.pooled_projection_dim),
+            timestep=new(batch),
+            guidance=new(batch) if config.guidance_embeds else None,
+            img_ids=new(tokens, 3),
+            txt_ids=new(text_tokens, 3),
+        )
+
+
+FAMILY = Flux()

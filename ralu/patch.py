@@ -1,0 +1,147 @@
+"""What `enable` puts into a pipeline: attributes, found by their type, that copy and pickle with what they are in."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from weakref import WeakSet
+
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import CacheContext, StateManager, _set_cache_context
+from torch import Tensor, nn
+
+from .blocks import named_arguments, unwrapped
+from .caches import Cache
+from .families import Family
+from .scheduler import RaluScheduler
+
+
+def calling_pipeline() -> DiffusionPipeline | None:
+    """The pipeline that is being called, the innermost one.
+
+    `from_pipe` shares schedulers, transformers and VAEs between pipelines, and nobody tells them whose call it is.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals["self"]
+            if isinstance(owner, DiffusionPipeline):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def stateful(transformer: nn.Module) -> Iterator[tuple[HookRegistry, list[StateManager]]]:
+    """List the registries of diffusers' hooks on a model's modules that keep something from call to call."""
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks = registry.hooks.values() if registry is not None else ()
+        managers = [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
+        if managers:
+            yield registry, managers
+
+
+def reset_caches(transformer: nn.Module):
+    """Forget what diffusers' caches hold of earlier tokens, and keep their contexts, which SD3's caller sets once."""
+    for registry, managers in stateful(transformer):
+        contexts = [manager._context for manager in managers]
+        registry.reset_stateful_hooks(recurse=False)
+        for manager, context in zip(managers, contexts, strict=True):
+            manager.set_context(context)
+
+
+class StandIn:
+    """A method of one object, replaced by an attribute until `remove`. Subclasses say which and what it does."""
+
+    name: str
+
+    def __init__(self, owner):
+        self.owner, self.before = owner, vars(owner).get(self.name)
+        setattr(owner, self.name, self)
+
+    @classmethod
+    def put_into(cls, owner):
+        """Once is enough, though somebody may have wrapped it since."""
+        if not any(isinstance(value, cls) for value in vars(owner).values()):
+            cls(owner)
+
+    @property
+    def stock(self):
+        """The method as it was before."""
+        if self.before is not None:
+            return self.before
+        return inspect.getattr_static(type(self.owner), self.name).__get__(self.owner)
+
+    def remove(self):
+        delattr(self.owner, self.name)
+        if self.before is not None:
+            setattr(self.owner, self.name, self.before)
+
+
+def remove_stand_ins(owner):
+    for value in list(vars(owner).values()):
+        if isinstance(value, StandIn):
+            value.remove()
+
+
+class LayoutHook:
+    """A forward pre-hook that gives a transformer's calls the sample and positions of the scheduler's current layout.
+
+    It knows what `disable` needs besides: the stock scheduler, the pipelines that have run with this one, the cache,
+    and how the transformer was fused.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, scheduler: RaluScheduler, family: Family):
+        self.scheduler, self.stock, self.family = scheduler, pipe.scheduler, family
+        self.cache: Cache | None = None
+        self.pipes = WeakSet([pipe])
+        self.token_pixels = pipe.vae_scale_factor * 2
+        self.parameters = named_arguments(pipe.transformer)
+        self.fused, self.fused_before = False, None
+        unwrapped(pipe.transformer).pos_embed.__class__ = family.embedding[1]
+        # On the outside: what torch.compile traces, and what offloading wraps anew on every call, lies within.
+        self.handle = pipe.transformer.register_forward_pre_hook(self, with_kwargs=True)
+
+    @staticmethod
+    def find(transformer: nn.Module) -> "LayoutHook | None":
+        """Return the hook of an enabled transformer."""
+        hooks = [*transformer._forward_pre_hooks.values(), *unwrapped(transformer)._forward_pre_hooks.values()]
+        return next((hook for hook in hooks if isinstance(hook, LayoutHook)), None)
+
+    def remove(self, transformer: nn.Module):
+        """Take the hook off, and what it changed in the position embedding."""
+        self.handle.remove()
+        self.family.clear_layout(transformer)
+        unwrapped(transformer).pos_embed.__class__ = self.family.embedding[0]
+
+    def __getstate__(self):
+        return self.__dict__ | {"pipes": None}  # the copy has been in no pipeline yet
+
+    def __setstate__(self, state):
+        self.__dict__ = state | {"pipes": WeakSet()}
+
+    def __call__(self, module, args, kwargs):
+        scheduler, pipe = self.scheduler, calling_pipeline() if self.scheduler.running else None
+        if self.cache is not None and not hasattr(unwrapped(module), "cache_context"):
+            # Its pipeline sets no context, and calls for other layers have a history of their own.
+            name = "all layers" if kwargs.get("skip_layers") is None else "some layers"
+            _set_cache_context(unwrapped(module), CacheContext(name))
+        if not scheduler.running or (pipe is not None and pipe.scheduler is not scheduler):
+            self.family.clear_layout(module)  # a call that is none of RALU's
+            return args, kwargs
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        sample = given["hidden_states"]
+        if scheduler.layout is None:
+            doubled = self.family.batched_guidance and pipe is not None and pipe.do_classifier_free_guidance
+            images = len(sample) // (2 if doubled else 1)
+            scheduler.start(sample, self.family.grid_of(given), self.token_pixels, images)
+        given["hidden_states"] = scheduler.subsample_first(sample)
+        self.family.set_layout(module, given, scheduler.layout, scheduler.grid)
+        return (), given
+
+
+def decode_latents(pipe: DiffusionPipeline, latents: Tensor, decode: Callable | None = None) -> Tensor:
+    """Decode latents (B, C, H, W) of a VAE with one scale and shift. decode: stands for the VAE's own."""
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return (decode or pipe.vae.decode)(latents.to(pipe.vae.dtype), return_dict=False)[0]
