@@ -51,6 +51,11 @@ def reset_caches(transformer: nn.Module):
             manager.set_context(context)
 
 
+def hooks_changed(transformer: nn.Module):
+    """Let diffusers look anew for hooks on a model's modules, of which it keeps a list."""
+    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
+
+
 class StandIn:
     """A method of one object, replaced by an attribute until `remove`. Subclasses say which and what it does."""
 

@@ -13,7 +13,7 @@ from .caches import CACHES, Cache
 from .families import FAMILIES, Family, family_of
 from .method import Method
 from .options import Options
-from .patch import LayoutHook, StandIn, calling_pipeline, remove_stand_ins, reset_caches, stateful
+from .patch import LayoutHook, StandIn, calling_pipeline, hooks_changed, remove_stand_ins, reset_caches, stateful
 from .schedule import Schedule
 from .scheduler import OPTIONS, RaluScheduler
 
@@ -80,8 +80,9 @@ def enable(
             PaddingOfZeros.put_into(pipe)
         _fuse(pipe, hook, fused, trim_text)
         if cache is not None:
+            hook.cache = cache  # first, so that what fails halfway is taken off
             cache.apply(blocks.unwrapped(pipe.transformer))
-            hook.cache = cache
+            hooks_changed(blocks.unwrapped(pipe.transformer))
     except BaseException:
         disable(pipe)
         raise
@@ -247,6 +248,7 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if hook is not None:
         if hook.cache is not None:
             hook.cache.remove(blocks.unwrapped(transformer))
+            hooks_changed(blocks.unwrapped(transformer))
         hook.remove(transformer)
         hook.scheduler.unbind()
         reset_caches(blocks.unwrapped(transformer))

@@ -153,7 +153,7 @@ def name_of_pipeline(class_name: str) -> str | None:
 
 
 def family_of(pipe: Any) -> Family:
-    """Return the family of a pipeline. Raises TypeError for what is no pipeline, ValueError for one that is not served."""
+    """Return the family of a pipeline. Raises ValueError for one that is not served, and TypeError for what is none."""
     for kind in type(pipe).__mro__:
         if name := name_of_pipeline(kind.__name__):
             return load(name)
