@@ -77,6 +77,29 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(scope="module", params=["flux", "sd3"])
+def family(request):
+    """A family of models: what holds for all of them is tested once, with this fixture."""
+    import tiny  # only here: kernels are tested without diffusers
+
+    return tiny.FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def stock(family):
+    """The family's pipeline as diffusers made it, one for a whole module: a test leaves it disabled."""
+    return family.make()
+
+
+@pytest.fixture
+def pipe(stock, family):
+    """The same pipeline under RALU, in two steps a stage."""
+    import ralu
+
+    yield ralu.enable(stock, family.short)
+    ralu.disable(stock)
+
+
 def far_apart(x, path):
     """x (B, ...) with a stride of 2^30 between samples, in a sparse file: from the third on offsets need 64 bits."""
     if x.device.type != "cpu":

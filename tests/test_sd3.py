@@ -2,7 +2,6 @@
 
 import copy
 from itertools import pairwise
-from types import FunctionType
 
 import accelerate
 import numpy as np
@@ -11,14 +10,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
-from peft import LoraConfig
-from torch._dynamo.testing import CompileCounter
 
 import ralu
 from ralu.regions import edge_density, gradient
@@ -217,17 +212,6 @@ def test_rounded_positions_still_count_as_the_formulas(dtype):
 # ---- inside the pipeline ----
 
 
-def test_a_batch_equals_its_single_runs_though_regions_differ(pipe):
-    plans = []
-    pipe.scheduler._mix = lambda *a, mix=pipe.scheduler._mix: (mix(*a), plans.append(pipe.scheduler.layout.plan))[0]
-    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))
-    child = plans[0].child.view(3, -1)  # one plan row a picture, not one for each half of guidance
-    assert not torch.equal(child[0], child[1]) and not torch.equal(child[1], child[2])
-    for i in range(3):
-        torch.testing.assert_close(batch[i : i + 1], tiny.paint(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
-    assert (batch[0] - batch[1]).abs().max() > 0.05
-
-
 def test_skip_layer_guidance_in_batches(pipe):
     """3.5-medium's own guidance calls the transformer a second time, with the batch not doubled."""
     call = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
@@ -245,15 +229,6 @@ def test_without_guidance_and_with_a_negative_prompt(pipe):
     # The same prompt on both sides guides nowhere.
     itself = tiny.paint(pipe, seeds=(1,), guidance_scale=3.0, negative_prompt=PROMPTS[0])
     torch.testing.assert_close(itself, plain, **close)
-
-
-def test_same_seed_same_image_by_generator_or_latents(pipe):
-    first = tiny.paint(pipe, seeds=(1,))
-    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(first, tiny.paint(pipe, seeds=(0,), latents=latents))
-    assert not torch.equal(first, tiny.paint(pipe, seeds=(2,)))
-    twice = tiny.paint(pipe, PROMPTS[0], seeds=(1, 1), num_images_per_prompt=2)
-    torch.testing.assert_close(twice, torch.cat([first, first]), **close)
 
 
 @pytest.mark.parametrize("preset", ["sd3-2x", "sd3-3x", "distilled-4"])
@@ -275,31 +250,6 @@ def test_shapes_of_the_stages_and_the_callback_index(stock, preset):
     assert seen == list(enumerate(shapes)) and set(totals) == {sum(steps)}
 
 
-@pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
-@pytest.mark.parametrize("height, width", [(64, 64), (72, 40), (16, 48)])
-def test_output_types_and_sizes(pipe, kind, height, width):
-    out = tiny.paint(pipe, output_type=kind, height=height, width=width)
-    if kind == "pil":
-        assert out[0].size == (width, height)
-    elif kind == "latent":
-        assert out.shape == (1, 4, height // 2, width // 2)
-    else:
-        assert tuple(out.shape) == ((1, height, width, 3) if kind == "np" else (1, 3, height, width))
-
-
-def test_odd_sizes_name_the_nearest_ones(pipe):
-    with pytest.raises(ValueError, match=r"divide by 8, got 68x64.*64x64 or 72x\d+"):
-        tiny.paint(pipe, height=68, width=64)
-    assert tiny.paint(pipe).isfinite().all()
-
-
-def test_fewer_than_three_steps_run_the_stock_schedule(stock):
-    expected = tiny.paint(stock, num_inference_steps=2)
-    ralu.enable(stock)
-    assert torch.equal(tiny.paint(stock, num_inference_steps=2), expected)
-    ralu.disable(stock)
-
-
 def test_thresholds_serve_one_picture_at_a_time(stock):
     """The attention of SD3 ignores masks without a word, so padded sequences must not reach it."""
     scores = []
@@ -316,82 +266,6 @@ def test_thresholds_serve_one_picture_at_a_time(stock):
         tiny.paint(ralu.enable(stock, regions="gradient", ratio=share), PROMPTS[0], seeds=(5,)), single, **close
     )
     ralu.disable(stock)
-
-
-def traces(pipe):
-    """Everything that `enable` might leave behind."""
-    parts = {"transformer": pipe.transformer, "embed": pipe.transformer.pos_embed, "vae": pipe.vae}
-    kept = {name: {key: id(value) for key, value in vars(part).items()} for name, part in parts.items()}
-    return kept, dict(vars(pipe)), list(pipe.transformer.state_dict()), dict(pipe.transformer._forward_pre_hooks)
-
-
-def test_disable_restores_stock_images_bit_for_bit(stock):
-    expected = tiny.paint(stock, num_inference_steps=4)
-    before = traces(stock)
-    ralu.enable(stock, "sd3-3x")
-    assert list(stock.transformer.state_dict()) == before[2]
-    assert not torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
-    ralu.enable(stock, "sd3-2x")  # anew, without disabling first
-    tiny.paint(stock, num_inference_steps=4)
-    ralu.disable(stock)
-    ralu.disable(stock)
-    assert torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
-    assert traces(stock) == before
-
-
-@pytest.mark.parametrize("step", [1, 4, 8, 12])
-def test_after_an_exception_in_the_middle(stock, step):
-    expected = tiny.paint(stock, num_inference_steps=4)
-    ralu.enable(stock)
-    whole = tiny.paint(stock)
-
-    def fail(pipe, i, t, values):
-        if i == step:
-            raise KeyboardInterrupt
-        return values
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny.paint(stock, callback_on_step_end=fail)
-    assert torch.equal(tiny.paint(stock), whole)
-    with pytest.raises(KeyboardInterrupt):
-        tiny.paint(stock, callback_on_step_end=fail)
-    ralu.disable(stock)
-    assert torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
-
-
-@pytest.mark.parametrize("step", [0, 3, 4, 8, 10, 13])
-def test_an_interrupted_run_decodes_what_there_is(stock, step, monkeypatch):
-    """Low latents are enlarged by nearest neighbour, and promoted ones are put where they belong."""
-    vae, decoded, seen = stock.vae, [], []
-    decode = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda z, **call: decoded.append(z) or decode(z, **call))
-    pipe = ralu.enable(stock)
-
-    def stop(pipe, i, t, values):
-        pipe._interrupt = i == step
-        seen.append((values["latents"], pipe.scheduler.layout))
-        return values
-
-    image = tiny.paint(pipe, callback_on_step_end=stop)
-    assert image.shape == (1, 3, 64, 64) and len(seen) == step + 1
-    latents, layout = seen[-1]
-    full = (decoded[-1] - vae.config.shift_factor) * vae.config.scaling_factor
-    if layout.stage == 2:
-        expected = torch.empty_like(full)
-        rows = zip(layout.plan.source.tolist(), layout.plan.child.tolist(), strict=True)
-        for k, (source, child) in enumerate(rows):
-            y, x, patch = 4 * (source // 8), 4 * (source % 8), latents[0, :, :, 2 * k : 2 * k + 2]
-            if child < 0:
-                expected[0, :, y : y + 4, x : x + 4] = patch.repeat_interleave(2, 1).repeat_interleave(2, 2)
-            else:
-                y, x = y + 2 * (child // 2), x + 2 * (child % 2)
-                expected[0, :, y : y + 2, x : x + 2] = patch
-    else:
-        expected = F.interpolate(latents, scale_factor=2) if layout.stage == 1 else latents
-    torch.testing.assert_close(full, expected, rtol=0, atol=1e-5)
-    assert torch.equal(tiny.paint(pipe), tiny.paint(pipe))  # and the next runs are whole ones
-    ralu.disable(pipe)
-    assert isinstance(vars(vae)["decode"], FunctionType)  # the caller's own, put back
 
 
 @pytest.mark.parametrize("step", [0, 8])
@@ -455,30 +329,6 @@ def test_copies_of_the_parts_are_stock_and_on_their_own(pipe):
     bias -= 1.0
 
 
-def test_lora_scales_as_in_stock():
-    pipe = ralu.enable(tiny.sd3())
-    plain = tiny.paint(pipe)
-    targets = ["to_q", "to_v", "proj"]  # the patch convolution is a proj too
-    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    changed = tiny.paint(pipe)
-    unscaled = tiny.paint(pipe, joint_attention_kwargs={"scale": 0.0})
-    assert (changed - plain).abs().max() > 1e-3
-    torch.testing.assert_close(unscaled, plain, **close)
-
-
-def test_save_load_and_the_advice_in_between(pipe, tmp_path):
-    ralu.enable(pipe, "sd3-3x", ratio=0.4, granularity="token", regions="gradient")
-    expected = tiny.paint(pipe)
-    pipe.save_pretrained(tmp_path)
-    for kind in (StableDiffusion3Pipeline, DiffusionPipeline):
-        loaded = kind.from_pretrained(tmp_path)
-        loaded.set_progress_bar_config(disable=True)
-        with pytest.raises(RuntimeError, match=r"ralu\.enable\(pipe\)"):
-            tiny.paint(loaded)
-        torch.testing.assert_close(tiny.paint(ralu.enable(loaded)), expected, **close)
-        assert type(ralu.disable(loaded).scheduler) is FlowMatchEulerDiscreteScheduler
-
-
 def test_from_pipe_shares_the_enabled_parts(pipe):
     expected = tiny.paint(pipe)
     unguided = tiny.paint(pipe, guidance_scale=1.0)
@@ -495,32 +345,6 @@ class Offload(accelerate.hooks.ModelHook):
 
     def pre_forward(self, module, *args, **kwargs):
         return args, kwargs
-
-
-def test_offloading_hooks_come_and_go():
-    pipe = tiny.sd3()
-    plain = tiny.paint(pipe, num_inference_steps=4)
-    expected = tiny.paint(ralu.enable(pipe))
-    for part in (pipe.transformer, pipe.vae):
-        accelerate.hooks.add_hook_to_module(part, Offload())
-    assert torch.equal(tiny.paint(ralu.enable(pipe)), expected)
-    for part in (pipe.transformer, pipe.vae):  # diffusers takes them off and puts them on again after every call
-        accelerate.hooks.remove_hook_from_module(part)
-    assert torch.equal(tiny.paint(pipe), expected)
-    assert torch.equal(tiny.paint(ralu.disable(pipe), num_inference_steps=4), plain)
-
-
-def test_compiled_transformer_needs_no_graph_a_step():
-    pipe = ralu.enable(tiny.sd3())
-    expected = tiny.paint(pipe)
-    ralu.disable(pipe)
-    counter = CompileCounter()
-    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
-    torch.testing.assert_close(tiny.paint(ralu.enable(pipe)), expected, **close)
-    assert counter.frame_count <= 3
-    first = counter.frame_count
-    torch.testing.assert_close(tiny.paint(pipe), expected, **close)
-    assert counter.frame_count == first
 
 
 def test_presets_belong_to_families(stock):
@@ -544,14 +368,6 @@ def test_distilled_models_go_by_their_own_shift(family, shift):
     assert pipe.scheduler.schedule == ralu.solve((1, 1, 2), (0.3, 0.45, 1.0), shift=shift)
     image = tiny.paint(pipe, guidance_scale=0.0, num_inference_steps=4)
     assert image.isfinite().all() and image.std() > 0 and pipe.num_timesteps == 4
-
-
-def test_enable_refuses_what_it_cannot_serve(stock):
-    with pytest.raises(ValueError, match="StableDiffusion3Img2ImgPipeline"):
-        ralu.enable(StableDiffusion3Img2ImgPipeline(**stock.components))
-    with pytest.raises(ValueError, match="custom sigmas"):
-        tiny.paint(ralu.enable(stock), sigmas=[1.0, 0.7, 0.2])
-    ralu.disable(stock)
 
 
 def test_packing_is_the_fluxes():

@@ -1,19 +1,26 @@
 """Whole FLUX and SD3 pipelines with random weights that paint in milliseconds. One token is 4x4 pixels."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from ralu.mini.train import clip_tokenizer, t5_tokenizer
+from ralu.schedule import PRESETS, Schedule
 
 PROMPTS = ["a red circle", "two blue squares on a table", "a small grey cat"]
 SD3 = ["3.0", "3.5-medium", "3.5-large"]
@@ -82,6 +89,42 @@ def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Family(NamedTuple):
+    """What tests that hold for every family have to know of one.
+
+    latents: (B, 4, H, W) to what the pipeline's `latents` are at full size, and `image` back from there, at any size.
+    patches: the second stage's latents of one picture, as (L, 4, 2, 2).
+    """
+
+    make: Callable[..., DiffusionPipeline]
+    presets: tuple[str, ...]
+    image_to_image: type[DiffusionPipeline]
+    latents: Callable[[torch.Tensor], torch.Tensor]
+    image: Callable[[torch.Tensor, int, int], torch.Tensor]
+    patches: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def short(self) -> Schedule:
+        """The first preset in two steps a stage."""
+        return replace(PRESETS[self.presets[0]], steps=(2, 2, 2))
+
+
+FAMILIES = {
+    "flux": Family(
+        flux, ("flux-5x", "flux-7x"), FluxImg2ImgPipeline,
+        latents=lambda x: FluxPipeline._pack_latents(x, *x.shape),
+        image=lambda x, height, width: FluxPipeline._unpack_latents(x, height, width, 2),
+        patches=lambda x: x[0].view(-1, 4, 2, 2),
+    ),
+    "sd3": Family(
+        sd3, ("sd3-2x", "sd3-3x"), StableDiffusion3Img2ImgPipeline,
+        latents=lambda x: x,
+        image=lambda x, height, width: x,
+        patches=lambda x: x[0].unflatten(-1, (-1, 2)).permute(2, 0, 1, 3),
+    ),
+}  # fmt: skip
 
 
 def generators(*seeds):

@@ -1,0 +1,230 @@
+"""What holds for RALU inside the unmodified pipelines of all families, `tiny.FAMILIES`."""
+
+import accelerate
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
+from torch._dynamo.testing import CompileCounter
+
+import ralu
+
+PROMPTS = tiny.PROMPTS
+close = dict(rtol=0, atol=2e-5)
+
+
+def test_a_batch_equals_its_single_runs_though_regions_differ(pipe):
+    plans = []
+    pipe.scheduler._mix = lambda *a, mix=pipe.scheduler._mix: (mix(*a), plans.append(pipe.scheduler.layout.plan))[0]
+    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))
+    child = plans[0].child.view(3, -1)  # one plan row a picture, not one for each half of guidance
+    assert not torch.equal(child[0], child[1]) and not torch.equal(child[1], child[2])
+    for i in range(3):
+        torch.testing.assert_close(batch[i : i + 1], tiny.paint(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
+    assert (batch[0] - batch[1]).abs().max() > 0.05
+
+
+def test_same_seed_same_image_by_generator_or_latents(pipe, family):
+    first = tiny.paint(pipe, seeds=(1,))
+    assert torch.equal(first, tiny.paint(pipe, seeds=(1,)))
+    latents = family.latents(torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(first, tiny.paint(pipe, seeds=(0,), latents=latents))
+    other = tiny.paint(pipe, seeds=(2,))
+    assert not torch.equal(first, other)
+    twice = tiny.paint(pipe, PROMPTS[0], seeds=(1, 2), num_images_per_prompt=2)
+    torch.testing.assert_close(twice, torch.cat([first, other]), **close)
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("height, width", [(64, 64), (72, 40), (16, 48)])
+def test_output_types_and_sizes(pipe, family, kind, height, width):
+    out = tiny.paint(pipe, output_type=kind, height=height, width=width)
+    if kind == "pil":
+        assert out[0].size == (width, height)
+    elif kind == "latent":
+        assert out.shape == family.latents(torch.empty(1, 4, height // 2, width // 2)).shape
+    else:
+        assert tuple(out.shape) == ((1, height, width, 3) if kind == "np" else (1, 3, height, width))
+
+
+def test_odd_sizes_name_the_nearest_ones(pipe):
+    with pytest.raises(ValueError, match=r"divide by 8, got 68x64.*64x64 or 72x\d+"):
+        tiny.paint(pipe, height=68, width=64)
+    assert tiny.paint(pipe).isfinite().all()
+
+
+def test_fewer_than_three_steps_run_the_stock_schedule(stock):
+    expected = tiny.paint(stock, num_inference_steps=2)
+    ralu.enable(stock)
+    assert torch.equal(tiny.paint(stock, num_inference_steps=2), expected)
+    ralu.disable(stock)
+
+
+def traces(pipe):
+    """Everything that `enable` might leave behind."""
+    parts = {"transformer": pipe.transformer, "embed": pipe.transformer.pos_embed, "vae": pipe.vae}
+    kept = {name: {key: id(value) for key, value in vars(part).items()} for name, part in parts.items()}
+    return kept, dict(vars(pipe)), list(pipe.transformer.state_dict()), dict(pipe.transformer._forward_pre_hooks)
+
+
+def test_disable_restores_stock_images_bit_for_bit(stock, family):
+    expected = tiny.paint(stock, num_inference_steps=4)
+    before = traces(stock)
+    ralu.enable(stock, family.presets[1])
+    assert list(stock.transformer.state_dict()) == before[2]
+    assert not torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
+    ralu.enable(stock, family.presets[0])  # anew, without disabling first
+    tiny.paint(stock)
+    ralu.disable(stock)
+    ralu.disable(stock)
+    assert torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
+    assert traces(stock) == before
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 5])
+def test_after_an_exception_in_the_middle(stock, family, step):
+    """In a stage, and in the last step of each."""
+    expected = tiny.paint(stock, num_inference_steps=4)
+    whole = tiny.paint(pipe := ralu.enable(stock, family.short))
+
+    def fail(pipe, i, t, values):
+        if i == step:
+            raise KeyboardInterrupt
+        return values
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.paint(pipe, callback_on_step_end=fail)
+    assert torch.equal(tiny.paint(pipe), whole)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.paint(pipe, callback_on_step_end=fail)
+    assert torch.equal(tiny.paint(ralu.disable(pipe), num_inference_steps=4), expected)
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_an_interrupted_run_decodes_what_there_is(pipe, family, step, monkeypatch):
+    """Low latents are enlarged by nearest neighbour, and promoted ones are put where they belong."""
+    vae, decoded, seen = pipe.vae, [], []
+    ralu.disable(pipe)
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", own := lambda z, **call: decoded.append(z) or decode(z, **call))
+    ralu.enable(pipe, family.short)
+
+    def stop(pipe, i, t, values):
+        pipe._interrupt = i == step
+        seen.append((values["latents"], pipe.scheduler.layout))
+        return values
+
+    image = tiny.paint(pipe, callback_on_step_end=stop)
+    assert image.shape == (1, 3, 64, 64) and len(seen) == step + 1
+    latents, layout = seen[-1]
+    full = (decoded[-1] - vae.config.shift_factor) * vae.config.scaling_factor
+    if layout.stage == 2:
+        expected = torch.empty_like(full)
+        rows = zip(layout.plan.source.tolist(), layout.plan.child.tolist(), family.patches(latents), strict=True)
+        for source, child, patch in rows:
+            y, x = 4 * (source // 8), 4 * (source % 8)
+            if child < 0:
+                expected[0, :, y : y + 4, x : x + 4] = patch.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            else:
+                y, x = y + 2 * (child // 2), x + 2 * (child % 2)
+                expected[0, :, y : y + 2, x : x + 2] = patch
+    elif layout.stage == 1:
+        expected = F.interpolate(family.image(latents, 32, 32), scale_factor=2, mode="nearest")
+    else:
+        expected = family.image(latents, 64, 64)
+    torch.testing.assert_close(full, expected, rtol=0, atol=1e-5)
+    assert torch.equal(tiny.paint(pipe), tiny.paint(pipe))  # and the next runs are whole ones
+    ralu.disable(pipe)
+    assert vars(vae)["decode"] is own  # the caller's, put back
+
+
+def test_lora_scales_as_in_stock(family):
+    pipe = ralu.enable(family.make(), family.short)
+    plain = tiny.paint(pipe)
+    targets = ["to_q", "to_v", "proj"]  # SD3's patch convolution is a proj too
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    changed = tiny.paint(pipe)
+    unscaled = tiny.paint(pipe, joint_attention_kwargs={"scale": 0.0})
+    assert (changed - plain).abs().max() > 1e-3
+    torch.testing.assert_close(unscaled, plain, **close)
+
+
+def config_of(scheduler):
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
+def test_save_load_and_the_advice_in_between(stock, family, tmp_path):
+    was = config_of(stock.scheduler)
+    pipe = ralu.enable(stock, family.presets[1], ratio=0.4, granularity="token", regions="gradient")
+    expected = tiny.paint(pipe)
+    pipe.save_pretrained(tmp_path)
+    ralu.disable(pipe)
+    for kind in (type(stock), DiffusionPipeline):
+        loaded = kind.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert isinstance(loaded.scheduler, ralu.RaluScheduler)
+        with pytest.raises(RuntimeError, match=r"ralu\.enable\(pipe\)"):
+            tiny.paint(loaded)
+        torch.testing.assert_close(tiny.paint(ralu.enable(loaded)), expected, **close)
+        assert type(ralu.disable(loaded).scheduler) is FlowMatchEulerDiscreteScheduler
+        assert config_of(loaded.scheduler) == was
+
+
+class Offload(accelerate.hooks.ModelHook):
+    """What offloading does to a model's forward, without the transfers."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        Offload.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("enabled_first", [True, False])
+def test_offloading_hooks_come_and_go(family, enabled_first):
+    pipe = family.make()
+    parts = pipe.transformer, pipe.vae
+    plain = tiny.paint(pipe, num_inference_steps=4)
+    expected = tiny.paint(ralu.enable(pipe, family.short))
+    if not enabled_first:
+        ralu.disable(pipe)
+    for part in parts:
+        accelerate.hooks.add_hook_to_module(part, Offload())
+    ralu.enable(pipe, family.short)
+    for _ in range(2):  # diffusers takes the hooks off and puts them on again after every call
+        assert torch.equal(tiny.paint(pipe), expected)
+        for part in parts:
+            accelerate.hooks.remove_hook_from_module(part)
+        assert torch.equal(tiny.paint(pipe), expected)
+        accelerate.hooks.add_hook_to_module(pipe.transformer, Offload())
+    ralu.disable(pipe)
+    Offload.calls = 0
+    assert torch.equal(tiny.paint(pipe, num_inference_steps=4), plain) and Offload.calls == 4
+
+
+def test_compiled_transformer_needs_no_graph_a_step(family):
+    pipe = ralu.enable(family.make(), family.short)
+    expected = tiny.paint(pipe)
+    ralu.disable(pipe)
+    counter = CompileCounter()
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    torch.testing.assert_close(tiny.paint(ralu.enable(pipe, family.short)), expected, **close)
+    assert counter.frame_count <= 3
+    first = counter.frame_count
+    torch.testing.assert_close(tiny.paint(pipe), expected, **close)
+    assert counter.frame_count == first
+
+
+def test_enable_refuses_what_it_cannot_serve(stock, family):
+    with pytest.raises(ValueError, match=family.image_to_image.__name__):
+        ralu.enable(family.image_to_image(**stock.components))
+    scheduler = stock.scheduler
+    stock.scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="use_karras_sigmas"):
+        ralu.enable(stock)
+    stock.scheduler = scheduler
+    with pytest.raises(ValueError, match="custom sigmas"):
+        tiny.paint(ralu.enable(stock), sigmas=[1.0, 0.7, 0.2])
+    ralu.disable(stock)
