@@ -27,6 +27,7 @@ from .families import Family, family_of_transformer
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
 
+
 def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     """Make the blocks of a stock transformer run on `ralu_kernels`. Returns the same transformer.
 
@@ -161,7 +162,13 @@ def _text_mask(text: Tensor) -> tuple[int, Tensor]:
 
 
 def _layouts(
-    text_mask: Tensor | None, image_mask: Tensor | None, batch: int, text: int, image: int, device, text_first: bool,
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    batch: int,
+    text: int,
+    image: int,
+    device,
+    text_first: bool,
     image_alone: bool,
 ) -> tuple[Sequences, Sequences | None]:
     """The joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over."""

@@ -38,9 +38,7 @@ def weights(kind: str, size: int, target: int) -> Tensor:
 def resized(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int], kind: str) -> Tensor:
     """Resize the latent pixels of tokens (B, h·w, C) from a grid (h, w) to another: float32 (B, n, C)."""
     planes = _planes(tokens.float(), grid, "pixel")
-    rows, columns = (
-        weights(kind, 2 * old, 2 * new).to(tokens.device) for old, new in zip(grid, target, strict=True)
-    )
+    rows, columns = (weights(kind, 2 * old, 2 * new).to(tokens.device) for old, new in zip(grid, target, strict=True))
     return _tokens(rows @ planes @ columns.T, "pixel")
 
 

@@ -74,8 +74,9 @@ class Options:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.upsampler not in (None, "nearest") and self.matching != "snr":
             raise ValueError(f"upsampler={self.upsampler!r} needs matching='snr', got {self.matching!r}")
-        # Names score in [0, 1], beyond which a threshold would select all or nothing; a scorer's range is its own.
-        if self.threshold is not None and not callable(self.regions) and not 0 <= self.threshold <= 1:
+        # Beyond [0, 1] all or nothing would be selected; steepness and a scorer's scores have no such range.
+        bounded = not (callable(self.regions) or (isinstance(self.regions, str) and self.regions == "gradient"))
+        if self.threshold is not None and bounded and not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in [0, 1], in which edges and masks score, got {self.threshold}")
         object.__setattr__(self, "seeds", _seeds(self.seeds))
 

@@ -178,6 +178,11 @@ class Schedule:
         """Time at which each stage starts."""
         return (0.0, *(transition.start for transition in self.transitions))
 
+    @property
+    def c(self) -> float:
+        """Correlation of the first transition's noise; 0 where there is none."""
+        return self.transitions[0].c if self.transitions else 0.0
+
     def sigmas(self, stage: int) -> list[float]:
         """List the noise levels of a stage, counted from 1: steps + 1 values, even before the stage's shift."""
         start, end, h, n = (values[stage - 1] for values in (self.starts, self.ends, self.shifts, self.steps))
@@ -346,10 +351,8 @@ def preset(
     """
     if name in PRESETS:
         plain = PRESETS[name]
-        c = plain.transitions[0].c
-        schedule = region_adaptive(
-            plain.steps, plain.ends, plain.shifts, c, plain.ratio, matching=matching, upsampler=upsampler
-        )
+        given = plain.steps, plain.ends, plain.shifts, plain.c, plain.ratio
+        schedule = region_adaptive(*given, matching=matching, upsampler=upsampler)
     elif name in DISTILLED:
         schedule = solve(*DISTILLED[name], shift, matching=matching, upsampler=upsampler)
     else:

@@ -169,7 +169,7 @@ def test_projections_in_one(model):
     transformer = make(model).transformer
     expected = run(transformer, given := inputs(model, transformer))
     transformer.fuse_qkv_projections()
-    assert blocks.fused(ralu.fuse(transformer))
+    assert blocks.is_fused(ralu.fuse(transformer))
     torch.testing.assert_close(run(transformer, given), expected, **close)
 
 
@@ -322,14 +322,14 @@ def test_ip_adapters_keep_their_attention(warnings):
     kinds = {name: type(p).__name__ for name, p in pipe.transformer.attn_processors.items()}
     assert set(kinds.values()) == {"FluxAttnProcessor", "FluxIPAdapterAttnProcessor"}
     pipe.unload_ip_adapter()
-    assert blocks.fused(ralu.enable(pipe, fused=True).transformer)
+    assert blocks.is_fused(ralu.enable(pipe, fused=True).transformer)
 
 
 def test_weights_offloaded_layer_by_layer_are_left_to_diffusers(warnings):
     pipe = tiny.flux()
     expected = tiny.paint(pipe, num_inference_steps=2)
     accelerate.cpu_offload(ralu.fuse(pipe.transformer), torch.device("cpu"))
-    assert torch.equal(tiny.paint(pipe, num_inference_steps=2), expected) and not blocks.fused(pipe.transformer)
+    assert torch.equal(tiny.paint(pipe, num_inference_steps=2), expected) and not blocks.is_fused(pipe.transformer)
     ralu.fuse(pipe.transformer)
     assert len(warnings) == 2 and "offloaded layer by layer" in warnings[1]
 
@@ -338,7 +338,7 @@ def test_a_chosen_attention_backend_is_kept(warnings):
     transformer = tiny.flux().transformer
     for block in transformer.transformer_blocks:
         block.attn.processor._attention_backend = "native"
-    assert not blocks.fused(ralu.fuse(transformer)) and "attention backend" in warnings[0]
+    assert not blocks.is_fused(ralu.fuse(transformer)) and "attention backend" in warnings[0]
 
 
 def test_group_offloading_by_leaves_is_left_to_diffusers(warnings):
@@ -346,7 +346,7 @@ def test_group_offloading_by_leaves_is_left_to_diffusers(warnings):
     norm = transformer.transformer_blocks[0].attn.norm_q
     registry = HookRegistry.check_if_exists_or_initialize(norm)
     registry.register_hook(ModelHook(), "group_offloading")  # a norm has it where offload_type is "leaf_level"
-    assert not blocks.fused(ralu.fuse(transformer)) and "offloaded layer by layer" in warnings[0]
+    assert not blocks.is_fused(ralu.fuse(transformer)) and "offloaded layer by layer" in warnings[0]
 
 
 def test_blocks_of_other_classes_are_left_alone(warnings):
@@ -355,7 +355,7 @@ def test_blocks_of_other_classes_are_left_alone(warnings):
 
     transformer = tiny.flux().transformer
     transformer.transformer_blocks[1].__class__ = Own
-    assert not blocks.fused(ralu.fuse(transformer)) and "blocks of class Own" in warnings[0]
+    assert not blocks.is_fused(ralu.fuse(transformer)) and "blocks of class Own" in warnings[0]
 
 
 def test_padding_stays_where_nothing_is_trimmed(warnings):
@@ -417,7 +417,7 @@ def test_round_trips(model):
     transformer, call = pipe.transformer, {"num_inference_steps": 2}
     expected, before = tiny.paint(pipe, **call), traces(transformer)  # the first run makes diffusers' own registries
     ralu.fuse(transformer)
-    assert before[1] == traces(transformer)[1] and blocks.fused(transformer)
+    assert before[1] == traces(transformer)[1] and blocks.is_fused(transformer)
     ralu.fuse(transformer)  # anew
     ralu.unfuse(ralu.unfuse(transformer))
     assert traces(transformer) == before
@@ -425,7 +425,7 @@ def test_round_trips(model):
         stages = tiny.paint(ralu.enable(pipe, fused=True))
     assert "pack_qkv" in calls.names
     torch.testing.assert_close(tiny.paint(ralu.enable(pipe)), stages, **close)
-    assert not blocks.fused(transformer)  # "auto" on a CPU
+    assert not blocks.is_fused(transformer)  # "auto" on a CPU
     ralu.enable(pipe, fused=True, trim_text=True)
     assert torch.equal(tiny.paint(ralu.disable(pipe), **call), expected) and traces(transformer) == before
     assert "_get_t5_prompt_embeds" not in vars(pipe)
@@ -434,9 +434,9 @@ def test_round_trips(model):
 def test_enable_puts_an_owners_fusion_back():
     pipe = tiny.flux()
     ralu.fuse(pipe.transformer, trim_text=True)
-    assert not blocks.fused(ralu.enable(pipe, fused=False).transformer)
-    assert pipe.transformer.ralu_fusion.trim_text if blocks.fused(ralu.disable(pipe).transformer) else False
-    assert blocks.fused(ralu.enable(pipe).transformer) and not pipe.transformer.ralu_fusion.trim_text
+    assert not blocks.is_fused(ralu.enable(pipe, fused=False).transformer)
+    assert pipe.transformer.ralu_fusion.trim_text if blocks.is_fused(ralu.disable(pipe).transformer) else False
+    assert blocks.is_fused(ralu.enable(pipe).transformer) and not pipe.transformer.ralu_fusion.trim_text
     assert ralu.disable(pipe).transformer.ralu_fusion.trim_text
     assert not hasattr(ralu.unfuse(pipe.transformer), "ralu_fusion")
 

@@ -14,7 +14,7 @@ from PIL import Image
 import ralu
 from ralu import cli, figures
 from ralu.cli import main
-from ralu.flux import decode
+from ralu.families.flux import decode
 from ralu.regions import edge_density
 from ralu_kernels import plan_tokens
 

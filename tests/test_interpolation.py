@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import ralu
-from ralu.schedule import PRESETS, transition
-from ralu.upsampling import UPSAMPLERS, enlarge, merge, promote, weights
+from ralu.interpolation import complete, resized, select, upsampled, weights
+from ralu.options import Options
+from ralu.schedule import INTERPOLATIONS, PRESETS, match_noise
 from ralu_kernels import merge_tokens, plan_tokens, promote_tokens
 
-SMOOTH = UPSAMPLERS[1:]
+SMOOTH = INTERPOLATIONS[1:]
 GRANULARITIES = ("pixel", "token")
 
 
@@ -37,7 +38,7 @@ def test_weights(kind, size):
         expected = lanczos(size)
     else:
         expected = F.interpolate(impulses, size=(2 * size, size), mode=kind, antialias=True)[0, 0].double()
-    torch.testing.assert_close(weights(kind, size).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights(kind, size, 2 * size).double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -51,8 +52,19 @@ def test_enlarging_tokens_is_enlarging_their_image(kind, granularity):
         return (F.pixel_unshuffle(planes, 2) if granularity == "pixel" else planes).flatten(2).transpose(1, 2)
 
     larger = F.interpolate(image, scale_factor=2, mode=kind, antialias=True)
-    got, _ = enlarge(pack(image), (h, w), kind, granularity)
+    got, _ = upsampled(pack(image), (h, w), kind, granularity)
     torch.testing.assert_close(got, pack(larger), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("grid, target", [((4, 6), (2, 3)), ((2, 3), (4, 6)), ((3, 5), (3, 5))])
+def test_resizing_is_resizing_the_latent(grid, target, kind):
+    latent = torch.randn(2, 4, 2 * grid[0], 2 * grid[1])
+    size = 2 * target[0], 2 * target[1]
+    expected = F.interpolate(latent, size=size, mode=kind, antialias=True)
+    tokens = F.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
+    got = resized(tokens, grid, target, kind)
+    torch.testing.assert_close(got, F.pixel_unshuffle(expected, 2).flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
 
 
 def mixed_plan(batch, h, w):
@@ -64,7 +76,7 @@ def mixed_plan(batch, h, w):
 def moments(kind, matching, granularity, stage, e=0.4, c=0.1, batch=6000):
     """Mean and variance over many samples of a move from a flow at time e to a known picture, and what is due."""
     h, w, channels = 3, 4, 8
-    move = transition(e, c, matching)
+    move = match_noise("select", e, c, matching, kind)
     generator = torch.Generator().manual_seed(stage)
     plan, seed = mixed_plan(batch, h, w), torch.arange(batch) * 7919
     x1 = torch.linspace(-2, 2, channels // 4).repeat_interleave(4)  # a flat picture: no upsampler changes it
@@ -76,14 +88,14 @@ def moments(kind, matching, granularity, stage, e=0.4, c=0.1, batch=6000):
         fused = promote_tokens if stage == 2 else merge_tokens
         out = fused(x, plan, move.scale, move.noise_scale, move.c, seed, granularity=granularity)
     else:
-        out = (promote if stage == 2 else merge)(x, plan, move, seed, kind, granularity)
+        out = (select if stage == 2 else complete)(x, plan, move, seed, Options(granularity=granularity))
     out = out.view(batch, -1, channels).double()
     return out, move, x1
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("kind", UPSAMPLERS)
+@pytest.mark.parametrize("kind", INTERPOLATIONS)
 def test_the_signal_to_noise_ratio_is_the_flows_at_every_value(kind, granularity, stage):
     out, move, x1 = moments(kind, "snr", granularity, stage)
     count = out.shape[0]
@@ -125,10 +137,10 @@ def test_without_matching_tokens_are_copied_and_time_goes_on(granularity):
 def test_promoted_tokens_alone_are_interpolated(kind):
     """Without noise left (the last moment of the flow) a move only interpolates: against PyTorch, token by token."""
     h, w = 3, 4
-    plan, move = mixed_plan(2, h, w), transition(1 - 1e-9, 0.1, "snr")
+    plan, move = mixed_plan(2, h, w), match_noise("select", 1 - 1e-9, 0.1, "snr", kind)
     low = torch.randn(2, h * w, 8)
-    high, _ = enlarge(low, (h, w), kind, "pixel")
-    packed = promote(low, plan, move, torch.zeros(2, dtype=torch.int64), kind, "pixel")
+    high, _ = upsampled(low, (h, w), kind, "pixel")
+    packed = select(low, plan, move, torch.zeros(2, dtype=torch.int64), Options())
     for row, (source, child) in enumerate(zip(plan.source.tolist(), plan.child.tolist(), strict=True)):
         sample, y, x = int(row >= plan.cu_seqlens[1]), source // w, source % w
         place = (2 * y + child // 2) * 2 * w + 2 * x + child % 2
@@ -136,7 +148,7 @@ def test_promoted_tokens_alone_are_interpolated(kind):
         torch.testing.assert_close(packed[row], expected, rtol=0, atol=1e-5)
     # What was promoted stays; a flat remainder is enlarged without a seam.
     flat = torch.where(plan.child[:, None] >= 0, packed, torch.full((), 0.5))
-    merged = merge(flat, plan, move, torch.zeros(2, dtype=torch.int64), kind, "pixel")
+    merged = complete(flat, plan, move, torch.zeros(2, dtype=torch.int64), Options())
     children = (plan.child >= 0)[plan.inverse.long()]
     torch.testing.assert_close(merged[children], flat[plan.inverse.long()][children], rtol=0, atol=1e-5)
 
@@ -164,14 +176,14 @@ def test_threshold_counts_may_differ():
 def test_options_are_saved(tmp_path):
     ralu.RaluScheduler("flux-7x", matching="snr", upsampler="lanczos").save_pretrained(tmp_path)
     again = ralu.RaluScheduler.from_pretrained(tmp_path)
-    assert again.schedule.matching == "snr" and again.config.upsampler == "lanczos"
+    assert again.schedule == ralu.preset("flux-7x", matching="snr", upsampler="lanczos")
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(upsampler="area", matching="snr"), "upsampler must be one of nearest, bilinear, bicubic, lanczos"),
-        (dict(upsampler="bicubic"), "upsampler='bicubic' needs matching='snr', got 'covariance'"),
+        (dict(upsampler="bicubic"), "upsampler='bicubic' needs matching='snr', got None"),
         (dict(matching="on"), "matching must be one of covariance, snr, off, got 'on'"),
     ],
 )

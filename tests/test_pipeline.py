@@ -21,7 +21,7 @@ import ralu
 from ralu import cli
 from ralu.regions import edge_density, gradient
 from ralu.schedule import PRESETS
-from ralu.scheduler import seeds_of
+from ralu.stages import seeds_of
 from ralu_kernels import reference
 
 PROMPTS = tiny.PROMPTS

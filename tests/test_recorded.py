@@ -162,8 +162,6 @@ def configurations():
     return runs
 
 
-
-
 def digest(latents):
     """Mean, deviation and sixteen of the values."""
     values = latents.double().flatten()

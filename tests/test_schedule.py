@@ -1,7 +1,7 @@
 """The schedule's numbers against Table S1, supplement A.1 and diffusers' own shift."""
 
+import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,21 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.spatial.distance import jensenshannon
 
 import ralu
-from ralu.schedule import DISTILLED, PRESETS, Schedule, densities, preset, shifted, solve, transition
+from ralu.schedule import (
+    DISTILLED,
+    PRESETS,
+    Schedule,
+    Stage,
+    densities,
+    match_noise,
+    preset,
+    region_adaptive,
+    resample_noise,
+    shifted,
+    single,
+    solve,
+    two_resolutions,
+)
 
 # Table S1: cumulative steps, ends, h, c. The starred entries look like slips (paper.md): recomputed 6.121 and 2.273.
 TABLE_S1 = {
@@ -60,14 +74,14 @@ def test_solve_is_a_minimum_for_that_shift(shift):
         for factor in (0.97, 1.03):
             shifts = [h * factor if i == k else h for i, h in enumerate(found.shifts)]
             if 0.5 <= shifts[k] <= 10:  # the search's bounds
-                assert distance(replace(found, shifts=shifts), shift) > best
+                assert distance(found.replace(shifts=shifts), shift) > best
     assert distance(found, 4.0 - shift) > best + 0.01  # the other shift's target is another one
 
 
 @pytest.mark.parametrize("end", [0.05, 0.3, 0.45, 0.9])
 @pytest.mark.parametrize("c", [1e-4, 0.0177, 0.25])
 def test_transition_satisfies_s3_to_s6(end, c):
-    move = transition(end, c)
+    move = match_noise("select", end, c)
     assert move.scale * end == pytest.approx(move.start, abs=1e-12)  # S3
     assert move.scale * (1 - end) == pytest.approx(move.noise_scale * math.sqrt(c), abs=1e-12)  # S5
     assert move.noise_scale == pytest.approx(1 - move.start, abs=1e-12)  # S6
@@ -113,7 +127,70 @@ def test_densities_integrate_to_one():
 def test_wrong_numbers_are_named(change, word):
     right = {"steps": (4, 5, 6), "ends": (0.3, 0.45, 1.0), "shifts": (5.0, 3.0, 2.0), "c": 0.02}
     with pytest.raises(ValueError, match=word):
-        Schedule(**(right | change))
+        region_adaptive(**(right | change))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1", None, 1j, [], True])
+@pytest.mark.parametrize("name", ["steps", "ends", "shifts", "c", "ratio", "shift"])
+def test_no_number_is_refused_by_name(name, bad):
+    """In a schedule and in the search for one."""
+    right = {"steps": (4, 5, 6), "ends": (0.3, 0.45, 1.0), "shifts": (5.0, 3.0, 2.0), "c": 0.02, "ratio": 0.2}
+    wrong = {name: (right[name][0], bad, right[name][2]) if name in ("steps", "ends", "shifts") else bad}
+    if name != "shift":
+        with pytest.raises((ValueError, TypeError), match=rf"\b{name} must"):
+            region_adaptive(**right | wrong)
+    if name not in ("shifts", "c"):
+        with pytest.raises((ValueError, TypeError), match=rf"\b{name} must"):
+            solve(**{key: right[key] for key in ("steps", "ends")} | wrong)
+
+
+FULL, LOW = Stage("full", 3, 1.0, 1.0), Stage("low", 2, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (((),), "one fewer than the 0 stages, got 0"),
+        (((FULL, FULL),), "one fewer than the 2 stages, got 0"),
+        (((LOW,),), "last of the stages must be full and end at 1"),
+        (
+            ((LOW, FULL), (match_noise("select", 0.5, 0.1),)),
+            "'select' lead from low to mixed, got one from low to full",
+        ),
+        (((LOW, FULL), (match_noise("complete", 0.5, 0.1),)), "'complete' lead from mixed to full"),
+        (((FULL, FULL), (resample_noise(0.5),)), "'resample' lead from full to low or low to full, got one from full"),
+        (((Stage("low", 2, 0.1, 1.0), FULL, FULL), (resample_noise(0.2),) * 2), "got one from full to full"),
+        ((("full",),), "stages must be Stages, got 'full'"),
+        (((FULL,), (), math.nan), "ratio must lie"),
+        (((FULL,), (), 1.1), "ratio must lie"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Schedule(*arguments)
+
+
+def test_a_stage_must_end_after_it_starts():
+    early = Stage("low", 2, 0.3, 1.0)
+    with pytest.raises(ValueError, match="got 0.3 after 0.4"):
+        Schedule((Stage("full", 2, 0.6, 1.0), early, FULL), (resample_noise(0.4), resample_noise(0.2)))
+
+
+@pytest.mark.parametrize("chosen", [preset("flux-5x"), preset("sd3-2x", matching="snr"), single(10, 3.0),
+                                    two_resolutions((3, 4), 0.3, (5.0, 2.0), 0.25)])  # fmt: skip
+def test_a_schedule_comes_back_from_json(chosen):
+    assert Schedule(**json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+def test_speeds_transition_is_renoising_at_a_quarter():
+    """SPEED with the Haar basis: a = 1 / (1 + sigma), b = sigma' = 2·sigma / (1 + sigma)."""
+    for end in (0.2, 0.3, 0.45):
+        (move,) = two_resolutions((3, 4), end, (1.0, 1.0), 0.25).transitions
+        sigma = 1 - end
+        assert move.kind == "renoise" and move.c == 0.25
+        assert move.scale == pytest.approx(1 / (1 + sigma)) and move.noise_scale == pytest.approx(
+            2 * sigma / (1 + sigma)
+        )
 
 
 def test_unknown_preset_lists_the_known_ones():

@@ -16,10 +16,10 @@ from diffusers import (
 )
 
 import ralu
+from ralu.families.sd3 import Positions, pack
 from ralu.regions import edge_density, gradient
 from ralu.schedule import PRESETS
-from ralu.scheduler import seeds_of
-from ralu.sd3 import Positions, pack
+from ralu.stages import seeds_of
 from ralu_kernels import reference
 
 PROMPTS = tiny.PROMPTS

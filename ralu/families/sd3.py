@@ -159,7 +159,7 @@ def _sd3_joint(block, hidden_states, encoder_hidden_states, temb, joint_attentio
 def _chunked(block, ff):
     if block._chunk_size is None:
         return ff
-    return lambda x: _chunkedfeed_forward(ff, x, block._chunk_dim, block._chunk_size)
+    return lambda x: _chunked_feed_forward(ff, x, block._chunk_dim, block._chunk_size)
 
 
 _CONFIG = {

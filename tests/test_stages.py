@@ -5,7 +5,7 @@ import torch
 
 import ralu
 from ralu.schedule import PRESETS
-from ralu.scheduler import seeds_of
+from ralu.stages import seeds_of
 
 
 def gaussian(mean, variance):
