@@ -36,8 +36,8 @@ from record import provenance, transformer_tflop
 from tqdm import tqdm
 
 import ralu
-from ralu.cli import PROMPTS
 from ralu.figures import Row, grid
+from ralu.mini import PROMPTS
 from ralu.mini.train import CAPTIONS, GUIDANCE, PatchPCA, pictures
 
 SIZE, TEXT_TOKENS = 256, 32

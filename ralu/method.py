@@ -1,0 +1,217 @@
+"""The grammar of methods, `SPATIAL[(option=value,...)][+CACHE[(option=value,...)]]`, parsed and printed here alone.
+
+SPATIAL is a preset of `ralu.schedule`, "stock-STEPS", or "stock" for the pipeline's own number of steps; CACHE is a
+name in `ralu.caches`. For example "flux-5x(ratio=0.3,regions=gradient)+taylorseer(interval=3)".
+"""
+
+import math
+import re
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, get_type_hints
+
+from .caches import CACHES
+from .schedule import DISTILLED, MATCHINGS, PRESETS, Schedule
+
+SPATIAL = (*PRESETS, *DISTILLED)
+# What the options that are words can be; the first is the default.
+CHOICES = {
+    "regions": ("canny", "gradient", "random"),
+    "granularity": ("pixel", "token"),
+    "carry_noise": ("exact", "release"),
+    "matching": MATCHINGS,
+    "upsampler": ("nearest", "bilinear", "bicubic", "lanczos"),
+    "backend": ("auto", "native", "triton", "reference"),
+}
+_NUMBERS = ("ratio", "threshold")
+_STOCK_OPTIONS: tuple[str, ...] = ()  # those that mean something where nothing is upsampled
+_NAME, _OPTIONS = r"[\w.-]+", r"(?:\(([^()]*)\))?"
+_GRAMMAR = re.compile(rf"({_NAME}){_OPTIONS}(?:\+({_NAME}){_OPTIONS})?")
+FORM = "SPATIAL[(option=value,...)][+CACHE[(option=value,...)]]"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keyword options of a spatial method, as `RaluScheduler` and `enable` take them; None for the preset's or default.
+
+    ratio:       share of the low-resolution tokens to upsample early, in [0, 1].
+    threshold:   upsample early what scores at least this much instead.
+    regions:     "canny", "gradient", "random"; in Python also a mask or a scorer, see `ralu.regions`.
+    granularity, carry_noise, matching, upsampler, backend: words of `CHOICES`.
+
+    Raises ValueError for a value out of range, and TypeError for one of a wrong type.
+    """
+
+    ratio: float | None = None
+    threshold: float | None = None
+    regions: Any = None
+    granularity: str | None = None
+    carry_noise: str | None = None
+    matching: str | None = None
+    upsampler: str | None = None
+    backend: str | None = None
+
+    def __post_init__(self):
+        for name in ("ratio", "threshold"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        if self.ratio is not None and not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio must lie in [0, 1], got {self.ratio}")
+        if self.ratio is not None and self.threshold is not None:
+            raise ValueError(f"give ratio or threshold, not both: got ratio={self.ratio}, threshold={self.threshold}")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value is None or (name == "regions" and not isinstance(value, str)):
+                continue
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string, got {value!r}")
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.upsampler not in (None, "nearest") and self.matching != "snr":
+            raise ValueError(f"upsampler={self.upsampler!r} needs matching='snr', got {self.matching!r}")
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that are not None, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to sample: a spatial method with its options and, beside it, a cache.
+
+    spatial: a name in `SPATIAL`, "stock", or "stock-STEPS".
+    options: of the spatial method; a value that is the preset's own or the default becomes None, so that one way to
+             sample has one name.
+    cache:   an instance of a class in `ralu.caches.CACHES`, or None.
+
+    Raises ValueError for an unknown spatial method, an option that it does not have, or an unregistered cache.
+    """
+
+    spatial: str
+    options: Options = Options()
+    cache: Any = None
+
+    def __post_init__(self):
+        if not isinstance(self.spatial, str):
+            raise TypeError(f"spatial must be a string, got {self.spatial!r}")
+        if self.spatial not in SPATIAL and not re.fullmatch(r"stock(-[1-9]\d*)?", self.spatial):
+            raise ValueError(f"{self.spatial!r} is none of {', '.join(SPATIAL)}, stock, stock-STEPS")
+        if self.cache is not None and type(self.cache) not in CACHES.values():
+            raise ValueError(f"cache must be one of {_known_caches()}, got {self.cache!r}")
+        given = self.options.given()
+        if self.preset is None and (odd := given.keys() - set(_STOCK_OPTIONS)):
+            raise ValueError(f"{self.spatial} upsamples nothing and has no {', '.join(sorted(odd))}")
+        defaults, printable = _defaults(self.spatial), str | float | int
+        plain = [name for name, value in given.items() if isinstance(value, printable) and value == defaults[name]]
+        object.__setattr__(self, "options", replace(self.options, **dict.fromkeys(plain)))
+
+    @property
+    def preset(self) -> str | None:
+        """The name of the preset; None for the stock pipeline."""
+        return self.spatial if self.spatial in SPATIAL else None
+
+    @property
+    def steps(self) -> int | None:
+        """The number N of "stock-N"; None for a preset, which has its own, and for "stock"."""
+        stock, _, number = self.spatial.partition("-")
+        return int(number) if stock == "stock" and number else None
+
+    @classmethod
+    def parse(cls, text: str) -> "Method":
+        """Return the method that `text` names.
+
+        Raises ValueError, naming what is allowed, for text that does not follow the grammar, an unknown preset, cache
+        or option, and a value that does not fit.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"a method must be a string, got {text!r}")
+        match = _GRAMMAR.fullmatch(text.strip())
+        if not match:
+            raise ValueError(f"{text!r} is no method: it must have the form {FORM}")
+        spatial, options, name, cache_options = match.groups()
+        method = cls(spatial)  # an unknown name is told before its options
+        allowed = [field.name for field in fields(Options)] if method.preset else _STOCK_OPTIONS
+        types = {name: float if name in _NUMBERS else str for name in allowed}
+        chosen = _assignments(options, spatial, types)
+        if name is None:
+            return cls(spatial, Options(**chosen))
+        if name not in CACHES:
+            raise ValueError(f"{name!r} is no cache; choose of {_known_caches()}")
+        kind = CACHES[name]
+        given = _assignments(cache_options, name, _types(kind))
+        if lacking := [field.name for field in fields(kind) if field.default is MISSING and field.name not in given]:
+            raise ValueError(f"{name} needs {', '.join(lacking)}, as in {name}({lacking[0]}=...)")
+        return cls(spatial, Options(**chosen), kind(**given))
+
+    def __str__(self) -> str:
+        """Print the name, with the options that differ from the defaults: `Method.parse` undoes it.
+
+        A mask or a scorer has no name: it is printed as regions=custom, which `parse` refuses.
+        """
+        options = {name: value if isinstance(value, str | float | int) else "custom"
+                   for name, value in self.options.given().items()}  # fmt: skip
+        text = self.spatial + _printed(options)
+        if self.cache is None:
+            return text
+        name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
+        values = {field.name: (getattr(self.cache, field.name), field.default) for field in fields(self.cache)}
+        return f"{text}+{name}" + _printed(
+            {key: value for key, (value, default) in values.items() if default is MISSING or value != default}
+        )
+
+
+def _defaults(spatial: str) -> dict[str, Any]:
+    first = {name: allowed[0] for name, allowed in CHOICES.items()}
+    return first | {"ratio": PRESETS.get(spatial, Schedule).ratio, "threshold": None}
+
+
+def _known_caches() -> str:
+    return ", ".join(CACHES) or "(there is none)"
+
+
+def _types(kind: type) -> dict[str, type]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _assignments(text: str | None, owner: str, types: dict[str, type]) -> dict[str, Any]:
+    """Parse "option=value,..." of `owner`, whose options have these types."""
+    values: dict[str, Any] = {}
+    for part in text.split(",") if text is not None and text.strip() else ():
+        name, equals, value = map(str.strip, part.partition("="))
+        if not equals or not value:
+            raise ValueError(f"{part.strip()!r} of {owner} must have the form option=value")
+        if name not in types:
+            raise ValueError(f"{owner} has no option {name!r}; it has {', '.join(types) or 'none'}")
+        if name in values:
+            raise ValueError(f"{owner} has the option {name!r} twice")
+        values[name] = _value(name, value, types[name])
+    return values
+
+
+def _value(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a {'whole ' * (kind is int)}number, got {text!r}") from None
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {text!r}")
+    return value
+
+
+def _printed(options: dict[str, Any]) -> str:
+    def value(x):
+        if isinstance(x, bool):
+            return str(x).lower()
+        return f"{x:g}" if isinstance(x, float) and float(f"{x:g}") == x else str(x)
+
+    return f"({','.join(f'{name}={value(x)}' for name, x in options.items())})" if options else ""
