@@ -1,6 +1,5 @@
 """What a command tells in one line, and not with a traceback."""
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,4 +32,5 @@ def nearest_sizes(width: int, height: int, unit: int) -> str:
 
 def shortened(error: BaseException, limit: int = 200) -> str:
     """Return a library's error, which may be pages long, as part of a line."""
-    return textwrap.shorten(str(error), limit, placeholder=" …") or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-(limit // 2 - 3) :]}"

@@ -149,10 +149,14 @@ def _config(name: str, location: str, file: str) -> dict:
     if Path(location).is_dir():
         path = Path(location, file)
     else:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
 
         try:
-            path = Path(hf_hub_download(location, file))
+            path = hub.try_to_load_from_cache(location, file)
+            if not isinstance(path, str):
+                hub.get_hf_file_metadata(hub.hf_hub_url(location, file))  # the download itself would retry for long
+                path = hub.hf_hub_download(location, file)
+            path = Path(path)
         except Exception as error:  # the hub and the network have errors of their own
             why = f"there is no such folder, and the hub did not give it: {shortened(error)}"
             raise UsageError(f"--model: cannot load {name}: {why}") from error

@@ -62,7 +62,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             except (ValueError, TypeError, KeyError) as error:
                 raise UsageError(f'{place} has no "prompt": {text.strip()}') from error
         if not entry["prompt"].strip():
-            raise UsageError(f"{place} has an empty prompt: {text.strip()!r}")
+            raise UsageError(f"{place} has an empty prompt: {text!r}")
         prompts.append(Prompt(line, entry["prompt"], entry))
     if not prompts:
         raise UsageError(f"--prompts: {path} has no prompt")
