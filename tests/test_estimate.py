@@ -287,7 +287,7 @@ def test_json(tmp_path, capsys):
         ("--model flux-pro", "neither flux-dev, nor"),
         ("--methods stock", "stock-50"),
         ("--methods sd3-2x", "flux-5x, flux-7x, distilled-4"),
-        ("--size 1000", "divide by 16"),
+        ("--size 1000", "divide by 32"),
         ("--batch 0", "'0'"),
     ],
 )

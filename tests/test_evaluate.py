@@ -410,6 +410,18 @@ def test_scores_of_another_environment_are_reported(tmp_path, monkeypatch):
     assert table.rows["stock-4"][-1].startswith("1.500 (")
 
 
+def test_scoring_elsewhere_needs_no_diffusers(tmp_path):
+    code = f"""import runpy, sys
+sys.modules["diffusers"] = sys.modules["transformers"] = None
+sys.argv = ["ralu.evaluation", {str(tmp_path)!r}, "niqe"]
+runpy.run_module("ralu.evaluation", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "has no manifest.json" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "manifest.json").write_text('{"settings": {"prompts": [], "versions": {"ralu": "0"}}, "methods": {}}')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- layouts, read as their scorers do ----
 
 

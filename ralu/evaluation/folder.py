@@ -44,7 +44,7 @@ def save_image(image: Image.Image, path: Path, record: dict):
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file beside `path`, which it becomes at the end."""
+    """Yield a file beside `path`, which it becomes at the end."""
     part = path.with_name(f"{path.name}.part")
     with usage("--output", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
