@@ -56,7 +56,7 @@ class Metric:
 
 @contextmanager
 def _torchvision_or_none() -> Iterator[None]:
-    """Let pyiqa import torchvision, which NIQE does not use, and whose builds on PyPI do not load beside a CPU torch."""
+    """Let pyiqa import torchvision, which NIQE does not use, and whose PyPI builds do not load beside a CPU torch."""
     names = ["torchvision", "torchvision.utils", "torchvision.transforms", "torchvision.transforms.functional"]
     absent = [] if find_spec("torchvision") else [ModuleType(name) for name in names]
     try:
