@@ -52,8 +52,8 @@ from diffusers import (
 from torch.autograd import DeviceType
 
 import ralu
-from ralu.cli import MINI, MINI_CALL, PROMPTS
 from ralu.cost import describe
+from ralu.mini import CALL_ARGUMENTS, NAMES, PROMPTS
 from ralu_kernels import attention
 
 FULL = ("flux-dev", "sd3-medium", "sd3.5-large")
@@ -84,15 +84,15 @@ class Model:
 
     def __init__(self, name: str, pixels: int | None, device: torch.device):
         self.name, self.device = name, device
-        if name in MINI:
-            self.pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(MINI[name]), dtype=torch.float32)
+        if name in NAMES:
+            self.pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(NAMES[name]), dtype=torch.float32)
             self.pipe.to(device)
         else:
             self.pipe = full_size(name, device)
         self.family = describe(self.pipe).family
-        self.pixels = pixels or (256 if name in MINI else 1024)
+        self.pixels = pixels or (256 if name in NAMES else 1024)
         full = {"flux": 512, "sd3": 256}[self.family]  # the pipelines' own
-        self.text_tokens = MINI_CALL[self.family]["max_sequence_length"] if name in MINI else full
+        self.text_tokens = CALL_ARGUMENTS[self.family]["max_sequence_length"] if name in NAMES else full
         self.pipe.set_progress_bar_config(disable=True)
 
     @cached_property
@@ -103,9 +103,9 @@ class Model:
     def call(self, batch: int) -> dict:
         call = {"height": self.pixels, "width": self.pixels}
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        if self.name in MINI:
+        if self.name in NAMES:
             prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
-            return call | {"prompt": prompts} | MINI_CALL[self.family]
+            return call | {"prompt": prompts} | CALL_ARGUMENTS[self.family]
         config = self.pipe.transformer.config
         tokens = self.text_tokens + (77 if self.family == "sd3" else 0)  # SD3 has CLIP's tokens beside T5's
 

@@ -36,41 +36,41 @@ from record import provenance, transformer_tflop
 from tqdm import tqdm
 
 import ralu
-from ralu.cli import PROMPTS
 from ralu.figures import Row, grid
+from ralu.method import Method
+from ralu.mini import PROMPTS
 from ralu.mini.train import CAPTIONS, GUIDANCE, PatchPCA, pictures
 
 SIZE, TEXT_TOKENS = 256, 32
-# A method is "stock-STEPS", a preset, or a preset with options of `ralu.enable` behind a slash; shifts=3 is for the
-# preset with all its timestep shifts at 3. The threshold promotes a fifth of the tokens on average.
+# Methods as `ralu.method` has them, or a name of SCHEDULES. The threshold selects a fifth of the tokens on average.
 METHODS = {
     "flux": [
-        "stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x", "flux-7x/granularity=token",
-        *(f"flux-5x/{options}" for options in (
+        "stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x", "flux-7x(granularity=token)",
+        *(f"flux-5x({options})" for options in (
             "granularity=token", "granularity=token,carry_noise=release", "carry_noise=release",
             "regions=gradient", "regions=random", "ratio=0", "ratio=0.1", "ratio=0.3", "ratio=0.5", "ratio=1",
-            "threshold=0.075", "upsampler=bilinear,matching=snr", "upsampler=bicubic,matching=snr",
-            "upsampler=lanczos,matching=snr", "matching=snr", "matching=off", "shifts=3",
+            "threshold=0.075", "matching=snr,upsampler=bilinear", "matching=snr,upsampler=bicubic",
+            "matching=snr,upsampler=lanczos", "matching=snr", "matching=off",
         )),
+        "flux-5x-shifts-3",
     ],
-    "schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4/granularity=token"],
-    "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x", "sd3-2x/granularity=token", "sd3-3x/granularity=token"],
+    "schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
+    "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x", "sd3-2x(granularity=token)", "sd3-3x(granularity=token)"],
 }  # fmt: skip
+
+SCHEDULES = {"flux-5x-shifts-3": replace(ralu.PRESETS["flux-5x"], shifts=(3.0,) * 3)}
 
 
 def prepare(pipe, method: str) -> int:
     """Switch the pipeline to a method; returns the number of steps to ask for."""
     ralu.disable(pipe)
-    name, _, options = method.partition("/")
-    if name.startswith("stock-"):
-        return int(name.removeprefix("stock-"))
-    chosen = dict(option.split("=") for option in options.split(",") if option)
-    chosen |= {key: float(chosen[key]) for key in ("ratio", "threshold") if key in chosen}
-    preset = name
-    if shift := chosen.pop("shifts", None):
-        preset = replace(ralu.PRESETS[name], shifts=(float(shift),) * 3)
-    ralu.enable(pipe, preset, **chosen)
-    return 50
+    if method in SCHEDULES:
+        ralu.enable(pipe, SCHEDULES[method])
+        return 50
+    parsed = Method.parse(method)
+    if parsed.preset:
+        ralu.enable(pipe, parsed.preset, **parsed.options.given())
+    return parsed.steps or 50
 
 
 def paint(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tensor:
@@ -132,7 +132,7 @@ def interval(hits: int, n: int) -> tuple[float, float]:
 
 def painted(pipe, method: str, captions: list[int], seed: int, batch: int, cache: Path, commit: str) -> dict:
     """Latents (N, 16, 32, 32) of captions by number, the work for one of them, and the commit that painted them."""
-    file = cache / f"{method.replace('/', '+')}-{len(captions)}-{seed}.pt"
+    file = cache / f"{method}-{len(captions)}-{seed}.pt"
     if not file.exists():
         steps, latents = prepare(pipe, method), []
         for i in tqdm(range(0, len(captions), batch), desc=f"{method}, seed {seed}"):
@@ -191,7 +191,7 @@ def show(pipe, methods: list[str], runs: list[dict], captions: list[int]):
     for method, run in zip(methods, runs, strict=True):
         with torch.no_grad():
             images = pipe.vae.decode(run["latents"][columns] / pipe.vae.config.scaling_factor).sample
-        name, _, options = method.partition("/")
+        name, _, options = method.removesuffix(")").partition("(")
         rows.append(Row(name, pipe.image_processor.postprocess(images, output_type="pil"), options.split(",")))
     return grid([CAPTIONS[captions[i]] for i in columns], rows, "The embedded model, the same seeds in every row.")
 

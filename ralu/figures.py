@@ -1,4 +1,4 @@
-"""The command line's pictures: a labelled grid, the chosen regions over a preview, and a schedule's plot."""
+"""The command line's figures: a labelled grid of images, the selected regions over a preview, a schedule's plot."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ STAGES = ("#0057ff", "#e8710a", "#12855a")  # half, mixed and full resolution
 
 @dataclass
 class Row:
-    """One line of a grid: its label on the left (title, details, a highlighted last line) and its pictures."""
+    """One line of a grid: its label on the left (title, details, a highlighted last line) and its images."""
 
     title: str
     images: list[Image.Image]
@@ -25,7 +25,7 @@ class Row:
 
 @lru_cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """matplotlib's own DejaVu Sans: on every machine, with far more letters than Pillow's default font."""
+    """Return matplotlib's DejaVu Sans: on every machine, with far more letters than Pillow's default font."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -33,7 +33,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) -> list[str]:
-    """Lines of at most `width` pixels, broken between words; the rest of a long text becomes an ellipsis."""
+    """Break into lines of at most `width` pixels, between words; the rest of a long text becomes an ellipsis."""
     wrapped = [""]
     for word in text.split():
         longer = f"{wrapped[-1]} {word}".strip()
@@ -57,7 +57,10 @@ def _clip(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def fitted(image: Image.Image, shortest: int = 192, longest: int = 512) -> Image.Image:
-    """A picture at a size that suits a grid; those in between stay untouched, pixel for pixel."""
+    """Return an image at a size that suits a grid; those in between stay untouched, pixel for pixel.
+
+    shortest, longest: bounds of the longer side, in pixels; small images are enlarged by whole factors.
+    """
     width, height = image.size
     factor = max(1, -(-shortest // max(width, height)))
     if factor > 1:
@@ -67,12 +70,15 @@ def fitted(image: Image.Image, shortest: int = 192, longest: int = 512) -> Image
 
 
 def grid(columns: list[str], rows: list[Row], note: str = "") -> Image.Image:
-    """Rows of pictures of one size (see `fitted`): captions above the columns, labels left of rows, a note below."""
+    """Draw rows of images of one size (see `fitted`): captions above the columns, labels left of rows, a note below.
+
+    Raises ValueError for images of several sizes, or a row with more or fewer images than columns.
+    """
     sizes = {image.size for row in rows for image in row.images}
     if len(sizes) != 1 or any(len(row.images) != len(columns) for row in rows):
-        raise ValueError(f"a grid needs pictures of one size, {len(columns)} in every row; got sizes {sorted(sizes)}")
+        raise ValueError(f"a grid needs images of one size, {len(columns)} in every row; got sizes {sorted(sizes)}")
     width, height = sizes.pop()
-    unit = max(width, height) / 256  # all sizes are for pictures of 256 pixels
+    unit = max(width, height) / 256  # all sizes are for images of 256 pixels
     gap, margin, line = round(10 * unit), round(28 * unit), round(22 * unit)
     text, small, strong, large = (
         _font(round(size * unit), bold) for size, bold in ((16, False), (13, False), (20, True), (30, True))
@@ -98,7 +104,7 @@ def grid(columns: list[str], rows: list[Row], note: str = "") -> Image.Image:
         y = top + k * (height + gap)
         for column, image in enumerate(row.images):
             x = left + column * (width + gap)
-            draw.rectangle((x - 1, y - 1, x + width, y + height), outline="#d8dee4")  # white pictures need an edge
+            draw.rectangle((x - 1, y - 1, x + width, y + height), outline="#d8dee4")  # white images need an edge
             paper.paste(image, (x, y))
         spaces = [round(font.size * 1.45) for _, font, _ in label]
         y += (height - sum(spaces)) / 2
@@ -110,15 +116,15 @@ def grid(columns: list[str], rows: list[Row], note: str = "") -> Image.Image:
     return paper
 
 
-def overlay(picture: Image.Image, tokens: Iterable[int], cells: tuple[int, int]) -> Image.Image:
-    """A copy of a picture with a blue square around each of these tokens of a raster-ordered (h, w) = cells grid."""
-    (h, w), (width, height) = cells, picture.size
+def overlay(image: Image.Image, tokens: Iterable[int], cells: tuple[int, int]) -> Image.Image:
+    """Return a copy of an image with a blue square around each of these tokens, in raster order of a grid (h, w)."""
+    (h, w), (width, height) = cells, image.size
     places = [divmod(int(token), w) for token in tokens]
     boxes = [(x * width // w, y * height // h, (x + 1) * width // w - 1, (y + 1) * height // h - 1) for y, x in places]
-    veil = Image.new("L", picture.size, 0)
+    veil = Image.new("L", image.size, 0)
     for box in boxes:
         ImageDraw.Draw(veil).rectangle(box, fill=28)
-    marked = Image.composite(Image.new("RGB", picture.size, BLUE), picture.convert("RGB"), veil)
+    marked = Image.composite(Image.new("RGB", image.size, BLUE), image.convert("RGB"), veil)
     for box in boxes:
         ImageDraw.Draw(marked).rectangle(box, outline=BLUE, width=max(1, round(width / w / 14)))
     return marked
@@ -126,6 +132,8 @@ def overlay(picture: Image.Image, tokens: Iterable[int], cells: tuple[int, int])
 
 def plot_schedule(schedule: Schedule, shift: float, path: str | Path, title: str = "Time schedule") -> Path:
     """Save a plot: time over transformer calls with the two jumps back, and below it where in time the work is done.
+
+    Returns the path.
 
     shift: the model's own timestep shift, which makes the density that the flow asks for.
     path:  its suffix chooses the format (png, svg, pdf, jpg, webp).
@@ -173,12 +181,12 @@ def _plot_time(axes, schedule: Schedule):
     leader = {"arrowstyle": "-", "color": LINES, "linewidth": 1, "shrinkB": 3}
     veil = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1.5}
     height = 0.0
-    for k, (end, move) in enumerate(zip(schedule.ends, schedule.transitions, strict=False)):
+    for k, (end, transition) in enumerate(zip(schedule.ends, schedule.transitions, strict=False)):
         x = sum(schedule.steps[: k + 1])
-        axes.annotate("", (x, move.start), (x, end), arrowprops=arrow, zorder=5)
+        axes.annotate("", (x, transition.start), (x, end), arrowprops=arrow, zorder=5)
         height = max(end + 0.2, height + 0.09)  # above the curve and the other jump's label
         axes.annotate(
-            f"jump {k + 1}: back from {end:g} to {move.start:.3f}", (x, end), (max(x, 0.15 * last), height),
+            f"jump {k + 1}: back from {end:g} to {transition.start:.3f}", (x, end), (max(x, 0.15 * last), height),
             ha="center", color=INK, fontsize=10, arrowprops=leader, bbox=veil, zorder=6,
         )  # fmt: skip
     axes.set(xlim=(-0.02 * last, 1.02 * last), ylim=(-0.04, max(1.06, height + 0.08)))
@@ -195,7 +203,7 @@ def _plot_work(axes, schedule: Schedule, shift: float):
     t, target, achieved = densities(schedule, shift)
     axes.fill_between(t, target, color=LINES, alpha=0.45, linewidth=0, label=f"the flow asks for (shift {shift:g})")
     axes.plot(t, achieved, color=INK, linewidth=1.8, label="this schedule gives")
-    for k, move in enumerate(schedule.transitions):
-        axes.axvspan(move.start, schedule.ends[k], color=STAGES[k + 1], alpha=0.07, linewidth=0)
+    for k, transition in enumerate(schedule.transitions):
+        axes.axvspan(transition.start, schedule.ends[k], color=STAGES[k + 1], alpha=0.07, linewidth=0)
     axes.set(xlim=(0, 1), ylim=(0, None), xlabel="time t (shaded: passed again)", ylabel="density of the work")
     axes.legend(frameon=False, fontsize=9.5, labelcolor=INK)

@@ -11,10 +11,10 @@ from typing import Any, get_type_hints
 
 from .caches import CACHES
 from .options import CHOICES, Options
-from .schedule import DISTILLED, PRESETS, Schedule
+from .schedule import DISTILLED, PRESETS
 
 SPATIAL = (*PRESETS, *DISTILLED)
-_NUMBERS = ("ratio", "threshold")
+_TYPES = {"ratio": float, "threshold": float, "seeds": int}  # those of options that are no words
 _STOCK_OPTIONS: tuple[str, ...] = ()  # those that mean something where nothing is upsampled
 _NAME, _OPTIONS = r"[\w.-]+", r"(?:\(([^()]*)\))?"
 _GRAMMAR = re.compile(rf"({_NAME}){_OPTIONS}(?:\+({_NAME}){_OPTIONS})?")
@@ -77,7 +77,7 @@ class Method:
         spatial, options, name, cache_options = match.groups()
         method = cls(spatial)  # an unknown name is told before its options
         allowed = [field.name for field in fields(Options)] if method.preset else _STOCK_OPTIONS
-        types = {name: float if name in _NUMBERS else str for name in allowed}
+        types = {name: _TYPES.get(name, str) for name in allowed}
         chosen = _assignments(options, spatial, types)
         if name is None:
             return cls(spatial, Options(**chosen))
@@ -108,7 +108,7 @@ class Method:
 
 def _defaults(spatial: str) -> dict[str, Any]:
     first = {name: allowed[0] for name, allowed in CHOICES.items()}
-    return first | {"ratio": PRESETS.get(spatial, Schedule).ratio, "threshold": None}
+    return first | {"ratio": PRESETS[spatial].ratio if spatial in PRESETS else 0.2, "threshold": None, "seeds": None}
 
 
 def _known_caches() -> str:

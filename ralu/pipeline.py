@@ -125,7 +125,8 @@ def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule |
             raise ValueError("this pipeline was saved with a scorer or mask of your own: pass it again as regions=")
         preset, options = preset if preset is not None else saved.pop("preset"), saved | options
         options.pop("preset", None)
-    preset = family.default_preset(pipe) if preset is None else preset
+    if preset is None:
+        preset = family.entry.fitting_presets(config)[0]
     scheduler = RaluScheduler(preset, **stock_arguments(config), **options)
     if scheduler.config.regions == "canny" and pipe.vae is None and not scheduler.is_stock:
         raise ValueError("regions='canny' needs a VAE, and pipe.vae is None: regions='gradient' does without")

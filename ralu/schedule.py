@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-RESOLUTIONS = ("low", "mixed", "full")
+RESOLUTIONS = {"low": "half resolution", "mixed": "mixed resolution", "full": "full resolution"}
 KINDS = {
     "renoise": (("low", "full"),),
     "select": (("low", "mixed"),),

@@ -35,6 +35,7 @@ class Layout:
                 grid in a full one.
     plan:       a mixed stage's TokenPlan, else None.
     scores:     float32 (B, n), what the plan was made from, else None.
+    x0:         float32 (B, n, C), the clean estimate that was scored, else None.
     """
 
     stage: int
@@ -42,45 +43,43 @@ class Layout:
     positions: Tensor
     plan: TokenPlan | None = None
     scores: Tensor | None = None
+    x0: Tensor | None = None
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Which tokens are no padding, bool (B, L); None where none is."""
+        rows = None if self.plan is None else _rows(self.plan)
+        return None if rows is None else rows[1]
 
     @property
     def lengths(self) -> Tensor | None:
-        """Tokens of every sample, int32 (B,), where they differ and the shorter are padded; else None."""
-        return None if self._rows is None or self.plan is None else self.plan.lengths
+        """Tokens of every sample, int32 (B,), where the shorter samples are padded; else None."""
+        return None if self.mask is None or self.plan is None else self.plan.lengths
 
-    @property
-    def mask(self) -> Tensor | None:
-        """Which tokens are no padding, bool (B, L); None where none is."""
-        return None if self._rows is None else self._rows[1]
 
-    @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor] | None:
-        """The packed row of every token, and which are no padding, (B, L) each; None where all samples have L."""
-        plan = self.plan
-        if plan is None or plan.source.shape[0] == plan.batch_size * plan.max_seqlen:
-            return None
-        column = torch.arange(plan.max_seqlen, device=plan.source.device)
-        kept, first = column < plan.lengths[:, None], plan.cu_seqlens[:-1, None]
-        return torch.where(kept, first + column, first), kept  # any row pads
+def _rows(plan: TokenPlan) -> tuple[Tensor, Tensor] | None:
+    """The packed row of every token, and which are no padding, (B, L) each; None where all samples have L tokens."""
+    if plan.source.shape[0] == plan.batch_size * plan.max_seqlen:
+        return None
+    column = torch.arange(plan.max_seqlen, device=plan.source.device)
+    kept, first = column < plan.lengths[:, None], plan.cu_seqlens[:-1, None]
+    return torch.where(kept, first + column, first), kept  # any row pads
 
-    def pad(self, packed: Tensor) -> Tensor:
-        """Spread a mixed stage's packed rows (total, ...) over samples, (B, L, ...)."""
-        if self._rows is not None:
-            return packed[self._rows[0]]
-        return packed.unflatten(0, (self.plan.batch_size, self.plan.max_seqlen))
 
-    def strip(self, padded: Tensor) -> Tensor:
-        """Undo `pad`: (B, L, ...) to (total, ...)."""
-        rows = padded.flatten(0, 1)
-        return rows if self._rows is None else rows[self._packed_rows]
+def pad(packed: Tensor, plan: TokenPlan) -> Tensor:
+    """Spread a mixed stage's packed rows (total, ...) over samples, (B, L, ...); what pads has no meaning."""
+    rows = _rows(plan)
+    return packed.unflatten(0, (plan.batch_size, plan.max_seqlen)) if rows is None else packed[rows[0]]
 
-    @cached_property
-    def _packed_rows(self) -> Tensor:
-        plan = self.plan
-        total = plan.source.shape[0]
-        sample = torch.repeat_interleave(plan.lengths, output_size=total)
-        gap = plan.max_seqlen * torch.arange(plan.batch_size, device=sample.device) - plan.cu_seqlens[:-1]
-        return torch.arange(total, device=sample.device) + gap[sample]
+
+def strip(padded: Tensor, plan: TokenPlan) -> Tensor:
+    """Undo `pad`: (B, L, ...) to (total, ...)."""
+    total, rows = plan.source.shape[0], padded.flatten(0, 1)
+    if total == len(rows):
+        return rows
+    sample = torch.repeat_interleave(plan.lengths, output_size=total)
+    gap = plan.max_seqlen * torch.arange(plan.batch_size, device=rows.device) - plan.cu_seqlens[:-1]
+    return rows[torch.arange(total, device=rows.device) + gap[sample]]
 
 
 def raster(grid: Grid, batch: int, device: torch.device) -> Tensor:
@@ -305,12 +304,11 @@ class Run:
             chosen = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
             plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
             packed = select(self.pack(sample), plan, transition, self._seeds, self.options)
-            self.layout = layout = Layout(stage, "mixed", plan.positions, plan, scores)
-            self.layout = Layout(stage, "mixed", layout.pad(plan.positions), plan, scores)
-            return self.unpack(layout.pad(packed), (1, plan.max_seqlen))
+            self.layout = Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)
+            return self.unpack(pad(packed, plan), (1, plan.max_seqlen))
         self.layout = self._whole(stage, batch, device)
         if transition.kind == "complete":
-            packed = layout.strip(self.pack(sample))
+            packed = strip(self.pack(sample), layout.plan)
             tokens = complete(packed, layout.plan, transition, self._seeds, self.options)
         elif transition.kind == "renoise":
             tokens = renoise(self.pack(sample), self.grid, transition, self._seeds, stage, self.options)
@@ -330,7 +328,7 @@ class Run:
         if layout.plan is None:
             full = renoise(tokens, self.grid, plain, seeds, layout.stage + 1, self.options)
         else:
-            full = complete(layout.strip(tokens), layout.plan, plain, seeds, self.options)
+            full = complete(strip(tokens, layout.plan), layout.plan, plain, seeds, self.options)
         return self.unpack(full, self.full_grid)
 
     def _whole(self, stage: int, batch: int, device: torch.device) -> Layout:

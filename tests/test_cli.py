@@ -3,6 +3,10 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, StableDiffusion3Pipe
 from PIL import Image
 
 import ralu
-from ralu import cli, figures
+import ralu_kernels
+from ralu import caches, cost, figures, models, pipeline, runner
 from ralu.cli import main
 from ralu.families.flux import decode
 from ralu.regions import edge_density
@@ -44,7 +49,7 @@ def rows(monkeypatch):
     return drawn
 
 
-def paint(pipe, prompts, seeds, **call):
+def generate(pipe, prompts, seeds, **call):
     return pipe(prompts, height=64, width=64, generator=tiny.generators(*seeds), **call).images
 
 
@@ -59,8 +64,8 @@ def same(images, others):
 
 
 def test_compare(folder, pipe, rows, tmp_path, capsys, monkeypatch):
-    stock = paint(pipe, PROMPTS, (5, 6), num_inference_steps=4)
-    fast = paint(ralu.enable(pipe, "flux-7x"), PROMPTS, (5, 6))
+    stock = generate(pipe, PROMPTS, (5, 6), num_inference_steps=4)
+    fast = generate(ralu.enable(pipe, "flux-7x"), PROMPTS, (5, 6))
 
     runs = []  # transformer calls of every call of the pipeline
     call, forward = FluxPipeline.__call__, FluxTransformer2DModel.forward
@@ -98,8 +103,8 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
         seen.append((x0, grid))
         return edge_density(decode(pipe, x0, grid), grid)
 
-    finished = paint(ralu.enable(pipe, "flux-7x", regions=record), PROMPTS, (0, 1))
-    assert same(finished, paint(ralu.enable(pipe, "flux-7x", regions="canny"), PROMPTS, (0, 1)))
+    finished = generate(ralu.enable(pipe, "flux-7x", regions=record), PROMPTS, (0, 1))
+    assert same(finished, generate(ralu.enable(pipe, "flux-7x", regions="canny"), PROMPTS, (0, 1)))
     (x0, grid), ratios = seen[0], (0.1, 0.5)
     with torch.no_grad():
         previews = decode(pipe, x0, grid)
@@ -119,11 +124,11 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
             count = f"{len(chosen)} of {grid[0] * grid[1]} regions"
             assert count in row.details
             assert f"ratio {ratio:g}: {count}\n" in printed
-    # A picture as a mask: its bright tokens go first.
+    # An image as a mask: its bright tokens go first.
     tokens = [3, 10, 11, 63]
-    picture = np.zeros(grid[0] * grid[1], np.uint8)
-    picture[tokens] = 255
-    Image.fromarray(picture.reshape(grid)).save(tmp_path / "mask.png")
+    mask = np.zeros(grid[0] * grid[1], np.uint8)
+    mask[tokens] = 255
+    Image.fromarray(mask.reshape(grid)).save(tmp_path / "mask.png")
     masked = [*options, "--ratios", "0.0625", "--regions", str(tmp_path / "mask.png"), "-o", str(tmp_path / "m.png")]
     before = rows[0].images[0]
     rows.clear()
@@ -155,11 +160,11 @@ def test_generate(folder, pipe, tmp_path, capsys):
     assert "10 transformer calls, seed 4" in capsys.readouterr().out
     ralu.enable(pipe, "flux-7x", ratio=0.5)
     for i, prompt in enumerate(PROMPTS):
-        painted = Image.open(tmp_path / "a" / "b" / f"cat-{i + 1}.png")
-        assert same([painted], paint(pipe, [prompt], (3 + i,)))
+        saved = Image.open(tmp_path / "a" / "b" / f"cat-{i + 1}.png")
+        assert same([saved], generate(pipe, [prompt], (3 + i,)))
 
     assert main(["generate", PROMPTS[0], "--preset", "stock", "--steps", "3", *options]) == 0
-    direct = paint(ralu.disable(pipe), PROMPTS[:1], (3,), num_inference_steps=3)
+    direct = generate(ralu.disable(pipe), PROMPTS[:1], (3,), num_inference_steps=3)
     assert same([Image.open(tmp_path / "a" / "b" / "cat.png")], direct)
 
 
@@ -175,7 +180,7 @@ def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(FluxPipeline, "__call__", call)
     for embedded in (folder, str(tmp_path / "elsewhere")):
-        monkeypatch.setattr(cli, "mini_path", lambda _, path=embedded: cli.Path(path))
+        monkeypatch.setattr(models, "mini_path", lambda _, path=embedded: Path(path))
         with pytest.raises(Given):
             main(["generate", "fox", "--model", folder, "-o", str(tmp_path / "x.png")])
     mini, other = calls
@@ -190,11 +195,11 @@ def test_sd3_goes_by_its_own_presets(rows, tmp_path, monkeypatch, capsys):
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     options = ["--model", folder, "--size", "64", "--seed", "3", "-o", output]
-    fast = paint(ralu.enable(pipe, "sd3-2x"), PROMPTS, (3, 4))
+    fast = generate(ralu.enable(pipe, "sd3-2x"), PROMPTS, (3, 4))
     assert main(["generate", PROMPTS[0], *options]) == 0
     printed = capsys.readouterr()
     assert "20 transformer calls" in printed.out and "20/20" in printed.err
-    assert same([Image.open(output)], paint(pipe, PROMPTS[:1], (3,)))
+    assert same([Image.open(output)], generate(pipe, PROMPTS[:1], (3,)))
 
     assert main(["regions", *PROMPTS, *options]) == 0
     assert same(rows[-1].images, fast)
@@ -202,7 +207,7 @@ def test_sd3_goes_by_its_own_presets(rows, tmp_path, monkeypatch, capsys):
     assert main(["compare", *PROMPTS, *options]) == 0
     assert [row.title for row in rows] == ["stock-28", "stock-10", "sd3-2x", "sd3-3x"]
     assert same(rows[2].images, fast)
-    assert same(rows[3].images, paint(ralu.enable(pipe, "sd3-3x"), PROMPTS, (3, 4)))
+    assert same(rows[3].images, generate(ralu.enable(pipe, "sd3-3x"), PROMPTS, (3, 4)))
 
     capsys.readouterr()
     assert main(["compare", *options, "--methods", "stock-4", "flux-5x"]) == 2
@@ -210,8 +215,7 @@ def test_sd3_goes_by_its_own_presets(rows, tmp_path, monkeypatch, capsys):
 
     calls = []
     monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", lambda self, prompts, **given: calls.append(given))
-    monkeypatch.setattr(cli, "mini_path", lambda name: tmp_path / name)
-    with pytest.raises(AttributeError):  # the pipeline gives no pictures any more
+    with pytest.raises(AttributeError):  # the pipeline gives no images any more
         main(["generate", "fox", "--model", "mini-sd3", "-o", output])
     assert calls[0]["height"] == 256 and calls[0]["guidance_scale"] < 7 and calls[0]["max_sequence_length"] == 32
 
@@ -237,8 +241,8 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         )
         assert sigmas == pytest.approx(schedule.sigmas(k + 1), abs=5e-5)
     for k, line in enumerate(lines[8:10]):
-        move = schedule.transitions[k]
-        expected = schedule.ends[k], move.start, move.scale, move.noise_scale
+        transition = schedule.transitions[k]
+        expected = schedule.ends[k], transition.start, transition.scale, transition.noise_scale
         assert list(map(float, line.split()[3:])) == pytest.approx(expected, abs=5e-5)
     assert Image.open(output).width > 1000
 
@@ -253,11 +257,14 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("generate fox --steps 4", "have their own steps"),
         ("generate fox --preset stock --ratio .3", "no regions"),
         ("generate fox --preset stock --regions random", "no regions"),
-        ("generate fox --regions {tmp}/nothing.png", "nor a picture that can be read"),
+        ("generate fox --regions {tmp}/nothing.png", "nor an image that can be read"),
         ("generate fox --ratio 1.5", "between 0 and 1"),
-        ("generate fox --size 64by64", "HEIGHTxWIDTH"),
-        ("generate fox --size 60x64 --model {tiny}", "divide by 8, got 60x64; the nearest are 56x64 and 64x72"),
-        ("generate fox --size 62 --preset stock --model {tiny}", "divide by 4, got 62x62"),
+        ("generate fox --size 64by64", "WIDTHxHEIGHT"),
+        ("generate fox --size 60x64 --model {tiny}", "divide by 8, got 60x64; the nearest are 56x64 and 64x64"),
+        (
+            "generate fox --size 62 --preset stock --model {tiny}",
+            "divide by 4, got 62x62; the nearest are 60x60 and 64x64",
+        ),
         ("generate fox --device nonsense --model {tiny}", "nonsense cannot be used"),
         (
             "generate fox --model {tmp}/nothing",
@@ -294,7 +301,7 @@ def test_a_hub_that_is_out_of_reach(tmp_path, monkeypatch, capsys):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to the hub\n" + "details\n" * 100)
 
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", unreachable)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     assert main(["generate", "fox", "--model", "somebody/something", "-o", str(tmp_path / "x.png")]) == 2
     error = capsys.readouterr().err
     assert "somebody/something" in error and "no route to the hub" in error
@@ -302,16 +309,16 @@ def test_a_hub_that_is_out_of_reach(tmp_path, monkeypatch, capsys):
 
 
 def test_control_c(monkeypatch, capsys, tmp_path):
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "Painter", interrupted)
+    monkeypatch.setattr(runner, "Runner", interrupted)
     assert main(["compare", "-o", str(tmp_path / "x.png")]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_process_ends_with_that_status():
-    command = [sys.executable, "-m", "ralu.cli", "generate", "fox", "--preset", "flux-9x"]
+    command = [sys.executable, "-m", "ralu", "generate", "fox", "--preset", "flux-9x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("ralu: ") and done.stderr.count("\n") == 1
@@ -325,3 +332,203 @@ def test_help(command, capsys):
     text = capsys.readouterr().out
     assert "examples:\n  ralu " in text
     assert "None" not in text
+
+
+# ---- refusals, and what they must not do ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("generate fox --preset stock-28 --steps 20", "stock-28 says how many steps already"),
+        ("generate fox --preset flux-5x(ratio=.3) --ratio .2", "--ratio: --preset flux-5x(ratio=0.3) says so already"),
+        ("generate fox --preset flux-5x(threshold=.3) --ratio .2", "--ratio: give ratio or threshold, not both"),
+        ("generate fox --preset flux-5x(ratio=3)", "ratio must lie in [0, 1], got 3.0"),
+        ("generate fox --preset flux-5x+sloth", "'sloth' is no cache"),
+        ("generate fox --size 64 --width 64", "not both"),
+        ("generate fox --width 100 --model {tiny}", "got 100x256; the nearest are 96x256 and 104x256"),
+        ("generate fox --size 3x3 --model {tiny}", "got 3x3; the nearest is 8x8\n"),
+        ("generate fox --size 64x20 --model {tiny}", "got 64x20; the nearest are 64x16 and 64x24\n"),
+        ("generate fox --size 512 --model mini-sd3", "makes at most 384x384"),
+        ("generate fox --size 0x8", "WIDTHxHEIGHT"),
+        ("generate fox --seed -1", "'-1' is no whole number from 0 to 9223372036854775807"),
+        ("generate fox --seed 9223372036854775808", "no whole number from 0 to"),
+        ("generate fox --seed 1" + "0" * 5000, "no whole number from 0 to"),
+        ("generate fox --seed 1.5", "no whole number from 0 to"),
+        ("generate fox --preset sd3-2x", "sd3-2x is not for a FluxPipeline; choose of flux-5x, flux-7x, distilled-4"),
+        ("generate fox --model {tmp}/other", "RALU serves FluxPipeline, StableDiffusion3Pipeline, but"),
+        ("generate fox --model {tmp}/list", "model_index.json is no JSON object"),
+        ("generate fox --model {tmp}/halved", "vae/config.json: No such file"),
+        ("generate fox --regions {tmp}/truncated.png", "nor an image that can be read"),
+        ("estimate --methods flux-5x(threshold=.1)", "depends on the image; give a ratio"),
+        ("estimate --model sd3-medium --methods flux-5x", "choose of sd3-2x, sd3-3x, distilled-4"),
+        ("estimate --size 8 --model sd3-medium", "got 8x8; the nearest is 32x32\n"),
+    ],
+)
+def test_refused_before_anything_heavy(arguments, words, folder, tmp_path, monkeypatch, capsys):
+    """In a process that has imported neither PyTorch nor diffusers, and without a trace in the output's folder."""
+    for name, index in (("other", '{"_class_name": "FluxKontextPipeline"}'), ("list", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(index)
+    (tmp_path / "halved").mkdir()
+    (tmp_path / "halved" / "model_index.json").write_text(Path(folder, "model_index.json").read_text())
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-30])
+    heavy = [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
+    for name in heavy:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now fails
+    command = arguments.format(tmp=tmp_path, tiny=folder).split()
+    output = [] if command[0] == "estimate" else ["-o", str(tmp_path / "new" / "x.png")]
+    assert main(command + output) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("ralu: ") and printed.err.count("\n") == 1
+    assert words in printed.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(FluxPipeline, "__call__", broken)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        main(["generate", "fox", "--model", folder, "--size", "64", "-o", str(tmp_path / "x.png")])
+
+
+def test_a_disk_that_is_full_is_told_in_a_line(folder, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    options = ["--preset", "stock-1", "--size", "64", "-o", str(tmp_path / "x.png")]
+    assert main(["generate", "fox", "--model", folder, *options]) == 2
+    assert "--output: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [["--size", "96x64"], ["--width", "96", "--height", "64"]])
+def test_sizes_are_width_by_height(size, folder, tmp_path, capsys):
+    output = tmp_path / "x.png"
+    options = ["--model", folder, "--preset", "stock-1", *size, "-o", str(output)]
+    assert main(["generate", "fox", *options]) == 0
+    assert Image.open(output).size == (96, 64)
+    assert "96×64 pixels" in capsys.readouterr().out
+
+
+def test_what_is_read_of_a_model_is_what_its_pipeline_says(folder, tmp_path):
+    tiny.sd3().save_pretrained(tmp_path)
+    for path, kind in ((folder, FluxPipeline), (str(tmp_path), StableDiffusion3Pipeline)):
+        pipe, model = kind.from_pretrained(path), models.find_model(path)
+        assert (model.pipeline, model.latent) == (kind.__name__, pipe.vae_scale_factor)
+        assert model.pixels == pipe.default_sample_size * pipe.vae_scale_factor
+        assert model.family == pipeline.family(pipe)
+        assert not model.embedded and model.call_arguments == {}
+    with pytest.raises(ValueError, match="pos_embed_max_size"):  # one latent pixel of 2 more than the largest
+        pipe.transformer.pos_embed.cropped_pos_embed(model.largest // 2 + 2, 2)
+    pipe.transformer.pos_embed.cropped_pos_embed(model.largest // 2, 2)
+    assert {kind.__name__: name for name, (kind, _) in pipeline._FAMILIES.items()} == models.FAMILIES
+    published = {name: cost._FAMILIES[kind] for name, (kind, _) in cost.MODELS.items()}
+    assert published == models.PUBLISHED
+
+
+def test_a_distilled_model_goes_by_its_own_defaults(tmp_path, capsys):
+    tiny.flux(dynamic=False).save_pretrained(tmp_path)
+    assert main(["generate", "fox", "--model", str(tmp_path), "--size", "64", "-o", str(tmp_path / "x.png")]) == 0
+    assert "4 transformer calls" in capsys.readouterr().out
+    names = {name: [str(method) for method in models.find_model(name).methods] for name in ("mini-schnell", "mini-sd3")}
+    assert names["mini-schnell"] == ["stock-4", "stock-2", "distilled-4"]
+    assert names["mini-sd3"] == ["stock-28", "stock-10", "sd3-2x", "sd3-3x"]
+
+
+def test_options_in_a_methods_name(folder, pipe, rows, tmp_path):
+    """They are `enable`'s, also where the folder was saved with others."""
+    expected = generate(ralu.enable(pipe, "flux-7x", ratio=0.5, granularity="token"), PROMPTS, (0, 1))
+    plain = generate(ralu.enable(pipe, "flux-7x"), PROMPTS, (0, 1))
+    ralu.enable(pipe, "flux-7x", granularity="token").save_pretrained(tmp_path / "enabled")
+    methods = ["flux-7x", "flux-7x(ratio=0.5,granularity=token)"]
+    output = ["--size", "64", "-o", str(tmp_path / "x.png")]
+    assert main(["compare", *PROMPTS, "--model", str(tmp_path / "enabled"), "--methods", *methods, *output]) == 0
+    assert [row.title for row in rows] == methods
+    assert same(rows[0].images, plain) and same(rows[1].images, expected)
+    assert not same(plain, expected)
+
+
+def test_a_cache_reaches_enable(folder, tmp_path, monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Toy:
+        families: ClassVar = ("flux",)
+        interval: int = 2
+
+    monkeypatch.setitem(caches.CACHES, "toy", Toy)
+    given, enable = [], pipeline.enable
+    monkeypatch.setattr(
+        pipeline, "enable", lambda pipe, preset, cache, **_: given.append(cache) or enable(pipe, preset)
+    )
+    options = ["--model", folder, "--size", "64", "-o", str(tmp_path / "x.png")]
+    assert main(["generate", "fox", "--preset", "flux-7x+toy(interval=3)", *options]) == 0
+    assert given == [Toy(3)] and "flux-7x+toy(interval=3)\n" in capsys.readouterr().out
+    assert main(["generate", "fox", "--preset", "sd3-2x+toy", "--model", "mini-sd3"]) == 2
+    assert "this cache is not for a StableDiffusion3Pipeline, it serves flux" in capsys.readouterr().err
+
+    assert main(["estimate", "--model", "mini", "--methods", "flux-5x", "flux-5x+toy"]) == 0
+    plain, cached = capsys.readouterr().out.split("\n\n")[1:]
+    assert cached.startswith("flux-5x+toy (at most") and cached.split("\n")[1:9] == plain.split("\n")[1:9]
+
+
+def test_a_threshold_for_several_images_of_sd3(tmp_path, capsys):
+    tiny.sd3().save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--size", "64", "-o", str(tmp_path / "x.png")]
+    assert main(["compare", *PROMPTS, "--methods", "sd3-2x(threshold=0.1)", *options]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("ralu: ") == 1 and "take one prompt at a time" in printed
+    assert main(["compare", PROMPTS[0], "--methods", "sd3-2x(threshold=0.1)", *options]) == 0
+
+
+def test_sd3s_bar_ends_at_its_end(tmp_path, capsys):
+    tiny.sd3().save_pretrained(tmp_path)
+    capsys.readouterr()
+    for preset, steps in (("sd3-2x", 20), ("sd3-3x", 12), ("distilled-4", 4), ("stock-3", 3)):
+        options = ["--preset", preset, "--size", "64", "-o", str(tmp_path / "x.png")]
+        assert main(["generate", "fox", "--model", str(tmp_path), *options]) == 0
+        counts = re.findall(r"(\d+)/(\d+) \[", capsys.readouterr().err)
+        assert counts[-1] == (str(steps), str(steps)) and {total for _, total in counts} == {str(steps)}
+
+
+def test_info(capsys, monkeypatch):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for package in ("torch", "diffusers", "transformers"):
+        assert re.search(rf"^  {package} +{re.escape(metadata.version(package))}$", text, re.MULTILINE)
+    blocks = {block.split("\n")[0]: dict(line.split(maxsplit=1) for line in block.split("\n")[1:] if line)
+              for block in text.strip().split("\n\n")}  # fmt: skip
+    backends = blocks["backends of ralu_kernels on cpu"]
+    for backend in ("native", "triton", "reference"):
+        try:
+            ralu_kernels.upsample_renoise(torch.zeros(1, 4, 2, 2), 1.0, 0.0, 0.0, 0, backend=backend)
+            assert backends[backend] == "available"
+        except ValueError as error:
+            assert backends[backend] in str(error)
+    chosen = backends["auto"].removeprefix("is ")
+    assert backends[chosen] == "available"
+    attention = blocks["attention backends on cpu, in the order of auto"]
+    assert attention["sdpa"] == "available" and "cannot be imported" in attention["flash3"]
+    assert sorted(blocks["embedded models"]) == ["mini", "mini-flux", "mini-schnell", "mini-sd3"]
+    assert all(Path(path, "model_index.json").exists() for path in blocks["embedded models"].values())
+    if ralu_kernels._backend._extension:
+        where, _ = blocks["compiled extension"]["ralu_kernels._C"].split(", ")
+        assert Path(where).exists()
+    monkeypatch.setattr(ralu_kernels._backend, "_extension", None)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "ralu_kernels._C  not there" in text and "the extension was not compiled" in text
+    monkeypatch.setitem(sys.modules, "ralu_kernels", None)  # a broken installation is what one wants to read about
+    assert main(["info"]) == 0
+    assert "ralu_kernels\n  broken  " in capsys.readouterr().out
+
+
+def test_nothing_below_the_command_line_imports_it():
+    root = Path(ralu.__file__).parent
+    files = [path for path in [*root.rglob("*.py"), *(root.parent / "benchmarks").glob("*.py")]
+             if path.parent.name != "cli" and path.name != "__main__.py"]  # fmt: skip
+    assert len(files) > 20
+    for path in files:
+        assert not re.search(r"^\s*(from|import) .*\bcli\b", path.read_text(), re.MULTILINE), path

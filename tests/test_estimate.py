@@ -265,7 +265,7 @@ def test_tables(capsys):
 def test_json(tmp_path, capsys):
     pipe = tiny.sd3()
     pipe.save_pretrained(tmp_path)
-    options = "--size 64x96 --text-tokens 16 --no-guidance --no-preview --dtype float32 --json"
+    options = "--size 96x64 --text-tokens 16 --no-guidance --no-preview --dtype float32 --json"
     assert main(["estimate", "--model", str(tmp_path), *options.split()]) == 0
     printed = json.loads(capsys.readouterr().out)
     methods = printed.pop("methods")
@@ -287,7 +287,7 @@ def test_json(tmp_path, capsys):
         ("--model flux-pro", "neither flux-dev, nor"),
         ("--methods stock", "stock-50"),
         ("--methods sd3-2x", "flux-5x, flux-7x, distilled-4"),
-        ("--size 1000", "divide by 16"),
+        ("--size 1000", "divide by 32"),
         ("--batch 0", "'0'"),
     ],
 )

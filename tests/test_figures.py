@@ -1,4 +1,4 @@
-"""Labels stay inside the picture and off the pictures; squares are where the tokens are."""
+"""Labels stay inside the figure and off the images; squares are where the tokens are."""
 
 import numpy as np
 import pytest
@@ -11,16 +11,16 @@ GREY = Image.new("RGB", (200, 200), (128, 128, 128))
 
 
 @pytest.mark.parametrize("size", [(200, 200), (512, 300), (96, 256)])
-def test_grid_keeps_pictures_whole_and_labels_inside(size):
-    picture = Image.new("RGB", size, (128, 128, 128))
+def test_grid_keeps_images_whole_and_labels_inside(size):
+    image = Image.new("RGB", size, (128, 128, 128))
     captions = ["fox", "a very long prompt " * 20, "Donaudampfschifffahrtsgesellschaft" * 5]
     rows = [
-        Row("a method with a long name", [picture] * 3, ["12.3 s", "50 transformer calls"], "4.9×"),
-        Row("b", [picture] * 3),
+        Row("a method with a long name", [image] * 3, ["12.3 s", "50 transformer calls"], "4.9×"),
+        Row("b", [image] * 3),
     ]
     paper = np.asarray(grid(captions, rows, note="a note of many words " * 20))
     grey = (paper == 128).all(axis=-1)
-    assert grey.sum() >= 6 * size[0] * size[1]  # no label covers a picture
+    assert grey.sum() >= 6 * size[0] * size[1]  # no label covers an image
     assert sorted({*grey.sum(axis=0)})[-1] >= 2 * size[1] and sorted({*grey.sum(axis=1)})[-1] >= 3 * size[0]
     frame = np.concatenate(
         [paper[:4].reshape(-1, 3), paper[-4:].reshape(-1, 3), paper[:, :4].reshape(-1, 3), paper[:, -4:].reshape(-1, 3)]
@@ -28,7 +28,7 @@ def test_grid_keeps_pictures_whole_and_labels_inside(size):
     assert (frame == 255).all()
 
 
-def test_grid_refuses_pictures_that_do_not_line_up():
+def test_grid_refuses_images_that_do_not_line_up():
     with pytest.raises(ValueError, match="one size"):
         grid(["a"], [Row("x", [GREY]), Row("y", [GREY.resize((100, 100))])])
     with pytest.raises(ValueError, match="2 in every row"):

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 import ralu
-from ralu import cli
+from ralu import mini
 from ralu.regions import edge_density, gradient
 from ralu.schedule import PRESETS
 from ralu.stages import seeds_of
@@ -351,8 +351,8 @@ def test_the_distilled_embedded_model_paints_what_it_was_asked_for():
         pipe.set_progress_bar_config(disable=True)
         if preset:
             ralu.enable(pipe, preset)
-        return tiny.paint(pipe, cli.PROMPTS, seeds=range(len(cli.PROMPTS)), height=256, width=256, **call).flatten(1)
+        return tiny.paint(pipe, mini.PROMPTS, seeds=range(len(mini.PROMPTS)), height=256, width=256, **call).flatten(1)
 
     taught = paint("flux", num_inference_steps=10)
     for painted in (paint("schnell", num_inference_steps=4), paint("schnell", "distilled-4")):
-        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(cli.PROMPTS)))
+        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(mini.PROMPTS)))

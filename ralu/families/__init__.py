@@ -4,21 +4,27 @@ A family is registered by the names of its classes, so that nothing heavy is imp
 has an instance of `Family` called FAMILY.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
+
+from ..schedule import DISTILLED
 
 
 @dataclass(frozen=True)
 class Entry:
     """What is known of a family before its module is imported.
 
-    module:      where it is, with a `Family` called FAMILY.
-    pipelines:   names of the pipeline classes it serves, in diffusers.
-    transformer: name of their transformer's class.
-    presets:     names of the presets that fit, the default one first.
-    stock_steps: of a stock run, which RALU is compared with.
+    module:           where it is, with a `Family` called FAMILY.
+    pipelines:        names of the pipeline classes it serves, in diffusers.
+    transformer:      name of their transformer's class.
+    presets:          names of the presets that fit, the default one first and the distilled models' last.
+    stock_steps:      of a stock run, which RALU is compared with.
+    published:        names of models that `ralu.estimate` knows.
+    dynamic_shifting: whether the noise levels of all but the distilled models are shifted by resolution.
+    sample_size:      side of the latents by default; None for what the transformer's configuration says.
+    position_limit:   name of what limits their side in patches, in the transformer's configuration.
     """
 
     module: str
@@ -26,15 +32,30 @@ class Entry:
     transformer: str
     presets: tuple[str, ...]
     stock_steps: int
+    published: tuple[str, ...] = ()
+    dynamic_shifting: bool = False
+    sample_size: int | None = None
+    position_limit: str | None = None
+
+    def is_distilled(self, scheduler: Mapping[str, Any]) -> bool:
+        """Say whether a model is a few-step one, as far as its scheduler's configuration tells."""
+        return self.dynamic_shifting and not scheduler.get("use_dynamic_shifting")
+
+    def fitting_presets(self, scheduler: Mapping[str, Any]) -> list[str]:
+        """List the presets for a model with this scheduler, the one for it first."""
+        distilled = self.is_distilled(scheduler)
+        return sorted(self.presets, key=lambda name: (name in DISTILLED) != distilled)
 
 
+# One line a family.
 FAMILIES: dict[str, Entry] = {
     "flux": Entry(
-        f"{__name__}.flux", ("FluxPipeline",), "FluxTransformer2DModel", ("flux-5x", "flux-7x", "distilled-4"), 50
+        f"{__name__}.flux", ("FluxPipeline",), "FluxTransformer2DModel", ("flux-5x", "flux-7x", "distilled-4"), 50,
+        ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
     ),
     "sd3": Entry(
-        f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel",
-        ("sd3-2x", "sd3-3x", "distilled-4"), 28,
+        f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel", ("sd3-2x", "sd3-3x", "distilled-4"),
+        28, ("sd3-medium", "sd3.5-medium", "sd3.5-large"), position_limit="pos_embed_max_size",
     ),
 }  # fmt: skip
 
@@ -65,6 +86,7 @@ class Family:
     text_tokens:   of T5, as the pipeline's `max_sequence_length` is by default.
     published:     names of published models -> what their transformer's configuration has that is no default.
     encoders:      the published models' text encoders, by name: class in transformers, and configuration.
+    takes_mask:    whether the stock attention takes a mask, so that images of a batch may differ in tokens.
     guided:        whether a negative prompt is usual.
     batched_guidance: whether it doubles the batch, instead of a second call.
     """
@@ -80,6 +102,7 @@ class Family:
     text_tokens: int
     published: ClassVar[dict[str, dict]]
     encoders: ClassVar[dict[str, tuple[type, dict]]]
+    takes_mask: bool
     guided: bool
     batched_guidance: bool
 
@@ -87,10 +110,6 @@ class Family:
     def entry(self) -> Entry:
         """What it is registered with."""
         return FAMILIES[self.name]
-
-    def default_preset(self, pipe: Any) -> str:
-        """Choose the preset that fits a pipeline, as far as its configuration tells."""
-        return self.entry.presets[0]
 
     def check(self, transformer: Any) -> None:
         """Raise ValueError for a transformer that cannot be served."""

@@ -113,12 +113,9 @@ class Flux(Family):
     text_tokens = 512
     published: ClassVar = {"flux-dev": {"guidance_embeds": True}, "flux-schnell": {}}
     encoders: ClassVar = {"text_encoder": (CLIPTextModel, CLIP_L), "text_encoder_2": (T5EncoderModel, T5_XXL)}
+    takes_mask = True
     guided = False
     batched_guidance = False
-
-    def default_preset(self, pipe: FluxPipeline) -> str:
-        """Choose the distilled preset for FLUX.1-schnell, whose noise levels are not shifted by resolution."""
-        return super().default_preset(pipe) if pipe.scheduler.config.use_dynamic_shifting else "distilled-4"
 
     def grid_of(self, arguments: dict) -> tuple[int, int]:
         """Count rows and columns, and not read them off the last id: bfloat16 ids are inexact from 257 on."""

@@ -194,6 +194,7 @@ class SD3(Family):
         "text_encoder_2": (CLIPTextModelWithProjection, CLIP_G),
         "text_encoder_3": (T5EncoderModel, T5_XXL),
     }
+    takes_mask = False
     guided = True
     batched_guidance = True
 

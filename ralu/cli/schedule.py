@@ -1,0 +1,62 @@
+"""`ralu schedule`: a preset's times and noise levels, or those of a schedule that is solved for."""
+
+import argparse
+
+from ..errors import UsageError, usage
+from ..method import SPATIAL
+from ..schedule import RESOLUTIONS, preset, solve
+from . import arguments
+
+
+def add(commands):
+    """Add the command to the command line."""
+    parser = arguments.add_command(
+        commands,
+        run,
+        "schedule",
+        "print and plot a time schedule",
+        "Either a preset's, or the best one for given steps and stage ends, which is solved for.",
+        """  ralu schedule --preset flux-7x
+  ralu schedule --steps 4 5 6 --ends .3 .45 1 --shift 3""",
+    )
+    add = parser.add_argument
+    add("--preset", choices=SPATIAL, metavar="PRESET", help=f"{arguments.PRESET_NAMES} (default: flux-5x)")
+    add("--steps", nargs=3, type=arguments.count, metavar="N", help="transformer calls of the three stages")
+    add("--ends", nargs=3, type=float, metavar="T", help="times at which the three stages end, the last 1")
+    add("--shift", type=float, default=3.0, help="the model's own: 3 for FLUX.1-dev, 1 for FLUX.1-schnell (default: 3)")
+    arguments.add_output(parser, "outputs/schedule.png", ".svg", ".pdf")
+
+
+def run(args: argparse.Namespace):
+    """Print the stages and the transitions, and save the plot."""
+    if (args.steps is None) != (args.ends is None):
+        raise UsageError("--steps and --ends belong together: give both, or a --preset")
+    if args.steps and args.preset:
+        raise UsageError("--preset: give a preset, or --steps and --ends, not both")
+    if not 0 < args.shift < float("inf"):
+        raise UsageError(f"--shift: must be positive and finite, got {args.shift:g}")
+    arguments.check_output(args.output)
+    if args.steps:
+        with usage("--ends"):
+            name, schedule = "solved", solve(tuple(args.steps), tuple(args.ends), shift=args.shift)
+    else:
+        name = args.preset or "flux-5x"
+        schedule = preset(name, shift=args.shift)
+
+    from ..figures import plot_schedule
+
+    title = f"{name}: {sum(schedule.steps)} transformer calls, c = {schedule.c:.4f}"
+    with usage("--output", OSError):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        plot_schedule(schedule, args.shift, args.output, title)
+    print(f"{title}, ratio = {schedule.ratio:g}\n")
+    print("stage                from t    to t  shift h  steps  sigmas")
+    for k, (stage, start) in enumerate(zip(schedule.stages, schedule.starts, strict=True), 1):
+        sigmas = " ".join(f"{sigma:.4f}" for sigma in schedule.sigmas(k))
+        name = RESOLUTIONS[stage.resolution]
+        print(f"{k} {name:<18}{start:>7.4f} {stage.end:>7.4f}  {stage.shift:>7.4f}  {stage.steps:>5}  {sigmas}")
+    print("\njump     from t  back to t  scale a  noise scale b")
+    for k, transition in enumerate(schedule.transitions):
+        times = f"{schedule.ends[k]:>6.4f}  {transition.start:>9.4f}"
+        print(f"{k + 1} to {k + 2}   {times}  {transition.scale:>7.4f}  {transition.noise_scale:>13.4f}")
+    print(f"\n{args.output}")

@@ -1,0 +1,36 @@
+"""What a command tells in one line, and not with a traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UsageError(ValueError):
+    """What the user of a command can put right: an argument, or a file that was given or is damaged.
+
+    The command line tells it in one line. Every other error is a fault of the program and keeps its traceback.
+    """
+
+
+@contextmanager
+def usage(subject: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds (default: ValueError and TypeError) into a `UsageError` that begins with `subject`.
+
+    Only for calls that take a user's arguments or files and do nothing else: around a whole run it would hide faults.
+    """
+    kinds = kinds or (ValueError, TypeError)
+    try:
+        yield
+    except kinds as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"{subject}: {error}") from error
+
+
+def nearest_sizes(width: int, height: int, unit: int) -> str:
+    """Name the sizes next to width x height pixels that divide by `unit`, as "64x48 and 72x48"; one if there is one."""
+    rounded = [[unit * max(1, (pixels + up) // unit) for pixels in (width, height)] for up in (0, unit - 1)]
+    return " and ".join(dict.fromkeys(f"{width}x{height}" for width, height in rounded))
+
+
+def shortened(error: BaseException, limit: int = 200) -> str:
+    """Return a library's error, which may be pages long, as part of a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-(limit // 2 - 3) :]}"

@@ -1,0 +1,166 @@
+"""The grammar of methods: what is printed parses back, one way to sample has one name, refusals say what is allowed."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from ralu import caches, method, schedule
+from ralu.method import Method, Options
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Options of all four types."""
+
+    families: ClassVar = ("flux",)
+    interval: int
+    decay: float = 0.5
+    warm: bool = True
+    kind: str = "last"
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(caches.CACHES, "toy", Toy)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "expected"),
+    [
+        ("flux-5x", None, lambda: Method("flux-5x")),
+        ("stock", None, lambda: Method("stock")),
+        ("stock-50", None, lambda: Method("stock-50")),
+        ("sd3-2x(ratio=.3)", "sd3-2x", lambda: Method("sd3-2x")),  # the preset's own
+        ("flux-5x(ratio=.30)", "flux-5x(ratio=0.3)", lambda: Method("flux-5x", Options(ratio=0.3))),
+        ("flux-5x()", "flux-5x", lambda: Method("flux-5x")),
+        (
+            " flux-7x( upsampler=bicubic , matching=snr,regions=canny)",
+            "flux-7x(matching=snr,upsampler=bicubic)",
+            lambda: Method("flux-7x", Options(matching="snr", upsampler="bicubic")),
+        ),
+        (
+            "distilled-4(threshold=1e-7,granularity=token,carry_noise=release,backend=reference)+toy(interval=3)",
+            "distilled-4(threshold=1e-07,granularity=token,carry_noise=release,backend=reference)+toy(interval=3)",
+            lambda: Method(
+                "distilled-4",
+                Options(threshold=1e-7, granularity="token", carry_noise="release", backend="reference"),
+                Toy(3),
+            ),
+        ),
+        (
+            "stock-28+toy(warm=False,interval=-2,decay=1e20,kind=first)",
+            "stock-28+toy(interval=-2,decay=1e+20,warm=false,kind=first)",
+            lambda: Method("stock-28", cache=Toy(-2, 1e20, False, "first")),
+        ),
+        ("flux-5x+toy(interval=1,decay=0.5)", "flux-5x+toy(interval=1)", lambda: Method("flux-5x", cache=Toy(1))),
+    ],
+)
+def test_parse_and_print(text, canonical, expected):
+    parsed = Method.parse(text)
+    assert parsed == expected() and hash(parsed) == hash(expected())
+    assert str(parsed) == (canonical or text)
+    assert Method.parse(str(parsed)) == parsed
+
+
+def test_random_methods_parse_back():
+    room = np.random.default_rng(0)
+    for _ in range(300):
+        options = {name: str(room.choice(values)) for name, values in method.CHOICES.items() if room.random() < 0.5}
+        options |= {["ratio", "threshold"][room.integers(2)]: float(10 ** room.uniform(-9, 0))}
+        if options.get("upsampler", "nearest") != "nearest":
+            options["matching"] = "snr"
+        cache = Toy(int(room.integers(-9, 99)), float(room.normal()), bool(room.integers(2)))
+        made = Method(str(room.choice(method.SPATIAL)), Options(**options), cache if room.random() < 0.5 else None)
+        assert Method.parse(str(made)) == made
+        assert all(getattr(made.options, name) in (value, None) for name, value in options.items())
+
+
+def test_what_it_stands_for():
+    assert [Method.parse(text).preset for text in ("flux-5x", "stock", "stock-50")] == ["flux-5x", None, None]
+    assert [Method.parse(text).steps for text in ("flux-5x", "stock", "stock-50")] == [None, None, 50]
+    assert Method.parse("flux-5x(ratio=0,regions=random)").options.given() == {"ratio": 0.0, "regions": "random"}
+    mask = np.zeros((2, 2))
+    custom = Method("flux-5x", Options(regions=mask))
+    assert custom.options.given()["regions"] is mask
+    with pytest.raises(ValueError, match="regions must be one of canny, gradient, random, got 'custom'"):
+        Method.parse(str(custom))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must have the form SPATIAL"),
+        ("flux-5x/ratio=1", "must have the form"),
+        ("flux-5x(ratio=1", "must have the form"),
+        ("flux-5x+toy(interval=1)+toy(interval=1)", "must have the form"),
+        ("flux-9x", "none of flux-5x, flux-7x, sd3-2x, sd3-3x, distilled-4, stock, stock-STEPS"),
+        ("stock-0", "stock-STEPS"),
+        ("stock-05", "stock-STEPS"),
+        ("stock-5(ratio=.1)", "stock-5 has no option 'ratio'"),
+        ("flux-5x(ration=.1)", "no option 'ration'; it has ratio, threshold, regions"),
+        ("flux-5x(ratio=.1,ratio=.2)", "'ratio' twice"),
+        ("flux-5x(ratio)", "option=value"),
+        ("flux-5x(ratio=)", "option=value"),
+        ("flux-5x(ratio=.1,)", "option=value"),
+        ("flux-5x(ratio=much)", "ratio must be a number, got 'much'"),
+        ("flux-5x(ratio=1.5)", r"ratio must lie in \[0, 1\]"),
+        ("flux-5x(threshold=nan)", "threshold must be finite"),
+        ("flux-5x(ratio=.1,threshold=.1)", "not both"),
+        ("flux-5x(granularity=pixels)", "granularity must be one of pixel, token"),
+        ("flux-5x(upsampler=bicubic)", "needs matching='snr'"),
+        ("flux-5x+sloth", "'sloth' is no cache; choose of .*toy"),
+        ("flux-5x+toy", "toy needs interval"),
+        ("flux-5x+toy(interval=2.5)", "interval must be a whole number"),
+        ("flux-5x+toy(interval=2,decay=inf)", "decay must be finite"),
+        ("flux-5x+toy(interval=2,warm=1)", "warm must be true or false"),
+        ("flux-5x+toy(interval=2,speed=1)", "toy has no option 'speed'; it has interval, decay, warm, kind"),
+    ],
+)
+def test_refusals(text, words):
+    with pytest.raises(ValueError, match=words):
+        Method.parse(text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Method.parse(3),
+        lambda: Method(None),
+        lambda: Options(ratio="0.3"),
+        lambda: Options(threshold=True),
+        lambda: Options(granularity=1),
+    ],
+)
+def test_wrong_types(make):
+    with pytest.raises(TypeError):
+        make()
+
+
+def test_an_unregistered_cache():
+    with pytest.raises(ValueError, match="cache must be one of"):
+        Method("flux-5x", cache=dataclass(frozen=True)(type("Other", (), {}))())
+
+
+def test_the_words_are_those_of_the_other_rooms():
+    from ralu import scheduler, upsampling
+    from ralu_kernels import _backend, tokens
+
+    assert set(method.CHOICES["regions"]) == {*scheduler.REGIONS}
+    assert set(method.CHOICES["granularity"]) == {*tokens.GRANULARITIES}
+    assert set(method.CHOICES["carry_noise"]) == {*tokens.CARRY_NOISES}
+    assert set(method.CHOICES["matching"]) == {*schedule.MATCHINGS}
+    assert set(method.CHOICES["upsampler"]) == {*upsampling.UPSAMPLERS}
+    assert set(method.CHOICES["backend"]) == {"auto", *_backend._ABSENT}
+    config = scheduler.RaluScheduler().config
+    defaults = {name: words[0] for name, words in method.CHOICES.items() if name != "matching"}
+    assert defaults == {name: config[name] for name in defaults}
+    assert {one.matching for one in schedule.PRESETS.values()} == {method.CHOICES["matching"][0]}
+
+
+def test_no_heavy_import():
+    code = "import sys, ralu.method; print([name for name in ('torch', 'diffusers', 'scipy') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
