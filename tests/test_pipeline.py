@@ -344,15 +344,16 @@ def test_seeds_depend_on_the_samples_own_noise_alone():
 
 
 def test_the_distilled_embedded_model_paints_what_it_was_asked_for():
-    """Of the pictures that its teacher paints in ten steps, each of its own is nearest to that of the same prompt."""
+    """Of the pictures that its teacher paints in six steps, each of its own is nearest to that of the same prompt."""
+    prompts = cli.PROMPTS[:3]
 
     def paint(name, preset=None, **call):
         pipe = DiffusionPipeline.from_pretrained(ralu.mini_path(name), dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         if preset:
             ralu.enable(pipe, preset)
-        return tiny.paint(pipe, cli.PROMPTS, seeds=range(len(cli.PROMPTS)), height=256, width=256, **call).flatten(1)
+        return tiny.paint(pipe, prompts, seeds=range(len(prompts)), height=256, width=256, **call).flatten(1)
 
-    taught = paint("flux", num_inference_steps=10)
+    taught = paint("flux", num_inference_steps=6)
     for painted in (paint("schnell", num_inference_steps=4), paint("schnell", "distilled-4")):
-        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(cli.PROMPTS)))
+        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(prompts)))
