@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Of tests: one process a core; whoever is done takes over from another, so nothing waits for the longest file.
+WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench e2e bench-report bench-compare train-mini evaluate-mini aot clean
 
@@ -20,14 +22,15 @@ demo: install
 	$(BIN)/ralu regions --output outputs/regions.png
 	$(BIN)/ralu schedule --output outputs/schedule.png
 
-# Triton's interpreter is chosen when triton is imported, so its tests run in a process of their own (make -j2: beside the other).
-test: test-suite test-interpreted
+# Triton's interpreter is chosen when triton is imported, so its tests run in processes of their own. Both halves always run.
+test: install
+	$(MAKE) --keep-going test-suite test-interpreted
 
 test-suite: install
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 test-interpreted: install
-	TRITON_INTERPRET=1 $(BIN)/pytest -m triton
+	TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m triton
 
 # The tests of the compiled extension, on a build that stops at the first wrong access or undefined operation.
 sanitize: install

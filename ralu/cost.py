@@ -75,11 +75,13 @@ _ENCODERS = {
 class Part:
     """A stage, or what runs before and after the stages.
 
-    calls:      forward passes, each over the whole batch.
-    tokens:     a sample's: of the picture for the transformer, of the prompt for an encoder, latent pixels for the VAE.
-    tflop:      10^12 operations of all calls together, without attention's two matrix products.
-    attention:  10^12 operations of those.
-    peak_bytes: the most that the tensors of a call hold at one time, beside the weights.
+    calls:         forward passes, each over the whole batch.
+    tokens:        a sample's: of the picture for the transformer, of the prompt for an encoder, latent pixels for the
+                   VAE.
+    tflop:         10^12 operations of all calls together, without attention's two matrix products.
+    attention:     10^12 operations of those.
+    peak_bytes:    the most that the tensors of a call hold at one time, beside the weights.
+    scratch_bytes: a bound of what PyTorch's libraries hold besides on a CPU, within one operation (`cpu_scratch`).
     """
 
     name: str
@@ -88,6 +90,7 @@ class Part:
     tflop: float
     attention: float
     peak_bytes: int
+    scratch_bytes: int
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,27 @@ class Estimate:
         """The weights and the part that holds most beside them."""
         return self.weight_bytes + max(part.peak_bytes for part in self.parts)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """A bound of what a CPU's libraries hold besides."""
+        return max(part.scratch_bytes for part in self.parts)
+
     def to_dict(self) -> dict:
         """Fields and sums, ready for JSON."""
-        return asdict(self) | {key: getattr(self, key) for key in ("tflop", "attention", "total", "peak_bytes")}
+        sums = "tflop", "attention", "total", "peak_bytes", "scratch_bytes"
+        return asdict(self) | {key: getattr(self, key) for key in sums}
 
     def __str__(self) -> str:
-        lines = [f"{'':<28}{'calls':>5}{'tokens':>8}{'TFLOP':>10}{'with attention':>16}{'peak GiB':>10}"]
+        lines = [
+            f"{'':<28}{'calls':>5}{'tokens':>8}{'TFLOP':>10}{'with attention':>16}{'peak GiB':>10}{'CPU scratch':>13}"
+        ]
         for part in self.parts:
             work = f"{part.tflop:>10.2f}{part.tflop + part.attention:>16.2f}"
-            lines.append(f"{part.name:<28}{part.calls:>5}{part.tokens:>8}{work}{part.peak_bytes / 2**30:>10.2f}")
+            memory = f"{part.peak_bytes / 2**30:>10.2f}{part.scratch_bytes / 2**30:>13.2f}"
+            lines.append(f"{part.name:<28}{part.calls:>5}{part.tokens:>8}{work}{memory}")
         lines.append(f"{'weights':<67}{self.weight_bytes / 2**30:>10.2f}")
-        lines.append(f"{'total':<41}{self.tflop:>10.2f}{self.total:>16.2f}{self.peak_bytes / 2**30:>10.2f}")
+        memory = f"{self.peak_bytes / 2**30:>10.2f}{self.scratch_bytes / 2**30:>13.2f}"
+        lines.append(f"{'total':<41}{self.tflop:>10.2f}{self.total:>16.2f}{memory}")
         return "\n".join(lines)
 
 
@@ -164,8 +177,10 @@ def estimate(
     dtype:         of weights and activations; None for a given pipeline's own, else bfloat16.
 
     The peak is that of a pipeline that is wholly on the device, under fused attention, all of it in one dtype (loaded
-    as float16, T5 keeps a part in float32). What libraries keep for themselves (workspaces, fragments, their own code)
-    is more. Adapters and quantisation are not looked at.
+    as float16, T5 keeps a part in float32). It is what tensors hold, which is the same on every machine. What
+    libraries hold for themselves is more: on a CPU at most `scratch_bytes` within an operation, whatever its
+    instruction set, with as many threads as this process has (`torch.get_num_threads()`). A GPU's workspaces,
+    fragments and the libraries' own code are not looked at, and neither are adapters and quantisation.
     Raises ValueError for an unknown model or method, and for sizes that do not fit.
     """
     parts = describe(model)
@@ -212,8 +227,8 @@ def estimate(
         ]
     rows = []
     for name, calls, tokens, *run in [*map(encoder, parts.encoders), *stages, decoder("picture", height, width)]:
-        tflop, attention, peak = _cost(dtype, *run)
-        rows.append(Part(name, calls, tokens, calls * tflop, calls * attention, peak))
+        tflop, attention, *memory = _cost(torch.get_num_threads(), dtype, *run)
+        rows.append(Part(name, calls, tokens, calls * tflop, calls * attention, *memory))
     modules = [_built(part, dtype) for part in (*parts.encoders, parts.transformer, parts.vae)]
     weights = sum(tensor.nbytes for module in modules for tensor in chain(module.parameters(), module.buffers()))
     return Estimate(tuple(rows), weights)
@@ -357,14 +372,16 @@ def _decode(module: Module, dtype: torch.dtype, batch: int, height: int, width: 
 
 
 @lru_cache
-def _cost(dtype: torch.dtype, model: _Model, call: Callable, shape: tuple[int, ...]) -> tuple[float, float, int]:
-    """Of one forward pass: 10^12 operations without attention's, those of attention's, and the peak in bytes."""
-    module, counter, memory = _built(model, dtype), FlopCounterMode(display=False), LiveBytes()
+def _cost(
+    threads: int, dtype: torch.dtype, model: _Model, call: Callable, shape: tuple[int, ...]
+) -> tuple[float, float, int, int]:
+    """Of one forward pass: 10^12 operations without attention's, those of attention's, peak and scratch in bytes."""
+    module, counter, memory = _built(model, dtype), FlopCounterMode(display=False), LiveBytes(threads)
     with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory:
         call(module, dtype, *shape)
     counts = counter.get_flop_counts()["Global"]
     weighted = sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.convolution))
-    return weighted / 1e12, (sum(counts.values()) - weighted) / 1e12, memory.peak
+    return weighted / 1e12, (sum(counts.values()) - weighted) / 1e12, memory.peak, memory.scratch
 
 
 class FusedAttention(TorchFunctionMode):
@@ -380,20 +397,27 @@ def _fused_attention(query, key, value, attn_mask=None, *_, **__):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made under it and are still in use: `now`, and at most `peak`."""
+    """Counts the bytes of the tensors that are made under it and are still in use: `now`, and at most `peak`.
 
-    def __init__(self):
+    `scratch` is the largest of the operations' `cpu_scratch`.
+    """
+
+    def __init__(self, threads: int):
         super().__init__()
-        self.now = self.peak = 0
+        self.threads = threads
+        self.now = self.peak = self.scratch = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        before = _storages((args, kwargs))
-        for key, storage in _storages(result).items():
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        before = _storages(operands)
+        for key, storage in _storages(results).items():
             if key not in before:  # else a view, or written in place
                 self._add(storage.nbytes())
                 weakref.finalize(storage, self._add, -storage.nbytes())
+        self.scratch = max(self.scratch, cpu_scratch(func, operands, results, self.threads))
         return result
 
     def _add(self, size: int):
@@ -401,6 +425,40 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def _storages(tree) -> dict[int, torch.UntypedStorage]:
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _storages(tensors: list[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage._cdata: storage for storage in storages}
+
+
+def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor], threads: int) -> int:
+    """A bound of the bytes that one operation on a CPU takes and gives back, beside its operands and results.
+
+    A library may copy any of these into a layout of its own. oneDNN's blocks of convolutions hold 16 channels. Where
+    it does not serve (floats of 16 bits on most CPUs, and small inputs) PyTorch unfolds the input: every pixel of the
+    output has a column of all that its kernel sees. Attention goes over 256 queries and 512 keys at a time; every
+    thread holds their scores, two sums a query and its output in float32, and of shorter floats scores, queries and
+    keys anew.
+    """
+    if func.is_view:
+        return 0
+    copies = sum(x.nbytes for x in (*operands, *results))
+    if func is aten.convolution.default:
+        (x, weight, *_), (y,) = operands, results
+        for tensor, dims in ((x, (1,)), (weight, (0, 1)), (y, (1,))):
+            blocked = math.prod(math.ceil(n / 16) * 16 if i in dims else n for i, n in enumerate(tensor.shape))
+            copies += blocked * tensor.itemsize - tensor.nbytes
+        if x.dtype != torch.float32 or x.numel() <= 20480:
+            copies += weight[0].numel() * y[:, 0].numel() * x.itemsize
+    elif func in _ATTENTION:
+        query, key = operands[:2]
+        queries, keys, width = min(256, query.shape[-2]), min(512, key.shape[-2]), query.shape[-1]
+        copies += threads * 4 * queries * (keys + 2 + width)
+        if query.dtype != torch.float32:
+            copies += threads * query.itemsize * (queries * keys + (queries + keys) * width)
+    return copies
+
+
+_ATTENTION = {
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}

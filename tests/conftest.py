@@ -3,6 +3,8 @@
 Triton reads TRITON_INTERPRET once, so the suite is two processes: ``pytest``, and with it set, ``pytest -m triton``.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -25,6 +27,9 @@ def pytest_collection_modifyitems(items):
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 if INTERPRET:
     from triton.runtime import interpreter

@@ -13,7 +13,7 @@ from ralu_kernels.canny import canny, edge_density
 
 THRESHOLDS = ((100, 200), (200, 100), (50, 50), (0, 0), (20, 600), (2039, 10**6))
 SIZES = ((1, 1), (1, 40), (40, 1), (2, 2), (8, 32), (9, 33), (33, 47), (70, 129))
-# Whole pictures that come with scikit-image, none of them downloaded.
+# Pictures that come with scikit-image, none of them downloaded.
 PICTURES = (
     "camera.png",
     "astronaut.png",
@@ -41,7 +41,7 @@ def photograph(name):
     path = Path(skimage.__file__).parent / "data" / name
     image = torch.from_numpy(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE))
     assert image.numel() > 2**15
-    return image[None]
+    return image[None, :600, :600].contiguous()
 
 
 def patterns(size):
@@ -86,10 +86,10 @@ def test_kernels_equal_opencv_on_photographs(name, opencv_threads):
 
 
 def test_kernels_follow_an_edge_through_many_blocks():
-    image = spiral(600)
+    image = spiral(320)
     expected = opencv(image, 100, 900)
     assert 0 < expected.count_nonzero() != opencv(image, 900, 900).count_nonzero()
-    for _ in range(5):  # the blocks race
+    for _ in range(3):  # the blocks race
         assert torch.equal(on_host(image, 100, 900), expected)
 
 

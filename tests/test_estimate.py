@@ -2,20 +2,23 @@
 
 import gc
 import json
+from collections import defaultdict
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import tiny
 import torch
+from torch._C._profiler import _EventType
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_map
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import ralu
 from ralu.cli import main
-from ralu.cost import MODELS, estimate
+from ralu.cost import MODELS, cpu_scratch, estimate
 from ralu.schedule import PRESETS
 
 TEXT = 16  # T5 tokens of the tiny pipelines, see tiny.paint
@@ -142,51 +145,129 @@ def test_every_published_model():
         assert sum(weight.numel() for weight in stored.values()) / 1e9 == pytest.approx(billions, rel=0.05)
 
 
-def measured_peak(run):
-    """The most bytes that PyTorch's CPU allocator had given out at a time."""
+class Operations(TorchDispatchMode):
+    """Names the spans of operations in a profile, and keeps the bound of each one's scratch."""
+
+    def __init__(self):
+        super().__init__()
+        self.bounds = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with record_function("operation"):
+            result = func(*args, **(kwargs or {}))
+        operands, results = ([x for x in tree_leaves(t) if torch.is_tensor(x)] for t in ((args, kwargs), result))
+        self.bounds.append(cpu_scratch(func, operands, results, torch.get_num_threads()))
+        return result
+
+
+def measured(run):
+    """What PyTorch's CPU allocator has given out: (peak, peak of tensors, [(scratch, its bound) of every operation]).
+
+    Scratch is what an operation takes and gives back; tensors are all else.
+    """
     run()
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with Operations() as operations, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    events, spans = [], []
+
+    def walk(event, span):
+        if event.tag == _EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, span))
+        if event.name == "operation" and span is None:
+            spans.append(span := len(spans))
+        for child in event.children:
+            walk(child, span)
+
+    for event in profiler.profiler.kineto_results.experimental_event_tree():
+        walk(event, None)
+    assert len(spans) == len(operations.bounds)
+    events.sort(key=lambda event: event[0])
+    scratch, given = set(), {}
+    for i, (_, address, size, span) in enumerate(events):
+        if size > 0:
+            given[address] = i
+        elif (taken := given.pop(address, None)) is not None and span is not None and events[taken][-1] == span:
+            scratch |= {taken, i}
+    now, peak = defaultdict(int), defaultdict(int)
+    for i, (_, _, size, span) in enumerate(events):
+        for key in ("all", span if i in scratch else "tensors"):
+            now[key] += size
+            peak[key] = max(peak[key], now[key])
+    return peak["all"], peak["tensors"], [(peak[span], operations.bounds[span]) for span in spans]
 
 
-def random_like(tree):
-    return tree_map(lambda x: torch.randn_like(x) if torch.is_tensor(x) else x, tree)
+def random_like(tree, dtype):
+    return tree_map(lambda x: torch.randn_like(x, dtype=dtype) if torch.is_tensor(x) else x, tree)
 
 
-@pytest.mark.parametrize(("name", "size"), [("flux", 256), ("guided", 128), ("sd3-3.0", 96), ("sd3-3.5-medium", 192)])
-def test_memory_of_real_forward_passes(name, size):
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dtype", "threads"),
+    [
+        ("flux", 256, torch.float32, 1),
+        ("guided", 128, torch.float32, 2),
+        ("guided", 128, torch.bfloat16, 1),
+        ("sd3-3.0", 96, torch.float32, 2),
+        ("sd3-3.0", 96, torch.bfloat16, 2),
+        ("sd3-3.5-medium", 192, torch.float32, 1),
+    ],
+    indirect=["threads"],
+)
+def test_memory_of_real_forward_passes(name, size, dtype, threads):
     """Of a transformer and a VAE with real weights, called with new tensors of a pipeline's own shapes."""
     pipe, inputs = PIPELINES[name](), {}
     pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
     latents = tiny.paint(pipe, height=size, width=size, num_inference_steps=1, output_type="latent")
     if not name.startswith("sd3"):
         latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor)
-    with torch.no_grad():
-        of_transformer = measured_peak(lambda: pipe.transformer(**random_like(inputs)))
-        of_vae = measured_peak(lambda: pipe.vae.decode(torch.randn_like(latents)))
-    *_, transformer, vae = estimate(pipe, 1, height=size, width=size, text_tokens=TEXT).parts
-    assert transformer.peak_bytes == pytest.approx(of_transformer, rel=0.01)
-    assert vae.peak_bytes == pytest.approx(of_vae, rel=0.01)
+    for module in (pipe.transformer, pipe.vae):
+        torch.nn.Module.to(module, dtype)
+    *_, transformer, vae = estimate(pipe, 1, height=size, width=size, text_tokens=TEXT, dtype=dtype).parts
+    for part, run in (
+        (transformer, lambda: pipe.transformer(**random_like(inputs, dtype))),
+        (vae, lambda: pipe.vae.decode(random_like(latents, dtype))),
+    ):
+        with torch.no_grad():
+            peak, tensors, operations = measured(run)
+        assert part.peak_bytes == pytest.approx(tensors, rel=0.005)
+        for scratch, bound in operations:
+            assert scratch <= bound + 16  # of a number that becomes a tensor, in two dtypes
+        assert max(scratch for scratch, _ in operations) <= part.scratch_bytes
+        assert peak <= part.peak_bytes + part.scratch_bytes
 
 
-@pytest.mark.parametrize("output", ["latent", "pt"])
-@pytest.mark.parametrize(("name", "size", "batch"), [("flux", 256, 1), ("sd3-3.5-medium", 192, 2)])
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("width", [8, 64])
+def test_scratch_of_attention(width, threads):
+    """In float32 a thread's share is all there is."""
+    query = torch.randn(3, 4, 800, width)
+    _, _, operations = measured(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query))
+    share = max(scratch for scratch, _ in operations)
+    assert share == max(bound for _, bound in operations) - 4 * query.nbytes - 4 * query[..., 0].numel()
+    assert share % threads == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "batch", "output"), [("flux", 256, 1, "pt"), ("sd3-3.5-medium", 192, 2, "latent")]
+)
 def test_memory_of_a_real_run(name, size, batch, output):
     """With a step in each stage. What a pipeline keeps between its parts (latents, prompts) comes on top."""
     schedule = replace(PRESETS["flux-5x"], steps=(1, 1, 1))
     pipe = ralu.enable(PIPELINES[name](), schedule)
     prompts, seeds = tiny.PROMPTS[:batch], range(batch)
-    measured = measured_peak(lambda: tiny.paint(pipe, prompts, seeds, size, size, output_type=output))
-    parts = estimate(pipe, schedule, height=size, width=size, text_tokens=TEXT, batch=batch).parts
-    peak = max(part.peak_bytes for part in (parts if output == "pt" else parts[:-1]))  # latents are not decoded
-    assert peak <= measured <= 1.1 * peak
+    peak, tensors, _ = measured(lambda: tiny.paint(pipe, prompts, seeds, size, size, output_type=output))
+    cost = estimate(pipe, schedule, height=size, width=size, text_tokens=TEXT, batch=batch)
+    expected = max(part.peak_bytes for part in (cost.parts if output == "pt" else cost.parts[:-1]))
+    assert expected <= tensors <= 1.1 * expected  # latents are not decoded
+    assert peak <= tensors + cost.scratch_bytes
 
 
 # ---- what can be asked ----
@@ -253,12 +334,13 @@ def test_tables(capsys):
 
     _, *rows, weights, total = str(fast).splitlines()
     for row, part in zip(rows, fast.parts, strict=True):
-        name, *numbers = row.rsplit(maxsplit=5)
+        name, *numbers = row.rsplit(maxsplit=6)
         assert name == part.name
-        shown = part.calls, part.tokens, part.tflop, part.tflop + part.attention, part.peak_bytes / 2**30
+        shown = part.calls, part.tokens, part.tflop, part.tflop + part.attention
+        shown += part.peak_bytes / 2**30, part.scratch_bytes / 2**30
         assert list(map(float, numbers)) == pytest.approx(shown, abs=0.005)
     assert float(weights.removeprefix("weights")) == pytest.approx(fast.weight_bytes / 2**30, abs=0.005)
-    sums = fast.tflop, fast.total, fast.peak_bytes / 2**30
+    sums = fast.tflop, fast.total, fast.peak_bytes / 2**30, fast.scratch_bytes / 2**30
     assert list(map(float, total.removeprefix("total").split())) == pytest.approx(sums, abs=0.005)
 
 

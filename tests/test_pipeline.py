@@ -233,7 +233,7 @@ def test_from_pipe_shares_the_enabled_parts(pipe):
 
 def test_image_to_image_from_an_enabled_pipe_is_refused(pipe):
     twin = FluxImg2ImgPipeline.from_pipe(pipe, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"FluxImg2ImgPipeline has the scheduler .* call ralu\.disable"):
+    with pytest.raises(ValueError, match="starts from pure noise"):
         twin(PROMPTS[0], image=torch.rand(1, 3, 64, 64), height=64, width=64, strength=0.5, max_sequence_length=16)
 
 
@@ -344,15 +344,16 @@ def test_seeds_depend_on_the_samples_own_noise_alone():
 
 
 def test_the_distilled_embedded_model_paints_what_it_was_asked_for():
-    """Of the pictures that its teacher paints in ten steps, each of its own is nearest to that of the same prompt."""
+    """Of the pictures that its teacher paints in six steps, each of its own is nearest to that of the same prompt."""
+    prompts = mini.PROMPTS[:3]
 
     def paint(name, preset=None, **call):
         pipe = DiffusionPipeline.from_pretrained(ralu.mini_path(name), dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         if preset:
             ralu.enable(pipe, preset)
-        return tiny.paint(pipe, mini.PROMPTS, seeds=range(len(mini.PROMPTS)), height=256, width=256, **call).flatten(1)
+        return tiny.paint(pipe, prompts, seeds=range(len(prompts)), height=256, width=256, **call).flatten(1)
 
-    taught = paint("flux", num_inference_steps=10)
+    taught = paint("flux", num_inference_steps=6)
     for painted in (paint("schnell", num_inference_steps=4), paint("schnell", "distilled-4")):
-        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(mini.PROMPTS)))
+        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(prompts)))

@@ -379,7 +379,7 @@ def test_the_embedded_model_paints_stock_pictures():
     pipe = StableDiffusion3Pipeline.from_pretrained(ralu.mini_path("sd3"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 256, "width": 256, "guidance_scale": 2.0}
-    sunflower, fox = (tiny.paint(pipe, prompt, num_inference_steps=10, **call) for prompt in ("sunflower", "fox"))
+    sunflower, fox = (tiny.paint(pipe, prompt, num_inference_steps=6, **call) for prompt in ("sunflower", "fox"))
     for preset in ("sd3-2x", "sd3-3x"):
         painted = tiny.paint(ralu.enable(pipe, preset), "sunflower", seeds=(1,), **call)
         assert (painted - sunflower).abs().mean() < 0.1 * (painted - fox).abs().mean()

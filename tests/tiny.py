@@ -91,6 +91,15 @@ def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
     return pipe
 
 
+def shallow(pipe):
+    """The pipeline with the first block of each kind and SD3's last one: what is compiled takes a second a block."""
+    transformer = pipe.transformer
+    del transformer.transformer_blocks[1 : -1 if isinstance(pipe, StableDiffusion3Pipeline) else None]
+    if isinstance(pipe, FluxPipeline):
+        del transformer.single_transformer_blocks[1:]
+    return pipe
+
+
 class Family(NamedTuple):
     """What tests that hold for every family have to know of one.
 
