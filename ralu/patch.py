@@ -4,6 +4,7 @@ import inspect
 import sys
 from weakref import WeakSet
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
@@ -121,6 +122,7 @@ class LayoutHook:
     def __setstate__(self, state):
         self.__dict__ = state | {"pipes": WeakSet()}
 
+    @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
         pipe = calling_pipeline() if self.scheduler.running else None
         if not self.scheduler.running or (pipe is not None and pipe.scheduler is not self.scheduler):

@@ -59,13 +59,16 @@ def enable(
         raise ValueError(
             f"pipe.scheduler must be a FlowMatchEulerDiscreteScheduler, got {type(pipe.scheduler).__name__}"
         )
-    for name, value in (("fused", fused), ("trim_text", trim_text)):
-        if not isinstance(value, bool) and (name, value) != ("fused", "auto"):
-            allowed = "True, False or 'auto'" if name == "fused" else "True or False"
-            raise (ValueError if isinstance(value, str) else TypeError)(f"{name} must be {allowed}, got {value!r}")
+    if not isinstance(fused, bool | str):
+        raise TypeError(f"fused must be True, False or 'auto', got {fused!r}")
+    if isinstance(fused, str) and fused != "auto":
+        raise ValueError(f"fused must be True, False or 'auto', got {fused!r}")
+    blocks.check_trim_text(trim_text)
     if trim_text and not fused:
         raise ValueError("trim_text=True needs fused=True or 'auto', got fused=False")
     options = {key: given[key] for key in _OPTIONS if given[key] is not None}
+    if not isinstance(preset, str | Schedule | None):
+        raise TypeError(f"preset must be one of {', '.join(fitting)} or a Schedule, got {preset!r}")
     if isinstance(preset, str) and preset not in fitting:
         raise ValueError(f"{kind.__name__}'s preset must be one of {', '.join(fitting)} or a Schedule, got {preset!r}")
     _check(pipe)
@@ -107,11 +110,6 @@ def _check(pipe: DiffusionPipeline):
         raise ValueError(
             "pipe.transformer must not be context-parallel: RALU's positions are of each image, and are not split. "
             "Load the transformer without enable_parallelism"
-        )
-    if transformer._compiled_call_impl is not None:
-        raise ValueError(
-            "pipe.transformer must not be compiled in place: RALU's hook would be compiled too. Instead of "
-            "pipe.transformer.compile(), use pipe.transformer = torch.compile(pipe.transformer) on one that is not"
         )
 
 

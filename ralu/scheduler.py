@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from numbers import Real
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens
-from ralu_kernels._backend import resolve
+from ralu_kernels._backend import _ABSENT, resolve
 from ralu_kernels.tokens import CARRY_NOISES, GRANULARITIES
 
 from . import regions as region_scorers
 from . import upsampling
-from .schedule import Schedule, preset
+from .schedule import MATCHINGS, Schedule, preset
 from .upsampling import UPSAMPLERS
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
@@ -99,25 +100,30 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         **stock,
     ):
         super().__init__(**stock)
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-        if carry_noise not in CARRY_NOISES:
-            raise ValueError(f"carry_noise must be one of {', '.join(CARRY_NOISES)}, got {carry_noise!r}")
+        if not isinstance(preset, str | dict | Schedule):
+            raise TypeError(f"preset must be a name, a Schedule or a saved one's dict, got {preset!r}")
+        _check_choice("granularity", granularity, GRANULARITIES)
+        _check_choice("carry_noise", carry_noise, CARRY_NOISES)
+        _check_choice("matching", matching, (*MATCHINGS, None))
+        _check_choice("upsampler", upsampler, UPSAMPLERS)
+        _check_choice("backend", backend, ("auto", *_ABSENT))
+        _check_number("ratio", ratio, 0, 1)
+        given = regions
         if isinstance(regions, Image.Image | Tensor):
             regions = region_scorers.mask(regions)
-        if not callable(regions) and regions not in (*REGIONS, None):
+        if not callable(regions) and not (regions is None or (isinstance(regions, str) and regions in REGIONS)):
             names = ", ".join(map(repr, REGIONS))
-            raise ValueError(f"regions must be {names}, an image, a tensor or a callable, got {regions!r}")
-        if threshold is not None and not isinstance(threshold, int | float):
-            raise ValueError(f"threshold must be a number, got {threshold!r}")
+            wrong = ValueError if isinstance(regions, str) else TypeError
+            raise wrong(f"regions must be {names}, an image, a tensor or a callable, got {regions!r}")
+        # What a latent's gradient or a scorer of one's own reaches is unknown, but no score is a million.
+        shares = regions in ("canny", "random") or isinstance(given, Image.Image | Tensor)
+        _check_number("threshold", threshold, *((0, 1) if shares else (-1e6, 1e6)))
         if ratio is not None and threshold is not None:
             raise ValueError(f"give ratio or threshold, not both: got ratio={ratio}, threshold={threshold}")
         bent = [key for key in _BENDING if self.config.get(key)]
         if bent:
             raise ValueError(f"the stock scheduler's {', '.join(bent)} would distort RALU's schedule; it must be off")
         self.schedule = _schedule(preset, self.config, ratio=ratio, matching=matching)
-        if upsampler not in UPSAMPLERS:
-            raise ValueError(f"upsampler must be one of {', '.join(UPSAMPLERS)}, got {upsampler!r}")
         if upsampler != "nearest" and self.schedule.matching != "snr":
             raise ValueError(f"upsampler={upsampler!r} needs matching='snr', got {self.schedule.matching!r}")
         self.register_to_config(
@@ -339,6 +345,22 @@ _BENDING = (
     "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
     "stochastic_sampling", "use_flow_sigmas",
 )  # fmt: skip
+
+
+def _check_choice(name: str, value, allowed: tuple):
+    if not (value is None or isinstance(value, str)):
+        raise TypeError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _check_number(name: str, value, least: float, most: float):
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
+    if not least <= value <= most:  # which NaN fails
+        raise ValueError(f"{name} must lie in [{least:g}, {most:g}], got {value!r}")
 
 
 def _schedule(chosen: str | dict | Schedule, config, **changes) -> Schedule:
