@@ -47,10 +47,11 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     A transformer whose attention is not the stock one (IP-adapter, context parallelism, a chosen attention backend) or
     whose weights are offloaded layer by layer is left unfused, now or later, which is said once; so is one that has
     blocks of other classes or is tensor-parallel. Raises ValueError for another model, and for blocks whose forward was
-    replaced.
+    replaced, and TypeError for what is no module or trim_text that is no bool.
     """
     model = unwrapped(transformer)
     family = family_of_transformer(model)
+    check_trim_text(trim_text)
     unfuse(model)
     blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
     strange = next((type(block).__name__ for block in blocks if type(block) not in family.fused_blocks), None)
@@ -74,7 +75,12 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
 
 
 def unfuse(transformer: nn.Module) -> nn.Module:
-    """Put a transformer back exactly as it was before `fuse`; does nothing to a stock one. Returns the transformer."""
+    """Put a transformer back exactly as it was before `fuse`; does nothing to a stock one. Returns the transformer.
+
+    Raises TypeError for what is no module.
+    """
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(f"transformer must be a module, got {type(transformer).__name__}")
     fusion = vars(unwrapped(transformer)).pop("ralu_fusion", None)
     if fusion is not None:
         fusion.handle.remove()
@@ -85,6 +91,12 @@ def unfuse(transformer: nn.Module) -> nn.Module:
                 if isinstance(attention.processor, Processor):  # and not one put in since
                     attention.set_processor(attention.processor.stock or attention._default_processor_cls())
     return transformer
+
+
+def check_trim_text(trim_text: bool):
+    """Raise TypeError for what is no bool."""
+    if not isinstance(trim_text, bool):
+        raise TypeError(f"trim_text must be True or False, got {trim_text!r}")
 
 
 def is_fused(transformer: nn.Module) -> bool:
@@ -132,6 +144,7 @@ class Fusion:
         self.__dict__ = state
         self._remember()
 
+    @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
         if not is_fused(module):
             return args, kwargs

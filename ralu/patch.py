@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from weakref import WeakSet
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import CacheContext, StateManager, _set_cache_context
@@ -126,6 +127,7 @@ class LayoutHook:
     def __setstate__(self, state):
         self.__dict__ = state | {"pipes": WeakSet()}
 
+    @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
         scheduler, pipe = self.scheduler, calling_pipeline() if self.scheduler.running else None
         if self.cache is not None and not hasattr(unwrapped(module), "cache_context"):

@@ -1,5 +1,6 @@
 """`enable` and `disable`: RALU in and out of a diffusers pipeline, all or nothing."""
 
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -53,19 +54,24 @@ def enable(
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         kind = type(pipe.scheduler).__name__
         raise ValueError(f"pipe.scheduler must be a FlowMatchEulerDiscreteScheduler, got {kind}")
-    for name, value in (("fused", fused), ("trim_text", trim_text)):
-        if not isinstance(value, bool) and (name, value) != ("fused", "auto"):
-            allowed = "True, False or 'auto'" if name == "fused" else "True or False"
-            raise (ValueError if isinstance(value, str) else TypeError)(f"{name} must be {allowed}, got {value!r}")
+    if not isinstance(fused, bool | str):
+        raise TypeError(f"fused must be True, False or 'auto', got {fused!r}")
+    if isinstance(fused, str) and fused != "auto":
+        raise ValueError(f"fused must be True, False or 'auto', got {fused!r}")
+    blocks.check_trim_text(trim_text)
     if trim_text and not fused:
         raise ValueError("trim_text=True needs fused=True or 'auto', got fused=False")
     check(pipe, family)
+    if not isinstance(preset, str | Method | Schedule | None):
+        raise TypeError(f"preset must be one of {', '.join(family.entry.presets)} or a Schedule, got {preset!r}")
     if isinstance(preset, str):
-        preset = Method.parse(preset)
+        with _argument("preset"):
+            preset = Method.parse(preset)
     if isinstance(preset, Method):
         preset, options, cache = _combined(preset, options, cache)
     if isinstance(cache, str):
-        cache = Method.parse(f"stock+{cache}").cache
+        with _argument("cache"):
+            cache = Method.parse(f"stock+{cache}").cache
     _check_cache(pipe, family, cache)
     if isinstance(preset, str) and not preset.startswith("stock") and preset not in family.entry.presets:
         fitting = ", ".join(family.entry.presets)
@@ -88,6 +94,15 @@ def enable(
         raise
     pipe.scheduler = scheduler
     return pipe
+
+
+@contextmanager
+def _argument(name: str):
+    """Say whose value it is that the grammar refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _combined(method: Method, options: dict, cache) -> tuple[str, dict, Any]:
@@ -149,11 +164,6 @@ def check(pipe: DiffusionPipeline, family: Family):
         raise ValueError(
             "pipe.transformer must not be context-parallel: RALU's positions are of each image, and are not split. "
             "Load the transformer without enable_parallelism"
-        )
-    if transformer._compiled_call_impl is not None:
-        raise ValueError(
-            "pipe.transformer must not be compiled in place: RALU's hook would be compiled too. Instead of "
-            "pipe.transformer.compile(), use pipe.transformer = torch.compile(pipe.transformer) on one that is not"
         )
 
 

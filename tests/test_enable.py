@@ -1,0 +1,487 @@
+"""In and out of pipelines: previews, copies, shared parts, and refusals, for both families."""
+
+import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import tiny
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import apply_taylorseer_cache
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from diffusers.models.embeddings import PatchEmbed
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+import ralu
+from ralu.schedule import PRESETS
+
+PROMPT = tiny.PROMPTS[0]
+MAKE = {"flux": tiny.flux, "sd3": tiny.sd3}
+KIND = {"flux": FluxPipeline, "sd3": StableDiffusion3Pipeline}
+STOCK = {"num_inference_steps": 4}
+close = dict(rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stock(family):
+    return MAKE[family]()
+
+
+@pytest.fixture(scope="module")
+def stock_image(stock):
+    return tiny.paint(stock, **STOCK)
+
+
+@pytest.fixture
+def pipe(stock):
+    yield ralu.enable(stock)
+    ralu.disable(stock)
+
+
+def from_pipe(kind, pipe, **parts):
+    twin = kind.from_pipe(pipe, dtype=torch.float32, **parts)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def traces(pipe):
+    """Everything that `enable` might leave behind."""
+    embed = pipe.transformer.pos_embed
+    parts = {"pipe": pipe, "transformer": pipe.transformer, "embed": embed, "vae": pipe.vae}
+    kept = {name: {key: id(value) for key, value in vars(part).items()} for name, part in parts.items()}
+    return kept, type(embed), dict(pipe.transformer._forward_pre_hooks), list(pipe.transformer.state_dict())
+
+
+# ---- previews and interruptions ----
+
+
+def preview(pipe, latents):
+    """As a user interface makes them: full-size, through the pipeline's own unpacking, through the decoder."""
+    full = pipe.scheduler.full_resolution(latents)
+    if isinstance(pipe, FluxPipeline):
+        full = pipe._unpack_latents(full, 64, 64, pipe.vae_scale_factor)
+    full = full / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return pipe.vae.decode(full, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("ratio", [None, 1.0])  # with all tokens selected stage 2 is as long as stage 3
+def test_previews_never_change_a_run(stock, ratio):
+    ralu.enable(stock, ratio=ratio)
+    expected, shapes = tiny.paint(stock), []
+
+    def callback(pipe, i, t, values):
+        shapes.append(tuple(preview(pipe, values["latents"]).shape))
+        return values
+
+    assert torch.equal(tiny.paint(stock, callback_on_step_end=callback), expected)
+    ralu.disable(stock)
+    assert set(shapes) == {(1, 3, 64, 64)} and len(shapes) == stock.num_timesteps
+
+
+def last_steps(stock):
+    """One in every stage, the callbacks at two of which see the next stage's latents already."""
+    first, second, _ = PRESETS["flux-5x" if isinstance(stock, FluxPipeline) else "sd3-2x"].steps
+    return 1, first - 1, first + 1, first + second - 1, first + second + 1
+
+
+@pytest.mark.parametrize("ratio", [None, 1.0])
+@pytest.mark.parametrize("previewing", [False, True])
+def test_interruptions_in_every_stage_decode_what_there_is(stock, ratio, previewing):
+    ralu.enable(stock, ratio=ratio)
+    for step in last_steps(stock):
+        expected = []
+
+        def stop(pipe, i, t, values, step=step, expected=expected):
+            if i == step:
+                expected.append(preview(pipe, values["latents"]))
+                pipe._interrupt = True
+                if previewing:
+                    preview(pipe, values["latents"])
+            return values
+
+        image = tiny.paint(stock, callback_on_step_end=stop)
+        torch.testing.assert_close(image, (expected[0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+    ralu.disable(stock)
+
+
+def test_a_from_pipe_copy_is_interrupted_as_the_pipe_itself(pipe, family):
+    twin = from_pipe(KIND[family], pipe)
+    for step in last_steps(pipe):
+
+        def stop(pipe, i, t, values, step=step):
+            pipe._interrupt = i == step
+            return values
+
+        expected = tiny.paint(pipe, callback_on_step_end=stop)
+        assert torch.equal(tiny.paint(twin, callback_on_step_end=stop), expected)
+    ralu.disable(twin)
+    for each in (pipe, twin):
+        assert "_unpack_latents" not in vars(each) and "decode" not in vars(each.vae)
+
+
+def test_a_stock_neighbour_stays_stock_after_a_run_that_broke_off(pipe, stock_image, family):
+    """Their transformer is shared, and the enabled pipeline's run was never finished."""
+    twin = from_pipe(KIND[family], pipe, scheduler=FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config))
+
+    def fail(pipe, i, t, values):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.paint(pipe, callback_on_step_end=fail)
+    assert torch.equal(tiny.paint(twin, **STOCK), stock_image)
+
+
+# ---- copies ----
+
+
+def by_deepcopy(pipe):
+    return copy.deepcopy(pipe)
+
+
+def by_pickle(pipe):
+    return pickle.loads(pickle.dumps(pipe))
+
+
+def by_torch_save(pipe):
+    file = io.BytesIO()
+    torch.save(pipe, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_spawning(pipe):
+    """What `multiprocessing` sends to a process that it spawns."""
+    return pickle.loads(ForkingPickler.dumps(pipe))
+
+
+@pytest.mark.parametrize("copied", [by_deepcopy, by_pickle, by_torch_save, by_spawning])
+def test_a_copy_is_enabled_too_and_its_own(family, stock_image, copied):
+    pipe = ralu.enable(MAKE[family]())  # once it has run, transformers' CLIP itself cannot be pickled
+    twin, before = copied(pipe), traces(pipe)
+    expected = tiny.paint(pipe)
+    parts = zip(pipe.transformer.modules(), twin.transformer.modules(), strict=True)
+    assert all(ours is not theirs for ours, theirs in parts)
+    assert torch.equal(tiny.paint(twin), expected)
+    assert torch.equal(tiny.paint(ralu.disable(twin), **STOCK), stock_image)
+    assert type(twin.scheduler) is FlowMatchEulerDiscreteScheduler and not twin.transformer._forward_pre_hooks
+    assert type(twin.transformer.pos_embed) in (FluxPosEmbed, PatchEmbed)
+    assert traces(pipe)[2:] == before[2:] and torch.equal(tiny.paint(pipe), expected)
+    tiny.paint(ralu.enable(twin, ratio=0.5))  # anew, with other options
+    assert torch.equal(tiny.paint(pipe), expected)
+    ralu.disable(pipe)
+    assert isinstance(twin.scheduler, ralu.RaluScheduler) and twin.num_timesteps == tiny_steps(family)
+
+
+def tiny_steps(family):
+    return sum(PRESETS["flux-5x" if family == "flux" else "sd3-2x"].steps)
+
+
+@pytest.mark.parametrize("copied", [by_deepcopy, by_pickle])
+def test_a_copy_is_disabled_before_it_ever_ran(family, stock_image, copied):
+    pipe = ralu.enable(MAKE[family]())
+    twin = ralu.disable(copied(pipe))
+    assert torch.equal(tiny.paint(twin, **STOCK), stock_image)
+    assert isinstance(pipe.scheduler, ralu.RaluScheduler)
+
+
+@pytest.mark.parametrize("copied", [by_deepcopy, by_pickle])
+def test_a_fused_copy_is_its_own(family, stock_image, copied):
+    stock = ralu.enable(MAKE[family](), fused=True, trim_text=True)
+    twin, expected = copied(stock), tiny.paint(stock)
+    assert torch.equal(tiny.paint(twin), expected)
+    ralu.disable(stock)
+    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+    assert torch.equal(tiny.paint(twin), expected)
+    assert torch.equal(tiny.paint(ralu.disable(twin), **STOCK), stock_image)
+    assert all("forward" not in vars(module) for module in twin.transformer.modules())
+
+
+def test_weights_of_a_copy_are_its_own_in_every_stage(pipe):
+    """Decoders, position embeddings and caches that a copy reaches are not the original's."""
+    expected = tiny.paint(pipe)
+    twin = copy.deepcopy(pipe)
+    for part in (pipe.transformer, pipe.vae):
+        for weight in part.parameters():
+            weight.data.add_(1)
+    got = tiny.paint(twin)
+    for part in (pipe.transformer, pipe.vae):
+        for weight, theirs in zip(
+            part.parameters(), getattr(twin, "vae" if part is pipe.vae else "transformer").parameters(), strict=True
+        ):
+            weight.data.copy_(theirs)
+    assert torch.equal(got, expected) and torch.equal(tiny.paint(pipe), expected)
+
+
+def test_disable_keeps_a_scheduler_that_was_put_in_since(stock, stock_image):
+    before = stock.scheduler
+    ralu.enable(stock)
+    own = FlowMatchEulerDiscreteScheduler.from_config(before.config)
+    stock.scheduler = own
+    assert ralu.disable(stock).scheduler is own
+    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+    stock.scheduler = before
+
+
+# ---- parts that are missing or stand apart ----
+
+
+@torch.no_grad()
+def embeddings(pipe):
+    """What the text encoders make of the prompt, as arguments of a call."""
+    if isinstance(pipe, FluxPipeline):
+        prompt, pooled, _ = pipe.encode_prompt(PROMPT, None, max_sequence_length=16)
+        return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, pipe.encode_prompt(PROMPT, None, None, max_sequence_length=16), strict=True))
+
+
+def test_without_vae_and_text_encoders(stock, family):
+    expected = tiny.paint(ralu.enable(stock, regions="gradient"), output_type="latent")
+    given = embeddings(ralu.disable(stock))
+    names = [name for name in stock.components if name.startswith(("text_encoder", "tokenizer")) or name == "vae"]
+    bare = KIND[family](**stock.components | dict.fromkeys(names))
+    bare.vae_scale_factor = stock.vae_scale_factor  # without a VAE diffusers takes it for 8, as big models have it
+    bare.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"regions='canny' needs a VAE.*regions='gradient'"):
+        ralu.enable(bare)
+    assert type(bare.scheduler) is FlowMatchEulerDiscreteScheduler and not bare.transformer._forward_pre_hooks
+    ralu.enable(bare, regions="gradient")
+    assert torch.equal(tiny.paint(bare, None, output_type="latent", **given), expected)
+    ralu.disable(bare)
+
+
+def other_pipelines():
+    image, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 255)
+    return {
+        "flux": [
+            (FluxImg2ImgPipeline, {"image": image, "strength": 0.5}),
+            (FluxInpaintPipeline, {"image": image, "mask_image": mask, "strength": 1.0}),
+            (FluxKontextPipeline, {"image": image, "_auto_resize": False, "max_area": 4096}),
+            (FluxControlNetPipeline, {"control_image": image}),
+        ],
+        "sd3": [(StableDiffusion3Img2ImgPipeline, {"image": image, "strength": 0.5})],
+    }
+
+
+def controlnet(transformer):
+    config = {key: transformer.config[key] for key in (
+        "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
+        "guidance_embeds", "axes_dims_rope",
+    )}  # fmt: skip
+    return FluxControlNetModel(patch_size=1, num_layers=1, num_single_layers=1, **config).eval()
+
+
+def test_other_pipelines_are_refused_by_name_and_the_ways_out_work(stock, family):
+    for kind, call in other_pipelines()[family]:
+        parts = {"controlnet": controlnet(stock.transformer)} if kind is FluxControlNetPipeline else {}
+        call = {"prompt": PROMPT, "height": 64, "width": 64, "max_sequence_length": 16, "output_type": "pt"} | call
+
+        def paint(twin, call=call):
+            return twin(**call, num_inference_steps=4, generator=tiny.generators(0)).images
+
+        def refused(pipe, i, t, values):
+            raise AssertionError("a step was made")
+
+        expected = paint(from_pipe(kind, stock, **parts))
+        ralu.enable(stock)
+        twin = from_pipe(kind, stock, **parts)
+        with pytest.raises(ValueError, match=rf"{kind.__name__} has the scheduler .* ralu\.disable\(pipe\) first, or"):
+            twin(**call, num_inference_steps=4, generator=tiny.generators(0), callback_on_step_end=refused)
+        with pytest.raises(ValueError, match=rf"pipe must be .*, got {kind.__name__}"):
+            ralu.enable(twin)
+        twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config)
+        assert torch.equal(paint(twin), expected)
+        twin.scheduler = stock.scheduler
+        assert torch.equal(paint(ralu.disable(twin)), expected)
+        assert type(stock.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+def test_context_parallelism_is_refused(stock, stock_image, monkeypatch):
+    class Parallel:
+        context_parallel_config = object()
+
+    ralu.enable(stock)
+    monkeypatch.setattr(stock.transformer, "_parallel_config", Parallel(), raising=False)
+    with pytest.raises(ValueError, match=r"pipe\.transformer must not be context-parallel.*enable_parallelism"):
+        tiny.paint(stock)
+    ralu.disable(stock)
+    before = traces(stock)
+    with pytest.raises(ValueError, match=r"pipe\.transformer must not be context-parallel"):
+        ralu.enable(stock)
+    assert traces(stock) == before
+    monkeypatch.undo()
+    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+
+
+# ---- how the transformer is called ----
+
+
+def test_caches_through_diffusers_hooks_start_anew_in_every_stage():
+    """SD3's model and pipeline know nothing of caches: the caller sets the context, once."""
+    pipe = tiny.sd3()
+    expected = tiny.paint(ralu.enable(pipe))
+    ralu.disable(pipe)
+    apply_taylorseer_cache(pipe.transformer, TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1))
+    _set_cache_context(pipe.transformer, CacheContext("any"))
+    ralu.enable(pipe)
+    for _ in range(2):
+        torch.testing.assert_close(tiny.paint(pipe), expected, **close)
+
+    def fail(pipe, i, t, values):
+        if i == 6:
+            raise KeyboardInterrupt
+        return values
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.paint(pipe, callback_on_step_end=fail)
+    torch.testing.assert_close(tiny.paint(pipe), expected, **close)
+
+
+def test_a_cache_that_reuses_starts_every_stage_as_a_run():
+    pipe, computed = tiny.sd3(), []
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.to_q.register_forward_pre_hook(lambda *_: computed.append(pipe.scheduler.step_index or 0))
+    config = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1, max_order=1)
+    apply_taylorseer_cache(pipe.transformer, config)
+    _set_cache_context(pipe.transformer, CacheContext("any"))
+    first, second, third = PRESETS["sd3-2x"].steps
+    tiny.paint(pipe, num_inference_steps=third)
+    alone, computed[:] = list(computed), []
+    assert len(alone) < third
+    tiny.paint(ralu.enable(pipe))
+    stages = (0, first), (first, second), (first + second, third)
+    assert computed == [start + i for start, steps in stages for i in alone if i < steps]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_transformer_that_is_compiled_in_place(fused):
+    pipe, counter = tiny.flux() if fused else tiny.sd3(), CompileCounter()
+    expected = tiny.paint(ralu.enable(pipe, fused=fused))
+    ralu.disable(pipe)
+    pipe.transformer.compile(backend=counter, fullgraph=True)
+    ralu.enable(pipe, fused=fused)
+    for _ in range(2):
+        torch.testing.assert_close(tiny.paint(pipe), expected, **close)
+    assert 1 <= counter.frame_count <= 3
+
+
+def test_positional_arguments_of_the_transformer(pipe, family):
+    width = 32 if family == "flux" else 64
+    given = {"encoder_hidden_states": torch.randn(1, 16, width), "pooled_projections": torch.randn(1, width)}
+    if family == "flux":
+        given = {"hidden_states": torch.randn(1, 256, 16), **given, "timestep": torch.ones(1)}
+        given["img_ids"] = FluxPipeline._prepare_latent_image_ids(1, 16, 16, "cpu", torch.float32)
+        given["txt_ids"] = torch.zeros(16, 3)
+    else:
+        given = {"hidden_states": torch.randn(1, 4, 32, 32), **given, "timestep": torch.full((1,), 1000.0)}
+    outputs = []
+    for args, kwargs in ((), given), (given.values(), {}):
+        pipe.scheduler.set_timesteps()
+        with torch.no_grad():
+            outputs.append(pipe.transformer(*args, **kwargs, return_dict=False)[0])
+    assert 4 * outputs[0].numel() == given["hidden_states"].numel() and torch.equal(*outputs)
+
+
+# ---- refusals ----
+
+
+def test_masks_for_another_batch_are_refused_before_the_first_step(stock):
+    calls = []
+    handle = stock.transformer.register_forward_hook(lambda *_: calls.append(1))
+    ralu.enable(stock, regions=torch.rand(2, 16, 16))
+    for images in (1, 3):
+        with pytest.raises(ValueError, match=f"regions has masks for 2 images, but the batch has {images}"):
+            tiny.paint(stock, tiny.PROMPTS[:images], seeds=range(images))
+    assert not calls
+    assert tiny.paint(stock, tiny.PROMPTS[:2], seeds=(0, 1)).isfinite().all() and calls
+    ralu.disable(stock)
+    handle.remove()
+
+
+STRANGE = [b"x", (), [0.3], {}, {"a": 1}, object(), 1j, "", "none", float, range(3)]  # no option takes any
+NO_NUMBER = [*STRANGE[:9], "0.3", True, float("nan"), float("inf"), -1e30, 1e30, range(3), torch.ones(2)]
+NO_NAME = [*STRANGE, 3, 0.5, True, float("nan"), "Nearest ", torch.ones(1)]
+NO_BOOL = [*STRANGE, 0, 1, 2.0, None, "no", "True"]
+WRONG = {
+    "preset": [x for x in NO_NAME if x is not None] + ["flux-6x", "sd3-4x", "stock"],
+    "ratio": [*NO_NUMBER, -0.1, 1.1, 30],
+    "threshold": [*NO_NUMBER, -0.1, 1.1, 100],
+    "regions": [x for x in NO_NAME if x is not float and not isinstance(x, torch.Tensor)] + ["sobel", "Canny"],
+    "granularity": NO_NAME,
+    "carry_noise": NO_NAME,
+    "matching": NO_NAME,
+    "upsampler": NO_NAME,
+    "backend": [*NO_NAME, "cuda"],
+    "fused": NO_BOOL,
+    "trim_text": NO_BOOL,
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_wrong_options_of_enable_change_nothing(stock, stock_image, option):
+    assert len(WRONG[option]) >= 12
+    before = traces(stock), stock.scheduler
+    for value in WRONG[option]:
+        with pytest.raises((TypeError, ValueError), match=rf"\b{option}\b"):
+            ralu.enable(stock, **{option: value})
+        assert (traces(stock), stock.scheduler) == before
+    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+
+
+@pytest.mark.parametrize("function, argument", [
+    (ralu.enable, "pipe"), (ralu.disable, "pipe"), (ralu.fuse, "transformer"), (ralu.unfuse, "transformer"),
+])  # fmt: skip
+def test_what_is_no_pipeline_or_transformer(function, argument):
+    values = [None, *STRANGE, 3, FluxPipeline, torch.ones(2)]
+    for value in values:
+        with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b"):
+            function(value)
+
+
+def test_wrong_trim_text_of_fuse_changes_nothing(stock, stock_image):
+    before = traces(stock)
+    for value in NO_BOOL:
+        with pytest.raises(TypeError, match=r"\btrim_text\b"):
+            ralu.fuse(stock.transformer, trim_text=value)
+        assert traces(stock) == before
+    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+
+
+def test_a_pipeline_without_a_transformer(stock, family):
+    bare = KIND[family](**stock.components | {"transformer": None})
+    with pytest.raises(ValueError, match=r"pipe\.transformer must be a model, got None"):
+        ralu.enable(bare)
+    assert ralu.disable(bare) is bare
+
+
+def test_a_position_embedding_of_ones_own_is_refused(stock):
+    embed = stock.transformer.pos_embed
+
+    class Own(type(embed)):
+        pass
+
+    stock.transformer.pos_embed = copy.copy(embed)
+    stock.transformer.pos_embed.__class__ = Own
+    with pytest.raises(ValueError, match=rf"pos_embed must be a {type(embed).__name__}, got Own"):
+        ralu.enable(stock)
+    stock.transformer.pos_embed = embed
