@@ -23,7 +23,6 @@ import argparse
 import csv
 import math
 import platform
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -58,7 +57,7 @@ METHODS = {
     "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x", "sd3-2x(granularity=token)", "sd3-3x(granularity=token)"],
 }  # fmt: skip
 
-SCHEDULES = {"flux-5x-shifts-3": replace(ralu.PRESETS["flux-5x"], shifts=(3.0,) * 3)}
+SCHEDULES = {"flux-5x-shifts-3": ralu.PRESETS["flux-5x"].replace(shifts=(3.0,) * 3)}
 
 
 def prepare(pipe, method: str) -> int:

@@ -6,7 +6,7 @@ name in `ralu.caches`. For example "flux-5x(ratio=0.3,regions=gradient)+taylorse
 
 import math
 import re
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from .caches import CACHES
@@ -34,7 +34,7 @@ class Method:
     """
 
     spatial: str
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
     cache: Any = None
 
     def __post_init__(self):

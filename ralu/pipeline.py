@@ -130,13 +130,13 @@ def _check_cache(pipe: DiffusionPipeline, family: Family, cache):
 
 
 def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule | None, options: dict) -> RaluScheduler:
-    Options(**options)  # a wrong one is told by its own name
+    options = Options(**options).given()  # a wrong one is told by its own name
     config = dict(pipe.scheduler.config)
     if isinstance(pipe.scheduler, RaluScheduler) and LayoutHook.find(pipe.transformer) is None:
         saved = {key: config[key] for key in ("preset", *OPTIONS)}
         if preset is not None or {"ratio", "threshold"} & options.keys():
             saved |= {"ratio": None, "threshold": None}
-        if (options.get("regions") if "regions" in options else saved["regions"]) is None:
+        if options.get("regions", saved["regions"]) is None:
             raise ValueError("this pipeline was saved with a scorer or mask of your own: pass it again as regions=")
         preset, options = preset if preset is not None else saved.pop("preset"), saved | options
         options.pop("preset", None)

@@ -40,7 +40,10 @@ def scorer_of(regions: Any, decode: Callable | None = None) -> Scorer:
             names = ", ".join(map(repr, ("canny", *_NAMED)))
             raise ValueError(f"regions must be {names}, an image, an array, a tensor or a callable, got {regions!r}")
         return _NAMED[regions]
-    return mask(regions)
+    try:
+        return mask(regions)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"regions: {error}") from None
 
 
 def score(scorer: Scorer, x0: Tensor, grid: tuple[int, int], seeds: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         preset: str | dict | Schedule = "flux-5x",
         ratio: float | None = None,
         threshold: float | None = None,
-        regions: Any = None,
+        regions: Any = "canny",
         granularity: str | None = None,
         carry_noise: str | None = None,
         matching: str | None = None,
@@ -67,8 +67,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self.schedule = None if preset == "stock" else schedule_of(preset, options, shift)
         self.is_stock = isinstance(preset, str) and preset.startswith("stock")
         # Only a name can be saved: None is for a mask or a scorer.
-        name = "canny" if options.regions is None else options.regions if isinstance(options.regions, str) else None
-        self.scorer = scorer_of(options.regions) if name is None else None
+        name = regions if isinstance(regions, str) else None
+        self.scorer = None if regions is None or name else scorer_of(regions)
         self.register_to_config(
             preset=preset.to_dict() if isinstance(preset, Schedule) else preset,
             **{option: getattr(options, option) for option in OPTIONS} | {"regions": name},
@@ -99,6 +99,10 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         Raises ValueError for regions="canny" without a decoder.
         """
         regions = "gradient" if self.is_stock else self.config.regions
+        if regions is None and self.scorer is None:
+            raise ValueError(
+                "regions must be given: this scheduler was saved with a mask or scorer, which is not saved"
+            )
         self._bound_scorer = self.scorer or scorer_of(regions, decode)
         self._stage_begins, self._pack, self._unpack = stage_begins, pack, unpack
 

@@ -3,7 +3,6 @@
 import gc
 import json
 from collections import defaultdict
-from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -260,7 +259,7 @@ def test_scratch_of_attention(width, threads):
 )
 def test_memory_of_a_real_run(name, size, batch, output):
     """With a step in each stage. What a pipeline keeps between its parts (latents, prompts) comes on top."""
-    schedule = replace(PRESETS["flux-5x"], steps=(1, 1, 1))
+    schedule = PRESETS["flux-5x"].replace(steps=(1, 1, 1))
     pipe = ralu.enable(PIPELINES[name](), schedule)
     prompts, seeds = tiny.PROMPTS[:batch], range(batch)
     peak, tensors, _ = measured(lambda: tiny.paint(pipe, prompts, seeds, size, size, output_type=output))

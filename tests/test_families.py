@@ -17,8 +17,13 @@ close = dict(rtol=0, atol=2e-5)
 
 def test_a_batch_equals_its_single_runs_though_regions_differ(pipe):
     plans = []
-    pipe.scheduler._mix = lambda *a, mix=pipe.scheduler._mix: (mix(*a), plans.append(pipe.scheduler.layout.plan))[0]
-    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))
+
+    def note_plan(pipe, step, timestep, tensors):
+        layout = pipe.scheduler.layout
+        plans.extend([layout.plan] if layout is not None and layout.plan is not None else [])
+        return tensors
+
+    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7), callback_on_step_end=note_plan)
     child = plans[0].child.view(3, -1)  # one plan row a picture, not one for each half of guidance
     assert not torch.equal(child[0], child[1]) and not torch.equal(child[1], child[2])
     for i in range(3):

@@ -172,7 +172,7 @@ def test_what_does_not_fit_together_is_refused(arguments, message):
 
 def test_a_stage_must_end_after_it_starts():
     early = Stage("low", 2, 0.3, 1.0)
-    with pytest.raises(ValueError, match="got 0.3 after 0.4"):
+    with pytest.raises(ValueError, match=r"got 0\.3 after 0\.4"):
         Schedule((Stage("full", 2, 0.6, 1.0), early, FULL), (resample_noise(0.4), resample_noise(0.2)))
 
 

@@ -258,7 +258,7 @@ def test_thresholds_serve_one_picture_at_a_time(stock):
     threshold = scores[0].quantile(0.7).item()
     assert len({int((row >= threshold).sum()) for row in scores[0]}) > 1
     ralu.enable(stock, regions="gradient", threshold=threshold)
-    with pytest.raises(ValueError, match="threshold= paint one at a time"):
+    with pytest.raises(ValueError, match="threshold= generate one at a time"):
         tiny.paint(stock, PROMPTS, seeds=(5, 6, 7))
     single = tiny.paint(stock, PROMPTS[0], seeds=(5,))
     share = (scores[0][0] >= threshold).float().mean().item()

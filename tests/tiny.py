@@ -1,7 +1,6 @@
 """Whole FLUX and SD3 pipelines with random weights that paint in milliseconds. One token is 4x4 pixels."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -117,7 +116,7 @@ class Family(NamedTuple):
     @property
     def short(self) -> Schedule:
         """The first preset in two steps a stage."""
-        return replace(PRESETS[self.presets[0]], steps=(2, 2, 2))
+        return PRESETS[self.presets[0]].replace(steps=(2, 2, 2))
 
 
 FAMILIES = {

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from_grid
 from torch import Tensor, nn
