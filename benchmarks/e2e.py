@@ -89,7 +89,7 @@ class Model:
             self.pipe.to(device)
         else:
             self.pipe = full_size(name, device)
-        self.family = describe(self.pipe).family
+        self.family = describe(self.pipe).family.name
         self.pixels = pixels or (256 if name in NAMES else 1024)
         full = {"flux": 512, "sd3": 256}[self.family]  # the pipelines' own
         self.text_tokens = CALL_ARGUMENTS[self.family]["max_sequence_length"] if name in NAMES else full
@@ -143,8 +143,8 @@ def full_size(name: str, device: torch.device):
             vae = parts.vae.kind.from_config(json.loads(parts.vae.config) | scaling)
     finally:
         torch.set_default_dtype(before)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=parts.family == "flux")
-    kind = FluxPipeline if parts.family == "flux" else StableDiffusion3Pipeline
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=parts.family.name == "flux")
+    kind = FluxPipeline if parts.family.name == "flux" else StableDiffusion3Pipeline
     absent = [key for key in inspect.signature(kind.__init__).parameters if key.startswith(("text_", "tokenizer"))]
     for module in (transformer, vae):
         torch.nn.Module.to(module, dtype).eval()  # buffers; the models' own `to` warns without a reason

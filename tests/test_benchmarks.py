@@ -13,8 +13,9 @@ import scipy.stats
 import tiny
 import torch
 
+import ralu
 import ralu_kernels
-from ralu import cost
+from ralu import cost, families
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
@@ -150,7 +151,7 @@ def test_rows_of_other_columns_are_kept(tmp_path):
 def small_models(monkeypatch):
     """The published models' names for tiny ones; a token is 4x4 pixels."""
     for name, pipe in (("flux-dev", tiny.flux(guidance_embeds=True)), ("sd3-medium", tiny.sd3("3.0"))):
-        monkeypatch.setitem(cost.MODELS, name, (type(pipe.transformer), dict(pipe.transformer.config)))
+        monkeypatch.setitem(families.family_of(pipe).published, name, dict(pipe.transformer.config))
     monkeypatch.setattr(cost, "_VAE", dict(pipe.vae.config))
 
 
@@ -191,7 +192,7 @@ def test_whole_pictures(tmp_path, small_models, name, preset, cached, batches):
     profile = e2e.json.loads((tmp_path / f"e2e-{name}.json").read_text())
     tokens = [int(stage.split()[1]) for stage in profile["stages"]]
     assert set(profile["ms_per_call"]) == {method for method in methods if "firstblock" not in method}
-    assert tokens == [64, 16, 16 + 3 * int(16 * cost.preset(preset).ratio), 64]
+    assert tokens == [64, 16, 16 + 3 * int(16 * ralu.preset(preset).ratio), 64]
     for stage in profile["stages"].values():
         assert sum(stage["shares"].values()) == pytest.approx(1, abs=1e-3) and stage["shares"]["attention"] > 0
         assert stage["ms"] > 0 and stage["operators"] > 100

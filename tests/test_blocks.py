@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ralu
-from ralu import blocks
+from ralu import blocks, families
 from ralu.regions import gradient
 from ralu_kernels import _backend
 
@@ -27,6 +27,7 @@ import blocks as benchmark
 import record
 
 PROMPTS = tiny.PROMPTS
+FUSED = {kind: block for name in families.FAMILIES for kind, block in families.load(name).fused_blocks.items()}
 MODELS = ["flux", *tiny.SD3]
 close = dict(rtol=0, atol=1e-5)
 
@@ -140,9 +141,9 @@ def in_one(block, given, fused):
     """A block's outputs side by side, of the stock forward or the fused one."""
     if fused:
         for attention in blocks._attentions(block):
-            attention.set_processor(blocks._PROCESSORS[type(block)](attention.processor))
+            attention.set_processor(FUSED[type(block)].processor(attention.processor))
     try:
-        text, image = blocks._FORWARDS[type(block)](block, **given) if fused else block(**given)
+        text, image = FUSED[type(block)].forward(block, **given) if fused else block(**given)
     finally:
         for attention in blocks._attentions(block):
             if fused:
@@ -301,7 +302,7 @@ class Quantised(nn.Module):
 @pytest.mark.parametrize("model", ["flux", "3.5-medium"])
 def test_quantised_linears_are_called_as_modules(model):
     transformer = make(model).transformer
-    for block in [m for m in transformer.modules() if type(m) in blocks._FORWARDS]:
+    for block in [m for m in transformer.modules() if type(m) in FUSED]:
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
@@ -575,8 +576,8 @@ def test_fused_blocks_compile_whole(kind, options):
     block = wide_block(kind, (32, 2, 16), options, torch.float32)
     given = block_inputs(kind, 32, 16, 2, torch.float32)
     for attention in blocks._attentions(block):
-        attention.set_processor(blocks._PROCESSORS[kind](attention.processor))
-    blocks._replace_forward(block, kind.forward, blocks._FORWARDS[kind])
+        attention.set_processor(FUSED[kind].processor(attention.processor))
+    blocks._replace_forward(block, kind.forward, FUSED[kind].forward)
     with torch.no_grad():
         expected = block(**given)
         found = torch.compile(block, fullgraph=True, backend="aot_eager")(**given)

@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ralu
 from ralu.cli import main
-from ralu.cost import MODELS, cpu_scratch, estimate
+from ralu.cost import estimate
+from ralu.counting import cpu_scratch
+from ralu.families import FAMILIES, load
 from ralu.schedule import PRESETS
 
 TEXT = 16  # T5 tokens of the tiny pipelines, see tiny.paint
@@ -136,9 +138,11 @@ def test_weights_of_a_real_pipeline(name):
 def test_every_published_model():
     """Numbers in the transformers' weight files in 10^9, as their model cards round them."""
     cards = {"flux-dev": 12, "flux-schnell": 12, "sd3-medium": 2, "sd3.5-medium": 2.5, "sd3.5-large": 8.1}
-    assert cards.keys() == MODELS.keys()
+    configs = {name: (load(family).transformer, config)
+               for family in FAMILIES for name, config in load(family).published.items()}  # fmt: skip
+    assert cards.keys() == configs.keys() == {name for entry in FAMILIES.values() for name in entry.published}
     for name, billions in cards.items():
-        kind, config = MODELS[name]
+        kind, config = configs[name]
         with torch.device("meta"):
             stored = kind.from_config(config).state_dict()
         assert sum(weight.numel() for weight in stored.values()) / 1e9 == pytest.approx(billions, rel=0.05)

@@ -83,6 +83,7 @@ class Family:
     text_first:    whether text comes before the image in the joint sequence.
     image_alone:   whether blocks may have a second attention, of the image alone.
     t5:            name of the pipeline's T5 encoder, whose padding can be trimmed.
+    joins_clip:    whether CLIP's tokens are in the sequence beside T5's.
     text_tokens:   of T5, as the pipeline's `max_sequence_length` is by default.
     published:     names of published models -> what their transformer's configuration has that is no default.
     encoders:      the published models' text encoders, by name: class in transformers, and configuration.
@@ -99,6 +100,7 @@ class Family:
     text_first: bool
     image_alone: bool
     t5: str
+    joins_clip: bool
     text_tokens: int
     published: ClassVar[dict[str, dict]]
     encoders: ClassVar[dict[str, tuple[type, dict]]]

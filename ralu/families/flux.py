@@ -110,6 +110,7 @@ class Flux(Family):
     text_first = True
     image_alone = False
     t5 = "text_encoder_2"
+    joins_clip = False
     text_tokens = 512
     published: ClassVar = {"flux-dev": {"guidance_embeds": True}, "flux-schnell": {}}
     encoders: ClassVar = {"text_encoder": (CLIPTextModel, CLIP_L), "text_encoder_2": (T5EncoderModel, T5_XXL)}

@@ -179,6 +179,7 @@ class SD3(Family):
     text_first = False
     image_alone = True
     t5 = "text_encoder_3"
+    joins_clip = True
     text_tokens = 256
     published: ClassVar = {
         "sd3-medium": _CONFIG,
