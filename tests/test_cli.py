@@ -19,7 +19,7 @@ import ralu
 import ralu_kernels
 from ralu import caches, families, figures, models, pipeline, runner
 from ralu.cli import main
-from ralu.families.flux import decode
+from ralu.families.flux import FAMILY as FLUX
 from ralu.regions import edge_density
 from ralu_kernels import plan_tokens
 
@@ -101,13 +101,13 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
 
     def record(x0, grid):
         seen.append((x0, grid))
-        return edge_density(decode(pipe, x0, grid), grid)
+        return edge_density(FLUX.decode(pipe, x0, grid), grid)
 
     finished = generate(ralu.enable(pipe, "flux-7x", regions=record), PROMPTS, (0, 1))
     assert same(finished, generate(ralu.enable(pipe, "flux-7x", regions="canny"), PROMPTS, (0, 1)))
     (x0, grid), ratios = seen[0], (0.1, 0.5)
     with torch.no_grad():
-        previews = decode(pipe, x0, grid)
+        previews = FLUX.decode(pipe, x0, grid)
     scores = edge_density(previews, grid)
 
     options = ["--model", folder, "--size", "64", "--preset", "flux-7x", "--ratios", *map(str, ratios)]

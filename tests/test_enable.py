@@ -336,28 +336,8 @@ def test_context_parallelism_is_refused(stock, stock_image, monkeypatch):
 # ---- how the transformer is called ----
 
 
-def test_caches_through_diffusers_hooks_start_anew_in_every_stage():
+def test_a_cache_through_diffusers_hooks_starts_every_stage_as_a_run():
     """SD3's model and pipeline know nothing of caches: the caller sets the context, once."""
-    pipe = tiny.sd3()
-    expected = tiny.paint(ralu.enable(pipe))
-    ralu.disable(pipe)
-    apply_taylorseer_cache(pipe.transformer, TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1))
-    _set_cache_context(pipe.transformer, CacheContext("any"))
-    ralu.enable(pipe)
-    for _ in range(2):
-        torch.testing.assert_close(tiny.paint(pipe), expected, **close)
-
-    def fail(pipe, i, t, values):
-        if i == 6:
-            raise KeyboardInterrupt
-        return values
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny.paint(pipe, callback_on_step_end=fail)
-    torch.testing.assert_close(tiny.paint(pipe), expected, **close)
-
-
-def test_a_cache_that_reuses_starts_every_stage_as_a_run():
     pipe, computed = tiny.sd3(), []
     attention = pipe.transformer.transformer_blocks[0].attn
     attention.to_q.register_forward_pre_hook(lambda *_: computed.append(pipe.scheduler.step_index or 0))
