@@ -24,8 +24,12 @@ def real_driver():
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["upsample", "promote", "merge", "plan", "adaln", "pack", "unpack", "concat_gelu"])
 def test_kernels_compile(kernel, arch):
-    reports = [aot.report(*variant, arch) for variant in aot.variants() if variant[0] == kernel]
-    assert len(reports) >= len(aot.DTYPES)
+    """All variants for the oldest architecture, for the others one a kernel; `make aot` compiles all for all."""
+    mine = [variant for variant in aot.variants() if variant[0] == kernel]
+    assert len(mine) >= len(aot.DTYPES)
+    if arch != aot.ARCHITECTURES[0]:
+        mine = [next(variant for variant in mine if variant[1].startswith("bfloat16"))]
+    reports = [aot.report(*variant, arch) for variant in mine]
     for report in reports:
         assert report.arch.rstrip("a") == f"sm_{arch}"
         assert report.registers < 255 and report.spill_bytes == report.stack_bytes == 0, report

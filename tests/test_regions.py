@@ -51,6 +51,7 @@ def test_ties_go_to_contrast_and_never_overtake_an_edge_pixel():
     assert ((scores * 256) % 1).max() <= 0.5 and scores.max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")  # of no image
 def test_a_batch_scores_like_its_images_and_may_be_empty():
     images = torch.stack([picture(seed) for seed in range(3)])
     batch = edge_density(images, (6, 10))

@@ -8,7 +8,7 @@ from test_upsample import exact_normals, oracle, seeds
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens, tokens, upsample_renoise
-from ralu_kernels._backend import DTYPES
+from ralu_kernels._backend import DTYPES, INTERPRET
 
 MOVE = (0.9, 0.4, 0.0177)
 GRANULARITIES = tokens.GRANULARITIES
@@ -184,6 +184,13 @@ CASES = {
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_moves_against_oracle(backend, device, case, granularity, dtype):
+    if (
+        backend == "triton"
+        and INTERPRET
+        and dtype != torch.float32
+        and case not in (CASES["flux"], CASES["channel blocks"])
+    ):
+        pytest.skip("interpreting takes seconds a case: floats of 16 bits in two of them")
     b, grid, channels = case
     channels -= granularity == "token"  # any number of channels will do
     plan, seed = random_plan(b, grid, device), seeds(b, device)
