@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -289,11 +290,10 @@ def _stored(folder: str | Path) -> Iterator[tuple[str, tuple[type, dict]]]:
     for name, entry in DiffusionPipeline.load_config(folder).items():
         if not name.startswith(("transformer", "vae", "text_encoder")) or entry[0] is None:
             continue
-        if entry[0] == "transformers":
-            kind = getattr(transformers, entry[1])
+        kind = getattr(import_module(entry[0]), entry[1])
+        if issubclass(kind, transformers.PreTrainedModel):
             yield name, (kind, kind.config_class.from_pretrained(folder, subfolder=name))
         else:
-            kind = getattr(diffusers, entry[1])
             yield name, (kind, kind.load_config(folder, subfolder=name))
 
 

@@ -146,19 +146,19 @@ def test_an_unregistered_cache():
 
 
 def test_the_words_are_those_of_the_other_rooms():
-    from ralu import scheduler, upsampling
+    from ralu import regions, scheduler
     from ralu_kernels import _backend, tokens
 
-    assert set(method.CHOICES["regions"]) == {*scheduler.REGIONS}
+    assert set(method.CHOICES["regions"]) == {"canny", *regions._NAMED}
     assert set(method.CHOICES["granularity"]) == {*tokens.GRANULARITIES}
     assert set(method.CHOICES["carry_noise"]) == {*tokens.CARRY_NOISES}
     assert set(method.CHOICES["matching"]) == {*schedule.MATCHINGS}
-    assert set(method.CHOICES["upsampler"]) == {*upsampling.UPSAMPLERS}
+    assert set(method.CHOICES["upsampler"]) == {*schedule.INTERPOLATIONS}
     assert set(method.CHOICES["backend"]) == {"auto", *_backend._ABSENT}
-    config = scheduler.RaluScheduler().config
-    defaults = {name: words[0] for name, words in method.CHOICES.items() if name != "matching"}
-    assert defaults == {name: config[name] for name in defaults}
-    assert {one.matching for one in schedule.PRESETS.values()} == {method.CHOICES["matching"][0]}
+    assert scheduler.RaluScheduler().config.regions == method.CHOICES["regions"][0]
+    plain = scheduler.RaluScheduler("flux-5x").schedule
+    chosen = {name: method.CHOICES[name][0] for name in ("matching", "upsampler")}
+    assert plain == schedule.PRESETS["flux-5x"] == schedule.preset("flux-5x", **chosen)
 
 
 def test_no_heavy_import():

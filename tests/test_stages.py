@@ -1,11 +1,22 @@
 """`ralu.sample` on velocities whose exact solution is known."""
 
+import itertools
+import subprocess
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 import ralu
-from ralu.schedule import PRESETS
+from ralu import stages
+from ralu.schedule import PRESETS, Schedule, Stage, resample_noise, single, two_resolutions
 from ralu.stages import seeds_of
+from ralu_kernels import plan_tokens, reference
 
 
 def gaussian(mean, variance):
@@ -189,3 +200,173 @@ def test_float32_noise_and_a_bfloat16_model():
     out = ralu.sample(half, noise, (8, 8))
     assert out.dtype == torch.bfloat16 and set(dtypes[1:]) == {torch.bfloat16}
     torch.testing.assert_close(out.float(), ralu.sample(exact, noise, (8, 8)), rtol=0, atol=0.05)
+
+
+# ---- other stages than RALU's ----
+
+
+def to_pixels(tokens, grid):
+    """(n, 4C) as (C, 2h, 2w)."""
+    h, w = grid
+    return tokens.view(h, w, -1, 2, 2).permute(2, 0, 3, 1, 4).reshape(-1, 2 * h, 2 * w)
+
+
+def to_tokens(pixels):
+    c, height, width = pixels.shape
+    return pixels.view(c, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4).reshape(-1, 4 * c)
+
+
+def four_normals(key, element, stage):
+    return [z.item() for z in reference.randn4x(key, torch.tensor([element]), stage, 0)]
+
+
+def moving(x, sigma, layout):
+    """A velocity that depends on the value, the level and the place."""
+    return torch.tanh(x) * (0.5 + sigma) + torch.sin(layout.positions.sum(-1, keepdim=True))
+
+
+def euler(tokens, levels, grid):
+    """Of tokens (n, C) on a whole grid; also the clean estimate of the last step."""
+    places = torch.tensor([[float(i), float(j)] for i in range(grid[0]) for j in range(grid[1])])
+    for sigma, following in pairwise(levels):
+        v = moving(tokens, torch.tensor(sigma, dtype=torch.float32).item(), SimpleNamespace(positions=places))
+        x0, tokens = tokens - sigma * v, tokens + (following - sigma) * v
+    return tokens, x0
+
+
+def test_two_stages_equal_the_method_written_out_by_hand():
+    """Half resolution, then full: SPEED with the Haar basis at c = 1/4, one value after the other."""
+    schedule = two_resolutions((3, 4), 0.4, (2.0, 1.5), 0.25)
+    noise = torch.randn(2, 4 * 6, 8, generator=torch.Generator().manual_seed(3))
+    got = ralu.sample(moving, noise, (4, 6), schedule)
+    for tokens, key, result in zip(noise, seeds_of(noise), got, strict=True):
+        low, _ = euler(to_tokens(to_pixels(tokens, (4, 6))[:, ::2, ::2]), schedule.sigmas(1), (2, 3))
+        pixels, full = to_pixels(low, (2, 3)), torch.empty(2, 8, 12)
+        sigma = 1 - 0.4
+        for c, i, j in itertools.product(range(2), range(4), range(6)):
+            eps = four_normals(key, (c * 4 + i) * 6 + j, 2)
+            for child in range(4):
+                # (I - c Sigma)^(1/2) at c = 1/4: the block without its mean.
+                z = eps[child] - sum(eps) / 4
+                value = pixels[c, i, j] / (1 + sigma) + 2 * sigma / (1 + sigma) * z
+                full[c, 2 * i + child // 2, 2 * j + child % 2] = value
+        expected, _ = euler(to_tokens(full), schedule.sigmas(2), (4, 6))
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+
+
+def test_full_low_full_equals_the_method_written_out_by_hand():
+    """Bottleneck Sampling: the clean estimate is resized by Pillow, and fresh noise of an earlier time is added."""
+    chosen = (Stage("full", 2, 0.3, 2.0), Stage("low", 3, 0.6, 1.5), Stage("full", 2, 1.0, 1.0))
+    schedule = Schedule(chosen, (resample_noise(0.2), resample_noise(0.45)))
+    noise = torch.randn(1, 4 * 6, 8, generator=torch.Generator().manual_seed(4))
+    seen = []
+
+    def watched(x, sigma, layout):
+        seen.append((layout.stage, layout.resolution, x.shape[1], sigma))
+        return moving(x, sigma, layout)
+
+    got = ralu.sample(watched, noise, (4, 6), schedule)[0]
+    lengths = [("full", 24)] * 2 + [("low", 6)] * 3 + [("full", 24)] * 2
+    assert [(resolution, length) for _, resolution, length, _ in seen] == lengths
+    assert [sigma for *_, sigma in seen] == pytest.approx([s for k in (1, 2, 3) for s in schedule.sigmas(k)[:-1]])
+
+    tokens, grids = noise[0], {"full": (4, 6), "low": (2, 3)}
+    for k, stage in enumerate(chosen, 1):
+        grid = grids[stage.resolution]
+        if k > 1:
+            pixels = to_pixels(x0, grids[chosen[k - 2].resolution])  # noqa: F821, of the stage before
+            size = 2 * grid[1], 2 * grid[0]
+            resized = np.stack([
+                np.asarray(Image.fromarray(plane.numpy()).resize(size, Image.Resampling.LANCZOS)) for plane in pixels
+            ])  # fmt: skip
+            fresh = torch.empty(2, 2 * grid[0], 2 * grid[1])
+            for c, i, j in itertools.product(range(2), range(grid[0]), range(grid[1])):
+                eps = four_normals(seeds_of(noise)[0], (c * grid[0] + i) * grid[1] + j, k)
+                fresh[c, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = torch.tensor(eps).view(2, 2)
+            start = schedule.starts[k - 1]
+            tokens = to_tokens(start * torch.from_numpy(resized) + (1 - start) * fresh)
+        tokens, x0 = euler(tokens, schedule.sigmas(k), grid)
+    torch.testing.assert_close(got, tokens, rtol=0, atol=2e-5)
+
+
+def test_one_full_stage_is_the_stock_schedule():
+    noise = torch.randn(1, 5 * 3, 8, generator=torch.Generator().manual_seed(5))  # odd sizes are fine
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    stock.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist())
+    places = torch.cartesian_prod(torch.arange(5.0), torch.arange(3.0))[None]
+    x = noise
+    for t, sigma in zip(stock.timesteps, stock.sigmas, strict=False):
+        v = moving(x, sigma.item(), SimpleNamespace(positions=places))
+        x = stock.step(v, t, x, return_dict=False)[0]
+    got = ralu.sample(moving, noise, (5, 3), single(6, 3.0))
+    torch.testing.assert_close(got, x, rtol=0, atol=2e-5)
+    plain = ralu.sample(moving, noise, (5, 3), "stock-6")
+    torch.testing.assert_close(plain, ralu.sample(moving, noise, (5, 3), single(6, 1.0)), rtol=0, atol=0)
+
+
+def test_a_layout_tells_what_chose_its_tokens():
+    layouts = []
+    scores = torch.rand(2, 24, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 8 * 12, 16, generator=torch.Generator().manual_seed(1))
+    ralu.sample(lambda x, s, layout: (layouts.append(layout), x)[1], noise, (8, 12), regions=lambda x0, grid: scores)
+    first = layouts[0]
+    assert first.scores is None and first.plan is None and first.mask is None and first.lengths is None
+    mixed = next(layout for layout in layouts if layout.plan is not None)
+    assert torch.equal(mixed.scores, scores) and mixed.x0.shape == (2, 24, 16) and mixed.mask is None
+    expected = {tuple(row.topk(4).indices.sort().values.tolist()) for row in scores}
+    rows = mixed.plan.source.view(2, -1), mixed.plan.child.view(2, -1)
+    assert {tuple(source[child == 0].tolist()) for source, child in zip(*rows, strict=True)} == expected
+
+
+def test_packed_rows_of_different_lengths_are_padded_and_stripped():
+    plan = plan_tokens(torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]), (2, 2), threshold=0.5)
+    packed = torch.arange(plan.source.shape[0] * 2.0).view(-1, 2)
+    padded = stages.pad(packed, plan)
+    assert padded.shape == (3, 10, 2) and plan.lengths.tolist() == [10, 7, 4]
+    for sample, (first, last) in enumerate(pairwise(plan.cu_seqlens.tolist())):
+        assert torch.equal(padded[sample, : last - first], packed[first:last])
+    assert torch.equal(stages.strip(padded, plan), packed)
+
+
+TORCH_ALONE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+import torch
+import ralu.stages, ralu
+
+torch.manual_seed(0)
+noise = torch.randn(2, 64, 8)
+out = ralu.sample(lambda x, sigma, layout: torch.tanh(x) + sigma, noise, (8, 8), "flux-7x")
+mask = ralu.sample(lambda x, sigma, layout: x, noise, (8, 8), regions=torch.eye(4), threshold=0.5)
+print(out.double().sum().item(), mask.double().sum().item())
+"""
+
+
+def test_stages_run_where_there_is_torch_alone():
+    blocked = {
+        "numpy",
+        "PIL",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "scipy",
+        "cv2",
+        "matplotlib",
+        "tqdm",
+        "triton",
+    }
+    code = TORCH_ALONE.replace("{blocked}", repr(blocked))
+    alone = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    torch.manual_seed(0)
+    noise = torch.randn(2, 64, 8)
+    out = ralu.sample(lambda x, sigma, layout: torch.tanh(x) + sigma, noise, (8, 8), "flux-7x")
+    masked = ralu.sample(lambda x, sigma, layout: x, noise, (8, 8), regions=torch.eye(4), threshold=0.5)
+    expected = [out.double().sum().item(), masked.double().sum().item()]
+    assert [float(x) for x in alone.stdout.split()] == pytest.approx(expected, abs=1e-4)

@@ -185,10 +185,11 @@ def family_of(pipe: Any) -> Family:
 
 def family_of_transformer(transformer: Any) -> Family:
     """Return the family of a transformer. Raises ValueError for another model, and TypeError for what is none."""
-    names = {kind.__name__ for kind in type(transformer).__mro__}
-    for name, entry in FAMILIES.items():
-        if entry.transformer in names:
-            return load(name)
+    names = [kind.__name__ for kind in type(transformer).__mro__]
+    by_class = {entry.transformer: name for name, entry in FAMILIES.items()}
+    for class_name in names:
+        if class_name in by_class:
+            return load(by_class[class_name])
     served = " or ".join(entry.transformer for entry in FAMILIES.values())
     wrong = ValueError if "Module" in names else TypeError
     raise wrong(f"transformer must be a {served}, got {type(transformer).__name__}")
