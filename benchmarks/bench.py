@@ -95,7 +95,7 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
 # ---- a CPU's memory ----
 
 ROOMY = {"pixels": 2048, "batch": 16}
-MOVES = ("upsample_renoise", "promote_tokens", "merge_tokens")
+MOVES = ("upsample_renoise", "upsample_selected", "upsample_remaining")
 
 
 def grow(name: str, provider: str):

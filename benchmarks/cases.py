@@ -260,7 +260,7 @@ def promote_case(shape: Shape) -> Case:
     low, total = shape.randn(*scores.shape, CHANNELS), len(plan.source)
 
     def ours(backend, noise_scale):
-        return ralu_kernels.promote_tokens(low, plan, SCALE, noise_scale, C, seed, backend=backend)
+        return ralu_kernels.upsample_selected(low, plan, SCALE, noise_scale, C, seed, backend=backend)
 
     def eager(noise_scale):
         flat = low.flatten(0, 1)
@@ -277,7 +277,7 @@ def merge_case(shape: Shape) -> Case:
     packed, high = shape.randn(len(plan.source), CHANNELS), 4 * scores.numel()
 
     def ours(backend, noise_scale):
-        return ralu_kernels.merge_tokens(packed, plan, SCALE, noise_scale, C, seed, backend=backend)
+        return ralu_kernels.upsample_remaining(packed, plan, SCALE, noise_scale, C, seed, backend=backend)
 
     def eager(noise_scale):
         out = packed.new_empty(high, CHANNELS)
@@ -397,7 +397,7 @@ def joint(shape: Shape, dense: bool):
     mask = torch.cat(kept, dim=1)
     if dense:
         mask = torch.ones_like(mask)
-    return lengths, ralu_kernels.pack_sequences(mask, *mask.shape, shape.device), mask.flatten().nonzero()[:, 0]
+    return lengths, ralu_kernels.packed_layout(mask, *mask.shape, shape.device), mask.flatten().nonzero()[:, 0]
 
 
 def pack_case(shape: Shape) -> Case:
@@ -407,7 +407,7 @@ def pack_case(shape: Shape) -> Case:
     lengths, sequences, rows = joint(shape, dense)
     weights = [1 + 0.1 * shape.randn(block.size) if block.norm else None for _ in range(2)]
     streams = [
-        ralu_kernels.Stream(*(shape.randn(shape.batch, length, block.width) for _ in range(3)), *weights)
+        ralu_kernels.QKV(*(shape.randn(shape.batch, length, block.width) for _ in range(3)), *weights)
         for length in lengths
     ]
     angle = torch.rand(sum(lengths), block.size // 2, device=shape.device).repeat_interleave(2, dim=-1)
@@ -482,8 +482,8 @@ def attention_case(shape: Shape) -> Case:
 # One entry an operation: its cases, and where not the usual ones its models and dtypes.
 OPERATIONS = {
     "upsample_renoise": Operation(upsample_case),
-    "promote_tokens": Operation(promote_case),
-    "merge_tokens": Operation(merge_case),
+    "upsample_selected": Operation(promote_case),
+    "upsample_remaining": Operation(merge_case),
     "plan_tokens": Operation(plan_case, dtypes=("float32",)),
     "edge_density": Operation(edge_case, dtypes=("uint8",)),
     # No kernel of these is for a CPU.

@@ -13,12 +13,12 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ralu_kernels import (
-    Sequences,
-    Stream,
+    QKV,
+    PackedLayout,
     gated_add,
     gated_add_modulate,
     pack_qkv,
-    pack_sequences,
+    packed_layout,
     unpack,
     varlen_attention,
 )
@@ -183,7 +183,7 @@ def _layouts(
     device,
     text_first: bool,
     image_alone: bool,
-) -> tuple[Sequences, Sequences | None]:
+) -> tuple[PackedLayout, PackedLayout | None]:
     """The joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over."""
     joint = None
     if image_mask is not None:
@@ -195,8 +195,8 @@ def _layouts(
             for mask, length in ((text_mask, text), (image_mask, image))
         ]
         joint = torch.cat(masks if text_first else masks[::-1], dim=1)
-    alone = pack_sequences(image_mask, batch, image, device) if image_alone else None
-    return pack_sequences(joint, batch, text + image, device), alone
+    alone = packed_layout(image_mask, batch, image, device) if image_alone else None
+    return packed_layout(joint, batch, text + image, device), alone
 
 
 # ---- attention ----
@@ -212,7 +212,7 @@ class Processor:
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
-        sequences: Sequences | None = None,
+        sequences: PackedLayout | None = None,
     ):  # fmt: skip
         streams = [_project(attn, hidden_states, *_OWN)]
         if encoder_hidden_states is not None:
@@ -220,7 +220,7 @@ class Processor:
         order = -1 if self.text_first else 1
         lengths = [stream.q.shape[1] for stream in streams[::order]]
         if sequences is None:
-            sequences = pack_sequences(None, len(hidden_states), sum(lengths), hidden_states.device)
+            sequences = packed_layout(None, len(hidden_states), sum(lengths), hidden_states.device)
         if image_rotary_emb is not None:
             image_rotary_emb = tuple(t if isinstance(t, Tensor) else t.table for t in image_rotary_emb)
         q, k, v = pack_qkv(streams[::order], sequences, attn.heads, rotary=image_rotary_emb)
@@ -238,12 +238,12 @@ _OWN = ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
 
 
-def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: tuple[str, ...]) -> Stream:
+def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: tuple[str, ...]) -> QKV:
     if attn.fused_projections:
         qkv = getattr(attn, together)(x).chunk(3, dim=-1)
     else:
         qkv = (getattr(attn, name)(x) for name in separate)
-    return Stream(*qkv, *(getattr(getattr(attn, name), "weight", None) for name in norms))
+    return QKV(*qkv, *(getattr(getattr(attn, name), "weight", None) for name in norms))
 
 
 # ---- what the forwards of families' blocks share ----

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ralu_kernels import TokenPlan, merge_tokens, promote_tokens
+from ralu_kernels import TokenPlan, upsample_remaining, upsample_selected
 
 from .options import Options
 from .schedule import Transition
@@ -74,12 +74,12 @@ def _selected(plan: TokenPlan) -> Tensor:
 
 
 def select(low: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """Low (B, n, C) to packed (total, C), as `ralu_kernels.promote_tokens` with another upsampler."""
+    """Low (B, n, C) to packed (total, C), as `ralu_kernels.upsample_selected` with another upsampler."""
     high, v = upsampled(low, plan.grid, transition.interpolation, *options.chosen("granularity").values())
     whole = torch.arange(low.shape[1], device=low.device).view(plan.grid)
     parent = whole.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # of every high token, in raster order
     children = _selected(plan)[..., None]
-    white = _white(promote_tokens, low, plan, seeds, options)[plan.inverse.long()]
+    white = _white(upsample_selected, low, plan, seeds, options)[plan.inverse.long()]
     kept = _renoise(low[:, parent].float(), 1.0, transition, white)
     x = torch.where(children, _renoise(high, v, transition, white), kept)
     packed = low.new_empty(plan.source.shape[0], low.shape[2])
@@ -88,7 +88,7 @@ def select(low: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, 
 
 
 def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """Packed (total, C) to raster (B, 4n, C), as `ralu_kernels.merge_tokens` with another upsampler.
+    """Packed (total, C) to raster (B, 4n, C), as `ralu_kernels.upsample_remaining` with another upsampler.
 
     Where a low token's neighbour is selected, one pixel of each 2x2 of the neighbour's stands for it: their mean would
     have less noise.
@@ -101,7 +101,7 @@ def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Ten
     kept, low = children.unflatten(1, (h, 2, w, 2))[first], covered.unflatten(1, (h, 2, w, 2))[first]
     low = torch.where(kept.flatten(1, 2), _tokens(corner, granularity), low.flatten(1, 2))
     high, v = upsampled(low, plan.grid, transition.interpolation, granularity)
-    white = _white(merge_tokens, packed, plan, seeds, options)
+    white = _white(upsample_remaining, packed, plan, seeds, options)
     x = torch.where(children, _renoise(covered, 1.0, transition, white), _renoise(high, v, transition, white))
     return x.to(packed.dtype)
 

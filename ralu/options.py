@@ -10,7 +10,7 @@ from .schedule import INTERPOLATIONS, MATCHINGS
 CHOICES = {
     "regions": ("canny", "gradient", "random"),
     "granularity": ("pixel", "token"),
-    "carry_noise": ("exact", "release"),
+    "kept_noise": ("exact", "release"),
     "matching": MATCHINGS,
     "upsampler": INTERPOLATIONS,
     "backend": ("auto", "native", "triton", "reference"),
@@ -28,7 +28,7 @@ class Options:
     regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
                  mask (an image, or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
-    carry_noise: "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
+    kept_noise: "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    of noise and timestep between stages: "covariance" (the paper's), "snr" or "off", see
                  `ralu.schedule.match_noise`.
     upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", see
@@ -45,7 +45,7 @@ class Options:
     threshold: float | None = None
     regions: Any = None
     granularity: str | None = None
-    carry_noise: str | None = None
+    kept_noise: str | None = None
     matching: str | None = None
     upsampler: str | None = None
     backend: str | None = None

@@ -51,7 +51,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         threshold: float | None = None,
         regions: Any = "canny",
         granularity: str | None = None,
-        carry_noise: str | None = None,
+        kept_noise: str | None = None,
         matching: str | None = None,
         upsampler: str | None = None,
         backend: str | None = None,
@@ -59,7 +59,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         **stock,
     ):
         super().__init__(**stock)
-        options = Options(ratio, threshold, regions, granularity, carry_noise, matching, upsampler, backend, seeds)
+        options = Options(ratio, threshold, regions, granularity, kept_noise, matching, upsampler, backend, seeds)
         if distorting := ", ".join(key for key in _DISTORTING if self.config.get(key)):
             raise ValueError(f"the stock scheduler's {distorting} must be off: it would distort RALU's schedule")
         # FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.

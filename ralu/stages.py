@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens, upsample_renoise
+from ralu_kernels import TokenPlan, plan_tokens, upsample_remaining, upsample_renoise, upsample_selected
 from ralu_kernels._backend import resolve
 
 from . import regions
@@ -21,7 +21,7 @@ from .options import Options
 from .schedule import Schedule, Transition, preset, single
 
 Grid = tuple[int, int]
-_RULES = "granularity", "carry_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
+_RULES = "granularity", "kept_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tenso
 
         return interpolation.select(tokens, plan, transition, seeds, options)
     noise = transition.scale, transition.noise_scale, transition.c, seeds
-    return promote_tokens(tokens, plan, *noise, **options.chosen(*_RULES))
+    return upsample_selected(tokens, plan, *noise, **options.chosen(*_RULES))
 
 
 def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
@@ -166,7 +166,7 @@ def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Ten
 
         return interpolation.complete(packed, plan, transition, seeds, options)
     noise = transition.scale, transition.noise_scale, transition.c, seeds
-    return merge_tokens(packed, plan, *noise, **options.chosen(*_RULES))
+    return upsample_remaining(packed, plan, *noise, **options.chosen(*_RULES))
 
 
 def resample(x0: Tensor, grids: tuple[Grid, Grid], transition: Transition, seeds: Tensor, stage: int, options: Options):

@@ -70,8 +70,8 @@ def test_every_operation_has_rows(tmp_path, monkeypatch):
     [
         ("upsample_renoise", 16 * 8 * 8 * 4 * (1 + 4)),
         # 16 low tokens of 64 values, of which 3 become 4 each; 4 bytes for each of the 64 rows of the high grid.
-        ("promote_tokens", (16 + 16 + 3 * 3) * 64 * 4 + 64 * 4),
-        ("merge_tokens", (16 + 3 * 3 + 64) * 64 * 4 + 64 * 4),
+        ("upsample_selected", (16 + 16 + 3 * 3) * 64 * 4 + 64 * 4),
+        ("upsample_remaining", (16 + 3 * 3 + 64) * 64 * 4 + 64 * 4),
         ("edge_density", 64 * 64 + 4 * 4 * 4),
     ],
 )
@@ -84,7 +84,7 @@ def test_bandwidth_counts_what_must_be_moved(tmp_path, op, moved):
 @pytest.mark.parametrize(
     "op, spoil",
     [
-        ("merge_tokens", lambda out: out + 1e-3),
+        ("upsample_remaining", lambda out: out + 1e-3),
         pytest.param("plan_tokens", lambda plan: replace(plan, source=plan.source + 1), marks=pytest.mark.native),
     ],
 )

@@ -8,8 +8,7 @@ import cv2
 import pytest
 import skimage
 import torch
-
-from ralu_kernels.canny import canny, edge_density
+from ralu_kernels.edges import canny, edge_density
 
 THRESHOLDS = ((100, 200), (200, 100), (50, 50), (0, 0), (20, 600), (2039, 10**6))
 SIZES = ((1, 1), (1, 40), (40, 1), (2, 2), (8, 32), (9, 33), (33, 47), (70, 129))

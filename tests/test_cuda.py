@@ -11,7 +11,7 @@ import test_upsample
 import torch
 from cuda_on_host import CSRC, SOURCES
 
-from ralu_kernels import _backend, merge_tokens, plan_tokens, promote_tokens, upsample_renoise
+from ralu_kernels import _backend, plan_tokens, upsample_remaining, upsample_renoise, upsample_selected
 from ralu_kernels._backend import triton
 
 # ---- the compiler ----
@@ -115,7 +115,7 @@ test_moves_against_oracle = test_tokens.test_moves_against_oracle
 test_moves_are_exact = test_tokens.test_moves_are_exact
 test_empty_moves = test_tokens.test_empty_moves
 test_moves_of_any_layout = test_tokens.test_noncontiguous
-test_carry_noise = test_tokens.test_carry_noise
+test_kept_noise = test_tokens.test_kept_noise
 test_tokens_and_latents_share_their_noise = test_tokens.test_tokens_and_latents_share_their_noise
 test_tokens_noise_depends_on_seed_and_place = test_tokens.test_noise_depends_on_seed_and_place_alone
 test_latents_against_oracle = test_upsample.test_against_oracle
@@ -139,8 +139,8 @@ def test_unaligned_rows_are_not_read_as_vectors(backend, dtype):
     for cut in (slice(0, 8), slice(1, 9)):
         for x, operation in (
             (torch.randn(2, 4, 6, 9), lambda x: upsample_renoise(x, **settings)),
-            (torch.randn(2, 12, 9), lambda low: promote_tokens(low, plan, **settings)),
-            (torch.randn(60, 9), lambda packed: merge_tokens(packed, plan, **settings)),
+            (torch.randn(2, 12, 9), lambda low: upsample_selected(low, plan, **settings)),
+            (torch.randn(60, 9), lambda packed: upsample_remaining(packed, plan, **settings)),
         ):
             x = x.to(dtype)[..., cut]
             assert torch.equal(operation(x), operation(x.contiguous()))
@@ -154,10 +154,10 @@ def test_rows_outside_are_skipped(backend, row):
     broken = inverse.where(inverse != promoted[promoted[:, 0] != promoted[:, 1]][0, 2], row)
     low, around, seed = torch.ones(1, 12, 8), torch.zeros(32, 8), torch.zeros(1, dtype=torch.int64)
     arguments = (broken, seed, 4, 1.0, 0.0, 0.0, 0.0, True)
-    torch.ops.ralu_kernels_C.promote_tokens(low, around[1:31], *arguments)
+    torch.ops.ralu_kernels_C.upsample_selected(low, around[1:31], *arguments)
     assert around.sum() == 29 * 8 and not around[0].any() and not around[31].any()
     merged = torch.zeros(1, 48, 8)
-    torch.ops.ralu_kernels_C.merge_tokens(torch.ones(30, 8), merged, *arguments)
+    torch.ops.ralu_kernels_C.upsample_remaining(torch.ones(30, 8), merged, *arguments)
     assert merged.sum() == 47 * 8
 
 

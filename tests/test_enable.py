@@ -408,7 +408,7 @@ WRONG = {
     "threshold": [*NO_NUMBER, -0.1, 1.1, 100],
     "regions": [x for x in NO_NAME if x is not float and not isinstance(x, torch.Tensor)] + ["sobel", "Canny"],
     "granularity": NO_NAME,
-    "carry_noise": NO_NAME,
+    "kept_noise": NO_NAME,
     "matching": NO_NAME,
     "upsampler": NO_NAME,
     "backend": [*NO_NAME, "cuda"],

@@ -11,7 +11,7 @@ import ralu
 from ralu.interpolation import complete, resized, select, upsampled, weights
 from ralu.options import Options
 from ralu.schedule import INTERPOLATIONS, PRESETS, match_noise
-from ralu_kernels import merge_tokens, plan_tokens, promote_tokens
+from ralu_kernels import plan_tokens, upsample_remaining, upsample_selected
 
 SMOOTH = INTERPOLATIONS[1:]
 GRANULARITIES = ("pixel", "token")
@@ -85,7 +85,7 @@ def moments(kind, matching, granularity, stage, e=0.4, c=0.1, batch=6000):
     if stage == 3:
         x = x.flatten(0, 1)
     if kind == "nearest":
-        fused = promote_tokens if stage == 2 else merge_tokens
+        fused = upsample_selected if stage == 2 else upsample_remaining
         out = fused(x, plan, move.scale, move.noise_scale, move.c, seed, granularity=granularity)
     else:
         out = (select if stage == 2 else complete)(x, plan, move, seed, Options(granularity=granularity))

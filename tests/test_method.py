@@ -43,11 +43,11 @@ def toy(monkeypatch):
             lambda: Method("flux-7x", Options(matching="snr", upsampler="bicubic")),
         ),
         (
-            "distilled-4(threshold=1e-7,granularity=token,carry_noise=release,backend=reference)+toy(interval=3)",
-            "distilled-4(threshold=1e-07,granularity=token,carry_noise=release,backend=reference)+toy(interval=3)",
+            "distilled-4(threshold=1e-7,granularity=token,kept_noise=release,backend=reference)+toy(interval=3)",
+            "distilled-4(threshold=1e-07,granularity=token,kept_noise=release,backend=reference)+toy(interval=3)",
             lambda: Method(
                 "distilled-4",
-                Options(threshold=1e-7, granularity="token", carry_noise="release", backend="reference"),
+                Options(threshold=1e-7, granularity="token", kept_noise="release", backend="reference"),
                 Toy(3),
             ),
         ),
@@ -151,7 +151,7 @@ def test_the_words_are_those_of_the_other_rooms():
 
     assert set(method.CHOICES["regions"]) == {"canny", *regions._NAMED}
     assert set(method.CHOICES["granularity"]) == {*tokens.GRANULARITIES}
-    assert set(method.CHOICES["carry_noise"]) == {*tokens.CARRY_NOISES}
+    assert set(method.CHOICES["kept_noise"]) == {*tokens.KEPT_NOISES}
     assert set(method.CHOICES["matching"]) == {*schedule.MATCHINGS}
     assert set(method.CHOICES["upsampler"]) == {*schedule.INTERPOLATIONS}
     assert set(method.CHOICES["backend"]) == {"auto", *_backend._ABSENT}

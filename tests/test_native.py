@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ralu
 import ralu_kernels
-from ralu_kernels import merge_tokens, plan_tokens, promote_tokens, reference, upsample_renoise
+from ralu_kernels import plan_tokens, reference, upsample_remaining, upsample_renoise, upsample_selected
 
 ROOT = Path(__file__).parents[1]
 native = pytest.mark.native
@@ -124,8 +124,8 @@ def test_the_number_of_threads_changes_no_bit(threads):
 
     def run():
         plan = plan_tokens(scores, (20, 20), ratio=0.2, backend="native")
-        packed = promote_tokens(low, plan, 0.9, 0.4, 0.02, 1, backend="native")
-        merged = merge_tokens(packed, plan, 0.9, 0.4, 0.02, 1, backend="native")
+        packed = upsample_selected(low, plan, 0.9, 0.4, 0.02, 1, backend="native")
+        merged = upsample_remaining(packed, plan, 0.9, 0.4, 0.02, 1, backend="native")
         return upsample_renoise(x, 0.9, 0.4, 0.02, 5, backend="native"), plan.inverse, packed, merged
 
     before = torch.get_num_threads()
@@ -175,7 +175,7 @@ def test_a_plan_that_points_outside_is_an_error_and_no_crash(row):
     inverse = plan.inverse.clone()
     inverse[1, 5] = row
     broken = replace(plan, inverse=inverse)
-    for move, tensor in ((promote_tokens, torch.zeros(2, 12, 8)), (merge_tokens, torch.zeros(60, 8))):
+    for move, tensor in ((upsample_selected, torch.zeros(2, 12, 8)), (upsample_remaining, torch.zeros(60, 8))):
         with pytest.raises(ValueError, match=rf"plan.inverse must be in \[0, 60\), got rows .*{row}"):
             move(tensor, broken, 1.0, 1.0, 0.1, 0, backend="native")
 

@@ -245,7 +245,7 @@ def test_image_to_image_from_an_enabled_pipe_is_refused(pipe):
         ({"preset": "flux-6x"}, "preset: 'flux-6x' is none of flux-5x"),
         ({"preset": "sd3-2x"}, "preset must be one of flux-5x, flux-7x, distilled-4 or a Schedule"),
         ({"granularity": "block"}, "granularity must be"),
-        ({"carry_noise": "none"}, "carry_noise must be"),
+        ({"kept_noise": "none"}, "kept_noise must be"),
         ({"regions": "sobel"}, "regions must be"),
         ({"ratio": 0.2, "threshold": 0.1}, "not both"),
         ({"ratio": 2.0}, "ratio must lie"),

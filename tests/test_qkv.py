@@ -6,7 +6,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from ralu_kernels import Stream, pack_qkv, pack_sequences, unpack
+from ralu_kernels import QKV, pack_qkv, packed_layout, unpack
 from ralu_kernels._backend import DTYPES
 
 AXES = {16: [4, 6, 6], 64: [16, 24, 24], 128: [16, 56, 56]}
@@ -14,7 +14,7 @@ AXES = {16: [4, 6, 6], 64: [16, 24, 24], 128: [16, 56, 56]}
 
 def make_stream(b, length, heads, size, dtype, device, norm=True):
     qkv = [torch.randn(b, length, heads * size, device=device).to(dtype) for _ in range(3)]
-    return Stream(*qkv, *(torch.rand(size, device=device).to(dtype) + 0.5 for _ in range(2 if norm else 0)))
+    return QKV(*qkv, *(torch.rand(size, device=device).to(dtype) + 0.5 for _ in range(2 if norm else 0)))
 
 
 def make_rotary(b, length, size, device, per_sample):
@@ -100,7 +100,7 @@ def test_pack_against_oracle(block_backend, device, case, dtype):
     if rotary is not None:
         rotary = make_rotary(b, length, size, device, rotary == "per sample")
     mask = ragged_mask(b, length, device) if padded else None
-    sequences = pack_sequences(mask, b, length, device)
+    sequences = packed_layout(mask, b, length, device)
     packed = pack_qkv(streams, sequences, heads, rotary=rotary, backend=block_backend)
     kept = torch.ones(b, length, dtype=torch.bool, device=device) if mask is None else mask
     for x, y, oracle in zip(packed, eager(streams, heads, rotary), exact(streams, heads, rotary), strict=True):
@@ -116,7 +116,7 @@ def test_tables_without_pairs(block_backend, device):
     """cos and sin may differ inside a pair, as apply_rotary_emb allows; a weight for q alone."""
     stream = make_stream(2, 7, 3, 16, torch.float32, device)._replace(norm_k=None)
     rotary = torch.randn(7, 16, device=device), torch.randn(7, 16, device=device)
-    packed = pack_qkv([stream], pack_sequences(None, 2, 7, device), 3, rotary=rotary, backend=block_backend)
+    packed = pack_qkv([stream], packed_layout(None, 2, 7, device), 3, rotary=rotary, backend=block_backend)
     for x, y in zip(packed, eager([stream], 3, rotary), strict=True):
         torch.testing.assert_close(x, y.flatten(0, 1))
 
@@ -127,26 +127,26 @@ def test_strides(block_backend, device):
     fused = torch.randn(b, 12, 3 * heads * size, device=device)
     q, k, v = fused.chunk(3, dim=-1)
     rotary = make_rotary(b, 12, size, device, True)
-    sequences = pack_sequences(ragged_mask(b, 12, device), b, 12, device)
+    sequences = packed_layout(ragged_mask(b, 12, device), b, 12, device)
 
     def check(*streams):
         found, expected = (
             pack_qkv(s, sequences, heads, rotary=rotary, backend=block_backend)
-            for s in (streams, [Stream(*(x.contiguous() for x in stream[:3])) for stream in streams])
+            for s in (streams, [QKV(*(x.contiguous() for x in stream[:3])) for stream in streams])
         )
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
-    check(Stream(q, k, v))
-    check(Stream(q[:, :5], k[:, :5], v[:, :5]), Stream(q[:, 5:], k[:, 5:], v[:, 5:]))
-    check(Stream(q, k.contiguous(), v.mT.contiguous().mT))
-    check(Stream(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))))
-    check(Stream(*(x[:1].expand(b, -1, -1) for x in (q, k, v))))
+    check(QKV(q, k, v))
+    check(QKV(q[:, :5], k[:, :5], v[:, :5]), QKV(q[:, 5:], k[:, 5:], v[:, 5:]))
+    check(QKV(q, k.contiguous(), v.mT.contiguous().mT))
+    check(QKV(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))))
+    check(QKV(*(x[:1].expand(b, -1, -1) for x in (q, k, v))))
     every_other = fused.new_empty(b, 24, heads * size)[:, ::2].copy_(q)
-    check(Stream(every_other, every_other, every_other))
+    check(QKV(every_other, every_other, every_other))
 
     tables = [table.mT.contiguous().mT for table in rotary]
-    found = pack_qkv([Stream(q, k, v)], sequences, heads, rotary=tables, backend=block_backend)
-    expected = pack_qkv([Stream(q, k, v)], sequences, heads, rotary=rotary, backend=block_backend)
+    found = pack_qkv([QKV(q, k, v)], sequences, heads, rotary=tables, backend=block_backend)
+    expected = pack_qkv([QKV(q, k, v)], sequences, heads, rotary=rotary, backend=block_backend)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     transposed = found[0].transpose(0, 1).contiguous().transpose(0, 1)
     for pair in zip(
@@ -157,10 +157,10 @@ def test_strides(block_backend, device):
 
 def test_far_offsets(block_backend, device, tmp_path):
     text, image = (make_stream(3, n, 3, 16, torch.float16, device) for n in (2, 3))
-    sequences, rotary = pack_sequences(None, 3, 5, device), make_rotary(3, 5, 16, device, True)
+    sequences, rotary = packed_layout(None, 3, 5, device), make_rotary(3, 5, 16, device, True)
     near = pack_qkv([text, image], sequences, 3, rotary=rotary, backend=block_backend)
     streams = [
-        Stream(*(far_apart(x, tmp_path / f"{i}{j}") for j, x in enumerate(stream[:3])), *stream[3:])
+        QKV(*(far_apart(x, tmp_path / f"{i}{j}") for j, x in enumerate(stream[:3])), *stream[3:])
         for i, stream in enumerate((text, image))
     ]
     far = pack_qkv(streams, sequences, 3, rotary=rotary, backend=block_backend)
@@ -172,7 +172,7 @@ def test_sequences(device, length):
     mask = torch.rand(4, length) < 0.6
     mask[1] = False
     mask[2] = True
-    sequences = pack_sequences(mask.to(device), 4, length, device)
+    sequences = packed_layout(mask.to(device), 4, length, device)
     kept = [b * length + s for b in range(4) for s in range(length) if mask[b, s]]
     inverse = [kept.index(token) if token in kept else -1 for token in range(4 * length)]
     lengths = mask.sum(1).tolist()
@@ -188,7 +188,7 @@ def test_sequences(device, length):
 @pytest.mark.parametrize("masked", [False, True])
 def test_sequences_without_padding(device, b, length, masked):
     mask = torch.ones(b, length, dtype=torch.bool, device=device) if masked else None
-    sequences = pack_sequences(mask, b, length, device)
+    sequences = packed_layout(mask, b, length, device)
     assert sequences.rows is None and sequences.inverse is None and sequences.total == b * length
     assert sequences.cu_seqlens.dtype == torch.int32
     assert sequences.cu_seqlens.tolist() == [i * length for i in range(b + 1)]
@@ -197,13 +197,13 @@ def test_sequences_without_padding(device, b, length, masked):
 
 def test_sequences_wait_once_and_only_with_a_mask(monkeypatch):
     with FakeTensorMode():
-        assert pack_sequences(None, 2, 5, "cpu").cu_seqlens.shape == (3,)
+        assert packed_layout(None, 2, 5, "cpu").cu_seqlens.shape == (3,)
         mask = torch.empty(2, 5, dtype=torch.bool)
         with pytest.raises(DataDependentOutputException):
-            pack_sequences(mask, 2, 5, "cpu")
+            packed_layout(mask, 2, 5, "cpu")
         waits = []
         monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(x) or [3, 4])
-        sequences = pack_sequences(mask, 2, 5, "cpu")
+        sequences = packed_layout(mask, 2, 5, "cpu")
         assert len(waits) == 1 and sequences.rows.shape == (7,) and sequences.max_seqlen == 4
 
 
@@ -211,7 +211,7 @@ def test_sequences_wait_once_and_only_with_a_mask(monkeypatch):
 def test_empty(block_backend, device, b, length, padded):
     """No samples, no tokens, or nothing but padding."""
     mask = torch.zeros(b, length, dtype=torch.bool, device=device) if padded else None
-    sequences = pack_sequences(mask, b, length, device)
+    sequences = packed_layout(mask, b, length, device)
     stream = make_stream(b, length, 3, 16, torch.bfloat16, device)
     for x in pack_qkv([stream], sequences, 3, backend=block_backend):
         assert x.shape == (0, 3, 16)
@@ -221,7 +221,7 @@ def test_empty(block_backend, device, b, length, padded):
 
 def test_unpack_without_padding_moves_nothing(device):
     x = torch.randn(10, 3, 16, device=device)
-    text, image = unpack(x, pack_sequences(None, 2, 5, device), (2, 3))
+    text, image = unpack(x, packed_layout(None, 2, 5, device), (2, 3))
     assert text.shape == (2, 2, 48) and image.shape == (2, 3, 48)
     assert text.data_ptr() == x.data_ptr() and image[0, 0].data_ptr() == x[2].data_ptr()
 
@@ -229,7 +229,7 @@ def test_unpack_without_padding_moves_nothing(device):
 def test_opcheck(block_backend, device):
     ops = torch.ops.ralu_kernels
     for b, lengths in ((2, (3, 4)), (0, (3, 4))):
-        sequences = pack_sequences(ragged_mask(2, 7, device) if b else None, b, 7, device)
+        sequences = packed_layout(ragged_mask(2, 7, device) if b else None, b, 7, device)
         text, image = (make_stream(b, n, 3, 16, torch.bfloat16, device) for n in lengths)
         cos, sin = make_rotary(2, 7, 16, device, True)
         q = text.q.mT.contiguous().mT
@@ -255,13 +255,13 @@ def test_compile(block_backend, device, dynamic):
         for b, lengths in ((2, (2, 4)), (3, (3, 5))):
             length = sum(lengths)
             streams = [make_stream(b, n, 3, 16, torch.float32, device) for n in lengths]
-            sequences = pack_sequences(ragged_mask(b, length, device) if padded else None, b, length, device)
+            sequences = packed_layout(ragged_mask(b, length, device) if padded else None, b, length, device)
             args = streams, sequences, make_rotary(b, length, 16, device, True)
             assert all(torch.equal(*pair) for pair in zip(compiled(*args), f(*args), strict=True))
 
 
-TEXT, IMAGE = (Stream(*[torch.zeros(2, n, 48)] * 3, torch.ones(16), torch.ones(16)) for n in (2, 3))
-SEQUENCES, TABLE = pack_sequences(None, 2, 5, "cpu"), torch.zeros(2, 5, 16)
+TEXT, IMAGE = (QKV(*[torch.zeros(2, n, 48)] * 3, torch.ones(16), torch.ones(16)) for n in (2, 3))
+SEQUENCES, TABLE = packed_layout(None, 2, 5, "cpu"), torch.zeros(2, 5, 16)
 GRAD = torch.zeros(2, 3, 48, requires_grad=True)
 WRONG = {
     "no streams": (dict(streams=[]), r"len\(streams\) must be 1 or 2, got 0"),
@@ -288,10 +288,10 @@ WRONG = {
         r"streams\[0\].norm_k.requires_grad must be False",
     ),
     "sequences": (
-        dict(sequences=pack_sequences(None, 2, 6, "cpu")),
+        dict(sequences=packed_layout(None, 2, 6, "cpu")),
         r"the streams' \(B, S\) must be \(2, 6\), the sequences' batch and length, got \(2, 5\)",
     ),
-    "sequences device": (dict(sequences=pack_sequences(None, 2, 5, "meta")), "sequences.cu_seqlens.device must be cpu"),
+    "sequences device": (dict(sequences=packed_layout(None, 2, 5, "meta")), "sequences.cu_seqlens.device must be cpu"),
     "tables": (
         dict(rotary=(TABLE[:1], TABLE[:1])),
         r"rotary\[0\].shape must be \(S, D\) or \(B, S, D\) of \(2, 5, 16\)",
@@ -326,8 +326,8 @@ def test_wrong_unpack_arguments(change, message):
 
 def test_wrong_masks():
     with pytest.raises(ValueError, match=r"mask.dtype must be bool, got torch.float32"):
-        pack_sequences(torch.ones(2, 5), 2, 5, "cpu")
+        packed_layout(torch.ones(2, 5), 2, 5, "cpu")
     with pytest.raises(ValueError, match=r"mask.shape must be \(B, S\) = \(2, 5\), got \(5, 2\)"):
-        pack_sequences(torch.ones(5, 2, dtype=torch.bool), 2, 5, "cpu")
+        packed_layout(torch.ones(5, 2, dtype=torch.bool), 2, 5, "cpu")
     with pytest.raises(ValueError, match=r"batch \* length must be at most 2147483647"):
-        pack_sequences(None, 2**16, 2**16, "cpu")
+        packed_layout(None, 2**16, 2**16, "cpu")

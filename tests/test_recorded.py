@@ -132,7 +132,7 @@ def configurations():
         kind = "sd3.5" if dual else "sd3"
         runs[f"{kind} {name} {granularity}"] = lambda n=name, g=granularity, d=dual: run(sd3(d), n, granularity=g)
     ablations = [
-        {"carry_noise": "release"}, {"carry_noise": "release", "granularity": "token"},
+        {"kept_noise": "release"}, {"kept_noise": "release", "granularity": "token"},
         {"matching": "snr"}, {"matching": "off"}, {"matching": "off", "granularity": "token"},
         *({"upsampler": u, "matching": "snr", "granularity": g}
           for u in ("bilinear", "bicubic", "lanczos") for g in ("pixel", "token")),

@@ -7,7 +7,7 @@ from conftest import assert_as_exact_as
 from test_upsample import exact_normals, oracle, seeds
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ralu_kernels import TokenPlan, merge_tokens, plan_tokens, promote_tokens, tokens, upsample_renoise
+from ralu_kernels import TokenPlan, plan_tokens, tokens, upsample_remaining, upsample_renoise, upsample_selected
 from ralu_kernels._backend import DTYPES, INTERPRET
 
 MOVE = (0.9, 0.4, 0.0177)
@@ -196,13 +196,13 @@ def test_moves_against_oracle(backend, device, case, granularity, dtype):
     plan, seed = random_plan(b, grid, device), seeds(b, device)
     low = torch.randn(b, grid[0] * grid[1], channels, device=device).to(dtype)
     expected = expected_promotion(low, plan, *MOVE, seed, granularity)
-    out = promote_tokens(low, plan, *MOVE, seed, granularity=granularity, backend=backend)
+    out = upsample_selected(low, plan, *MOVE, seed, granularity=granularity, backend=backend)
     assert out.is_contiguous()
     assert_as_exact_as(out, expected.to(dtype), expected, atol=2e-6)
 
     packed = torch.randn(len(plan.source), channels, device=device).to(dtype)
     expected = expected_merge(packed, plan, *MOVE, seed, granularity)
-    out = merge_tokens(packed, plan, *MOVE, seed, granularity=granularity, backend=backend)
+    out = upsample_remaining(packed, plan, *MOVE, seed, granularity=granularity, backend=backend)
     assert out.is_contiguous()
     assert_as_exact_as(out, expected.to(dtype), expected, atol=2e-6)
 
@@ -212,9 +212,9 @@ def test_moves_against_oracle(backend, device, case, granularity, dtype):
 def test_empty_moves(backend, device, b, channels, granularity):
     plan = random_plan(b, (2, 3), device)
     low = torch.zeros(b, 6, channels, device=device)
-    packed = promote_tokens(low, plan, *MOVE, 1, granularity=granularity, backend=backend)
+    packed = upsample_selected(low, plan, *MOVE, 1, granularity=granularity, backend=backend)
     assert packed.shape == (len(plan.source), channels)
-    out = merge_tokens(packed, plan, *MOVE, 1, granularity=granularity, backend=backend)
+    out = upsample_remaining(packed, plan, *MOVE, 1, granularity=granularity, backend=backend)
     assert out.shape == (b, 24, channels)
 
 
@@ -231,10 +231,10 @@ def test_moves_are_exact(backend, device, granularity, dtype):
         up = pack(unpack(low, grid).repeat_interleave(2, 2).repeat_interleave(2, 3))
     for choice in ({"threshold": 0.2}, {"ratio": 0.0}, {"ratio": 1.0}):
         plan = random_plan(2, grid, device, **choice)
-        packed = promote_tokens(low, plan, **settings)
+        packed = upsample_selected(low, plan, **settings)
         kept = plan.child < 0
         assert torch.equal(packed[kept], low[samples(plan)[kept], plan.source[kept].long()])
-        assert torch.equal(merge_tokens(packed, plan, **settings), up)
+        assert torch.equal(upsample_remaining(packed, plan, **settings), up)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -249,11 +249,12 @@ def test_noncontiguous(backend, device, granularity):
         base[:1].expand(2, 12, 8),
     ):
         contiguous = low.contiguous()
-        expected = promote_tokens(contiguous, plan, *MOVE, seed, **settings)
-        assert torch.equal(promote_tokens(low, plan, *MOVE, seed, **settings), expected)
+        expected = upsample_selected(contiguous, plan, *MOVE, seed, **settings)
+        assert torch.equal(upsample_selected(low, plan, *MOVE, seed, **settings), expected)
     packed = expected.T.contiguous().T
     assert torch.equal(
-        merge_tokens(packed, plan, *MOVE, seed, **settings), merge_tokens(expected, plan, *MOVE, seed, **settings)
+        upsample_remaining(packed, plan, *MOVE, seed, **settings),
+        upsample_remaining(expected, plan, *MOVE, seed, **settings),
     )
 
 
@@ -264,10 +265,10 @@ def test_tokens_and_latents_share_their_noise(backend, device):
     for stage, ratio in ((2, 1.0), (3, 0.0)):
         plan = random_plan(2, grid, device, ratio=ratio)
         if stage == 2:
-            packed = promote_tokens(pack(latent), plan, *MOVE, seed, backend=backend)
+            packed = upsample_selected(pack(latent), plan, *MOVE, seed, backend=backend)
             found = packed[plan.inverse.long()]
         else:
-            found = merge_tokens(pack(latent).flatten(0, 1), plan, *MOVE, seed, backend=backend)
+            found = upsample_remaining(pack(latent).flatten(0, 1), plan, *MOVE, seed, backend=backend)
         assert torch.equal(found, pack(upsample_renoise(latent, *MOVE, seed, stage=stage, backend=backend)))
 
 
@@ -278,18 +279,18 @@ def test_noise_depends_on_seed_and_place_alone(backend, device, granularity):
     low = torch.randn(3, 12, 8, device=device)
     settings = dict(granularity=granularity, backend=backend)
     plan = plan_tokens(scores, grid, threshold=0.0)
-    packed = promote_tokens(low, plan, *MOVE, seed, **settings)
-    merged = merge_tokens(packed, plan, *MOVE, seed, **settings)
+    packed = upsample_selected(low, plan, *MOVE, seed, **settings)
+    merged = upsample_remaining(packed, plan, *MOVE, seed, **settings)
     for b in range(3):
         alone = plan_tokens(scores[b : b + 1], grid, threshold=0.0)
         rows = packed[plan.cu_seqlens[b] : plan.cu_seqlens[b + 1]]
-        assert torch.equal(rows, promote_tokens(low[b : b + 1], alone, *MOVE, seed[b : b + 1], **settings))
-        assert torch.equal(merged[b], merge_tokens(rows, alone, *MOVE, seed[b : b + 1], **settings)[0])
+        assert torch.equal(rows, upsample_selected(low[b : b + 1], alone, *MOVE, seed[b : b + 1], **settings))
+        assert torch.equal(merged[b], upsample_remaining(rows, alone, *MOVE, seed[b : b + 1], **settings)[0])
     # A token's noise does not depend on what happens to the others.
-    every = promote_tokens(low, plan_tokens(scores, grid, ratio=1.0), *MOVE, seed, **settings).view(3, 48, 8)
+    every = upsample_selected(low, plan_tokens(scores, grid, ratio=1.0), *MOVE, seed, **settings).view(3, 48, 8)
     children = every.view(3, 12, 4, 8)[samples(plan), plan.source.long(), plan.child.long()]
     assert torch.equal(packed[plan.child >= 0], children[plan.child >= 0])
-    assert not torch.equal(packed, promote_tokens(low, plan, *MOVE, 5, **settings))
+    assert not torch.equal(packed, upsample_selected(low, plan, *MOVE, 5, **settings))
 
 
 @pytest.mark.triton
@@ -298,25 +299,25 @@ def test_noise_does_not_depend_on_the_block_size(device, granularity, monkeypatc
     plan = random_plan(2, (3, 4), device)
     low = torch.randn(2, 12, 8, device=device)
     settings = dict(granularity=granularity, backend="triton")
-    packed = promote_tokens(low, plan, *MOVE, 1, **settings)
-    merged = merge_tokens(packed, plan, *MOVE, 1, **settings)
+    packed = upsample_selected(low, plan, *MOVE, 1, **settings)
+    merged = upsample_remaining(packed, plan, *MOVE, 1, **settings)
     for tile in (32, 4096):
         monkeypatch.setattr(tokens, "_TILE_BYTES", tile)
-        assert torch.equal(packed, promote_tokens(low, plan, *MOVE, 1, **settings))
-        assert torch.equal(merged, merge_tokens(packed, plan, *MOVE, 1, **settings))
+        assert torch.equal(packed, upsample_selected(low, plan, *MOVE, 1, **settings))
+        assert torch.equal(merged, upsample_remaining(packed, plan, *MOVE, 1, **settings))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_carry_noise(backend, device, granularity):
+def test_kept_noise(backend, device, granularity):
     """The release's carried noise is ours over sqrt(1 - c); promoted tokens do not change."""
     c, plan = 0.2, random_plan(2, (3, 4), device)
     low = torch.zeros(2, 12, 8, device=device)
     settings = dict(scale=1.0, noise_scale=1.0, c=c, seed=3, granularity=granularity, backend=backend)
-    exact, release = (promote_tokens(low, plan, **settings, carry_noise=name) for name in tokens.CARRY_NOISES)
+    exact, release = (upsample_selected(low, plan, **settings, kept_noise=name) for name in tokens.KEPT_NOISES)
     factor = torch.where(plan.child < 0, math.sqrt(1 - c), 1.0)[:, None]
     torch.testing.assert_close(exact, release * factor)
     exact, release = (
-        merge_tokens(torch.zeros_like(exact), plan, **settings, carry_noise=name) for name in tokens.CARRY_NOISES
+        upsample_remaining(torch.zeros_like(exact), plan, **settings, kept_noise=name) for name in tokens.KEPT_NOISES
     )
     factor = torch.where(plan.child[plan.inverse.long()] < 0, 1.0, math.sqrt(1 - c))[..., None]
     torch.testing.assert_close(exact, release * factor)
@@ -334,16 +335,16 @@ def test_opcheck(backend, device):
         low = torch.randn(b, 8, n, device=device).bfloat16().transpose(1, 2)
         packed = torch.randn(8, total, device=device).bfloat16().T
         rest = (*MOVE, seeds(b, device), "pixel", "exact", backend)
-        torch.library.opcheck(ops.promote_tokens, (low, plan.inverse, w, total, *rest))
-        torch.library.opcheck(ops.merge_tokens, (packed, plan.inverse, w, *rest))
+        torch.library.opcheck(ops.upsample_selected, (low, plan.inverse, w, total, *rest))
+        torch.library.opcheck(ops.upsample_remaining, (packed, plan.inverse, w, *rest))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, device, dynamic):
     def f(scores, low, seed, h, w):
         plan = plan_tokens(scores, (h, w), ratio=0.3, backend=backend)
-        packed = promote_tokens(low * 2, plan, *MOVE, seed, backend=backend)
-        return plan, merge_tokens(packed + 1, plan, *MOVE, seed, backend=backend)
+        packed = upsample_selected(low * 2, plan, *MOVE, seed, backend=backend)
+        return plan, upsample_remaining(packed + 1, plan, *MOVE, seed, backend=backend)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for b, h, w in ((2, 3, 4), (3, 5, 3)):
@@ -361,7 +362,7 @@ def test_compile(backend, device, dynamic):
 def test_compile_with_a_threshold(device):
     def f(scores, low):
         plan = plan_tokens(scores, (3, 4), threshold=0.3)
-        return merge_tokens(promote_tokens(low, plan, *MOVE, 1), plan, *MOVE, 1)
+        return upsample_remaining(upsample_selected(low, plan, *MOVE, 1), plan, *MOVE, 1)
 
     args = torch.randn(2, 12, device=device), torch.randn(2, 12, 8, device=device)
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), f(*args))
@@ -397,31 +398,41 @@ LOW, PACKED, SEED = torch.zeros(2, 12, 8), torch.zeros(60, 8), torch.zeros(2, dt
 BOTH_MOVES = {
     "c": (dict(c=0.3), r"c must be in \[0, 1/4\], got 0.3"),
     "granularity": (dict(granularity="patch"), r"granularity must be one of \('pixel', 'token'\), got 'patch'"),
-    "carry noise": (dict(carry_noise="none"), r"carry_noise must be one of \('exact', 'release'\), got 'none'"),
+    "carry noise": (dict(kept_noise="none"), r"kept_noise must be one of \('exact', 'release'\), got 'none'"),
     "seed": (dict(seed=SEED[:1]), r"seed.shape must be \(2,\)"),
     "backend": (dict(backend="cuda"), "backend must be 'auto' or one available on cpu, got 'cuda'"),
     "plan device": (dict(plan=PLAN.to("meta")), "plan.inverse.device must be cpu, .*, got meta"),
 }
 WRONG_MOVES = {
-    **{f"promote {name}": (promote_tokens, dict(low=LOW), *case) for name, case in BOTH_MOVES.items()},
-    **{f"merge {name}": (merge_tokens, dict(packed=PACKED), *case) for name, case in BOTH_MOVES.items()},
-    "low rank": (promote_tokens, dict(low=LOW[0]), {}, r"low must be of shape \(B, n, C\)"),
-    "low dtype": (promote_tokens, dict(low=LOW.double()), {}, "low.dtype must be"),
-    "low grad": (promote_tokens, dict(low=LOW.clone().requires_grad_()), {}, "low.requires_grad must be False"),
-    "low batch": (promote_tokens, dict(low=LOW[:1]), {}, r"low.shape\[:2\] must be \(2, 12\), .*, got \(1, 12\)"),
-    "low tokens": (promote_tokens, dict(low=LOW[:, 1:]), {}, r"low.shape\[:2\] must be \(2, 12\), .*, got \(2, 11\)"),
-    "low channels": (promote_tokens, dict(low=LOW[..., 1:]), {}, r"low.shape\[-1\] must be a multiple of 4"),
-    "packed rank": (merge_tokens, dict(packed=LOW), {}, r"packed must be of shape \(total, C\)"),
+    **{f"promote {name}": (upsample_selected, dict(low=LOW), *case) for name, case in BOTH_MOVES.items()},
+    **{f"merge {name}": (upsample_remaining, dict(packed=PACKED), *case) for name, case in BOTH_MOVES.items()},
+    "low rank": (upsample_selected, dict(low=LOW[0]), {}, r"low must be of shape \(B, n, C\)"),
+    "low dtype": (upsample_selected, dict(low=LOW.double()), {}, "low.dtype must be"),
+    "low grad": (upsample_selected, dict(low=LOW.clone().requires_grad_()), {}, "low.requires_grad must be False"),
+    "low batch": (upsample_selected, dict(low=LOW[:1]), {}, r"low.shape\[:2\] must be \(2, 12\), .*, got \(1, 12\)"),
+    "low tokens": (
+        upsample_selected,
+        dict(low=LOW[:, 1:]),
+        {},
+        r"low.shape\[:2\] must be \(2, 12\), .*, got \(2, 11\)",
+    ),
+    "low channels": (upsample_selected, dict(low=LOW[..., 1:]), {}, r"low.shape\[-1\] must be a multiple of 4"),
+    "packed rank": (upsample_remaining, dict(packed=LOW), {}, r"packed must be of shape \(total, C\)"),
     "packed grad": (
-        merge_tokens,
+        upsample_remaining,
         dict(packed=PACKED.clone().requires_grad_()),
         {},
         "packed.requires_grad must be False",
     ),
-    "packed rows": (merge_tokens, dict(packed=PACKED[1:]), {}, r"packed.shape\[0\] must be 60, .*, got 59"),
-    "packed channels": (merge_tokens, dict(packed=PACKED[:, 1:]), {}, r"packed.shape\[-1\] must be a multiple of 4"),
-    "low elements": (promote_tokens, dict(low=LOW[..., :1].expand(2, 12, 2**26)), {}, "at most 2147483647"),
-    "packed elements": (merge_tokens, dict(packed=PACKED[:, :1].expand(60, 2**26)), {}, "at most 2147483647"),
+    "packed rows": (upsample_remaining, dict(packed=PACKED[1:]), {}, r"packed.shape\[0\] must be 60, .*, got 59"),
+    "packed channels": (
+        upsample_remaining,
+        dict(packed=PACKED[:, 1:]),
+        {},
+        r"packed.shape\[-1\] must be a multiple of 4",
+    ),
+    "low elements": (upsample_selected, dict(low=LOW[..., :1].expand(2, 12, 2**26)), {}, "at most 2147483647"),
+    "packed elements": (upsample_remaining, dict(packed=PACKED[:, :1].expand(60, 2**26)), {}, "at most 2147483647"),
 }
 
 

@@ -1,5 +1,7 @@
 """A model family in one file, as `ralu.families` wants it: FLUX with the colours of its names changed."""
 
+from typing import ClassVar
+
 import diffusers
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
@@ -18,9 +20,10 @@ class ToyPipeline(FluxPipeline):
 class Toy(Flux):
     name = "toy"
     transformer = ToyTransformer
-    published = {"toy-1": {"num_layers": 1, "num_single_layers": 1}}
+    published: ClassVar = {"toy-1": {"num_layers": 1, "num_single_layers": 1}}
 
 
 FAMILY = Toy()
 diffusers.ToyPipeline = ToyPipeline  # where diffusers looks for a saved pipeline's class
-families.register("toy", families.Entry(__name__, ("ToyPipeline",), "ToyTransformer", ("flux-7x",), 20, ("toy-1",)))
+ENTRY = families.Entry(__name__, ("ToyPipeline",), "ToyTransformer", ("flux-7x",), 20, ("toy-1",), sample_size=128)
+families.register("toy", ENTRY)
