@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_as_exact_as
 
-from ralu_kernels import merge_tokens, plan_tokens, promote_tokens, reference, upsample_renoise
+from ralu_kernels import plan_tokens, reference, upsample_remaining, upsample_renoise, upsample_selected
 from ralu_kernels._backend import jit, tl
 from ralu_kernels.upsample import _box_muller, normals
 
@@ -156,25 +156,25 @@ def test_blocks_are_independent(c):
     z = upsample_renoise(x, 1.0, 1.0, c, torch.tensor([1, 2])).double()
     blocks = z.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)  # (B, C, H, W, 4)
     other_stage = upsample_renoise(x, 1.0, 1.0, c, torch.tensor([1, 2]), stage=3).double()
-    carried = reference._carried_noise(torch.tensor([1, 2]), 4 * 64 * 64, 4, 2).double()  # one token for each block
+    kept = reference._kept_noise(torch.tensor([1, 2]), 4 * 64 * 64, 4, 2).double()  # one token for each block
     pairs = {
         "column": (blocks[:, :, :, 1:], blocks[:, :, :, :-1]),
         "row": (blocks[:, :, 1:], blocks[:, :, :-1]),
         "channel": (blocks[:, 1:], blocks[:, :-1]),
         "sample": (blocks[1], blocks[0]),
         "stage": (blocks, other_stage.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)),
-        "kind": (blocks, carried),
+        "kind": (blocks, kept),
     }
     assert_independent(pairs)
 
 
-def test_carried_values_are_independent():
+def test_kept_values_are_independent():
     """Inside the four channels that share a counter, and between those of any two counters."""
     seed = torch.tensor([1, 2])
     low, plan = torch.zeros(2, 1024, 64), plan_tokens(torch.zeros(2, 1024), (32, 32), ratio=0.0)
-    z = promote_tokens(low, plan, 1.0, 1.0, 0.0, seed).double().view(2, 32, 32, 16, 4)
+    z = upsample_selected(low, plan, 1.0, 1.0, 0.0, seed).double().view(2, 32, 32, 16, 4)
     packed, plan = torch.zeros(2048, 64), plan_tokens(torch.zeros(2, 256), (16, 16), ratio=1.0)
-    other_stage = merge_tokens(packed, plan, 1.0, 1.0, 0.0, seed).double().view(2, 32, 32, 16, 4)
+    other_stage = upsample_remaining(packed, plan, 1.0, 1.0, 0.0, seed).double().view(2, 32, 32, 16, 4)
     for fours in (z, other_stage):
         assert_covariance(fours.reshape(-1, 4), torch.eye(4).double())
     pairs = {
@@ -188,14 +188,14 @@ def test_carried_values_are_independent():
     assert_independent(pairs)
 
 
-@pytest.mark.parametrize("carry_noise, variance", [("exact", lambda c: 1 - c), ("release", lambda c: 1.0)])
+@pytest.mark.parametrize("kept_noise, variance", [("exact", lambda c: 1 - c), ("release", lambda c: 1.0)])
 @pytest.mark.parametrize("c", CORRELATIONS)
-def test_carried_variance(c, carry_noise, variance):
+def test_kept_variance(c, kept_noise, variance):
     low = torch.zeros(4, 64, 256)
     plan = plan_tokens(torch.zeros(4, 64), (8, 8), ratio=0.0)
-    x = promote_tokens(low, plan, 1.0, 1.0, c, 5, carry_noise=carry_noise).double()
+    x = upsample_selected(low, plan, 1.0, 1.0, c, 5, kept_noise=kept_noise).double()
     plan = plan_tokens(torch.zeros(4, 64), (8, 8), ratio=1.0)
-    y = merge_tokens(torch.zeros(4 * 256, 256), plan, 1.0, 1.0, c, 5, carry_noise=carry_noise).double()
+    y = upsample_remaining(torch.zeros(4 * 256, 256), plan, 1.0, 1.0, c, 5, kept_noise=kept_noise).double()
     for z in (x, y):
         assert abs(z.var().item() - variance(c)) < 5 * variance(c) * math.sqrt(2 / z.numel())
         assert abs(z.mean().item()) < 5 * math.sqrt(variance(c) / z.numel())
@@ -228,25 +228,25 @@ def test_transition_of_latents(e, c):
     assert_normal(out, s * up, (1 - s) ** 2 * torch.eye(16).double())
 
 
-def transition_of_tokens(stage, e, c, granularity, carry_noise):
-    """N samples of a promoted and a carried token of 4 channels: outputs, known mean of x_1, mask of the carried."""
+def transition_of_tokens(stage, e, c, granularity, kept_noise):
+    """N samples of a selected and a kept token of 4 channels: outputs, known mean of x_1, mask of the kept."""
     a, b, s = matched(e, c)
     plan = plan_tokens(torch.tensor([[1.0, 0.0]]).expand(N, 2), (1, 2), ratio=0.5)
     one = plan_tokens(torch.tensor([[1.0, 0.0]]), (1, 2), ratio=0.5)
     still = dict(scale=1.0, noise_scale=0.0, c=c, seed=0, granularity=granularity)
     low = torch.randn(1, 2, 4)
-    mixed = promote_tokens(low, one, **still)  # Up of the promoted token, without noise
-    settings = dict(granularity=granularity, carry_noise=carry_noise)
+    mixed = upsample_selected(low, one, **still)  # Up of the selected token, without noise
+    settings = dict(granularity=granularity, kept_noise=kept_noise)
     if stage == 2:
         xe = e * low + (1 - e) * torch.randn(N, 2, 4)
-        out = promote_tokens(xe, plan, a, b, c, torch.arange(N), **settings).view(N, 5, 4)
-        x1, carried = mixed, one.child == -1
+        out = upsample_selected(xe, plan, a, b, c, torch.arange(N), **settings).view(N, 5, 4)
+        x1, kept = mixed, one.child == -1
     else:
         mixed[one.child >= 0] = torch.randn(4, 4)  # by now the children differ
         xe = e * mixed + (1 - e) * torch.randn(N, 5, 4)
-        out = merge_tokens(xe.flatten(0, 1), plan, a, b, c, torch.arange(N), **settings)
-        x1, carried = merge_tokens(mixed, one, **still)[0], one.child[one.inverse[0].long()] >= 0
-    return out, s * x1, (1 - s) ** 2, carried.repeat_interleave(4)
+        out = upsample_remaining(xe.flatten(0, 1), plan, a, b, c, torch.arange(N), **settings)
+        x1, kept = upsample_remaining(mixed, one, **still)[0], one.child[one.inverse[0].long()] >= 0
+    return out, s * x1, (1 - s) ** 2, kept.repeat_interleave(4)
 
 
 @pytest.mark.parametrize("granularity", ["pixel", "token"])
@@ -258,11 +258,11 @@ def test_transition_of_tokens(stage, granularity):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_release_carries_too_much_noise(stage):
+def test_release_keeps_too_much_noise(stage):
     e, c = 0.45, 0.0586
-    out, mean, variance, carried = transition_of_tokens(stage, e, c, "token", "release")
+    out, mean, variance, kept = transition_of_tokens(stage, e, c, "token", "release")
     excess = matched(e, c)[1] ** 2 * c
-    assert_normal(out, mean, torch.diag(variance + excess * carried.double()))
+    assert_normal(out, mean, torch.diag(variance + excess * kept.double()))
     assert excess > 5 * variance * math.sqrt(2 / N)  # the test above can tell
 
 
