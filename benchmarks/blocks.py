@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ralu
-from ralu_kernels import attention, pack_sequences
+from ralu_kernels import attention, packed_layout
 
 FLUX = {"heads": 24, "size": 128, "axes": (16, 56, 56), "layers": 19, "single_layers": 38}
 TINY = {"heads": 2, "size": 16, "axes": (4, 6, 6), "layers": 1, "single_layers": 1}
@@ -111,7 +111,7 @@ def block_traffic(kind: str, fused: bool, tokens: int = 4096, batch: int = 1) ->
     layout = {}
     if fused:
         ralu.fuse(model)
-        sequences = pack_sequences(None, batch, TEXT + tokens, "meta")  # made once for all blocks
+        sequences = packed_layout(None, batch, TEXT + tokens, "meta")  # made once for all blocks
         layout = {"joint_attention_kwargs": {"sequences": sequences}}
     block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
     width = FLUX["heads"] * FLUX["size"]

@@ -47,7 +47,7 @@ METHODS = {
     "flux": [
         "stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x", "flux-7x/granularity=token",
         *(f"flux-5x/{options}" for options in (
-            "granularity=token", "granularity=token,carry_noise=release", "carry_noise=release",
+            "granularity=token", "granularity=token,kept_noise=release", "kept_noise=release",
             "regions=gradient", "regions=random", "ratio=0", "ratio=0.1", "ratio=0.3", "ratio=0.5", "ratio=1",
             "threshold=0.075", "upsampler=bilinear,matching=snr", "upsampler=bicubic,matching=snr",
             "upsampler=lanczos,matching=snr", "matching=snr", "matching=off", "shifts=3",
