@@ -1,4 +1,4 @@
-"""Builds ralu_kernels._C, the compiled kernels; everything else about the package is in pyproject.toml.
+"""Builds ralu_kernels.ralu_kernels_C, the compiled kernels; everything else about the package is in pyproject.toml.
 
 RALU_NATIVE=0 installs pure Python, 1 makes a build that cannot be an error. Unset: built where it can be.
 RALU_CUDA=0 leaves the CUDA kernels out, 1 makes it an error if they cannot be built. Unset: built where torch has CUDA
@@ -17,6 +17,7 @@ from glob import glob
 
 from setuptools import setup
 
+PACKAGE = "ralu_kernels"  # which looks for an extension of its own name
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 # libtorch's stable ABI as of PyTorch 2.10 and, by py_limited_api, Python's: one binary serves all later ones.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)]
@@ -87,7 +88,7 @@ def architectures(nvcc: str) -> str:
 def extension() -> dict:
     if not wanted("RALU_NATIVE", "the C++ kernels", why_no_native):
         editable = {"editable_wheel", "develop"} & set(sys.argv)
-        for left in glob("ralu_kernels/_C*.so") if editable else ():  # by an earlier one: it would still be imported
+        for left in glob(f"{PACKAGE}/*_C*.so") if editable else ():  # by an earlier one: it would still be imported
             print(f"ralu: removing {left}")
             os.remove(left)
         return {}
@@ -102,7 +103,7 @@ def extension() -> dict:
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(f"{CUDA_HOME}/bin/nvcc"))
     module = kind(
-        "ralu_kernels._C", sorted(sources), define_macros=macros, extra_compile_args=flags,
+        f"{PACKAGE}.{PACKAGE}_C", sorted(sources), define_macros=macros, extra_compile_args=flags,
         depends=glob("csrc/**/*h", recursive=True), py_limited_api=True,
     )  # fmt: skip
     return {

@@ -23,9 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from ralu_kernels import adaln, qkv, tokens, upsample
+from ralu_kernels import adaln, plan, qkv, tokens, upsample
 
-MODULES = (adaln, qkv, tokens, upsample)
+MODULES = (adaln, plan, qkv, tokens, upsample)
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -85,11 +85,15 @@ def variants() -> list[tuple[str, str, Callable[[], object]]]:
         )
         found.append(("upsample", name, partial(upsample._upsample_triton, latent, *noise, 2)))
         for granularity in tokens.GRANULARITIES:
-            variant, move = f"{name} {granularity}", (*noise, granularity, "exact")
-            found.append(("promote", variant, partial(tokens._promote_triton, low, inverse, 32, 1636, *move)))
-            found.append(("merge", variant, partial(tokens._merge_triton, packed, inverse, 32, *move)))
-        found.append(("plan", f"{name} ratio", partial(tokens._plan_triton, scores, 32, 32, 204, None, 1636)))
-    found.append(("plan", f"{name} threshold", partial(tokens._plan_triton, scores, 32, 32, 0, 0.5, 1636)))
+            variant, transition = f"{name} {granularity}", (*noise, granularity, "exact")
+            found.append(
+                ("upsample_selected", variant, partial(tokens._selected_triton, low, inverse, 32, 1636, *transition))
+            )
+            found.append(
+                ("upsample_remaining", variant, partial(tokens._remaining_triton, packed, inverse, 32, *transition))
+            )
+        found.append(("plan", f"{name} ratio", partial(plan._plan_triton, scores, 32, 32, 204, None, 1636)))
+    found.append(("plan", f"{name} threshold", partial(plan._plan_triton, scores, 32, 32, 0, 0.5, 1636)))
     # 72 columns divide by 8 but not by the 16 that Triton looks for: what the launcher's ALIGN is for.
     latent = _meta(1, 16, 70, 72, dtype=torch.bfloat16)
     found.append(("upsample", "bfloat16 72 columns", partial(upsample._upsample_triton, latent, *noise, 2)))

@@ -6,8 +6,8 @@ A row is an operation, a provider and a shape; rows are added to benchmarks/resu
 provider's result has passed its check in this process. Providers:
 
 eager      what a careful author writes with PyTorch alone: `interpolate`, `randn`, block means, in-place updates;
-           `index_select` and `index_copy_` for the moves, whose indices are ready before the clock. Where the operation
-           is nothing but PyTorch's (or OpenCV's) the reference backend itself
+           `index_select` and `index_copy_` for the transitions, whose indices are ready before the clock. Where the
+           operation is nothing but PyTorch's the reference backend itself
 compile    that under `torch.compile`, one graph a shape; batch 1, on a CPU 1024 pixels: a graph takes seconds
 reference  the specification in eager PyTorch, with the kernels' own random numbers (batch 1)
 native, triton, and the backends of varlen_attention  the kernels, where they can run
@@ -30,12 +30,16 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import block_cases
+import cases
 import numpy as np
 import record
 import torch
-from cases import BOTH, DTYPES, OPERATIONS, Case, Shape, agree, installed, tensors
+from cases import BOTH, DTYPES, Case, Shape, agree, installed, tensors
 
 import ralu_kernels
+
+OPERATIONS = cases.OPERATIONS | block_cases.OPERATIONS
 
 
 def checked(case: Case, shape: Shape, expected, chosen: list[str] | None) -> dict[str, Callable]:
@@ -94,8 +98,8 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
 
 # ---- a CPU's memory ----
 
-ROOMY = {"pixels": 2048, "batch": 16}
-MOVES = ("upsample_renoise", "upsample_selected", "upsample_remaining")
+LARGE = {"pixels": 2048, "batch": 16}
+TRANSITIONS = ("upsample_renoise", "upsample_selected", "upsample_remaining")
 
 
 def grow(name: str, provider: str):
@@ -108,7 +112,7 @@ def grow(name: str, provider: str):
         return case.eager if provider == "eager" else partial(case.ours, provider)
 
     call(Shape(BOTH, 128, 1, torch.float32, cpu))()  # first calls load and allocate
-    out, before, peak = record.peak_memory(call(Shape(BOTH, **ROOMY, dtype=torch.float32, device=cpu)), cpu)
+    out, before, peak = record.peak_memory(call(Shape(BOTH, **LARGE, dtype=torch.float32, device=cpu)), cpu)
     print((peak - before) / nbytes(out))
 
 
@@ -118,7 +122,7 @@ def memory_rows(name: str) -> list[dict]:
     for provider in ("eager", *installed(torch.device("cpu"), "native")):
         command = [sys.executable, __file__, "--grow", name, provider]
         growth = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        row = {"op": name, "provider": provider, "model": BOTH, **ROOMY, "dtype": "float32", "threads": 1}
+        row = {"op": name, "provider": provider, "model": BOTH, **LARGE, "dtype": "float32", "threads": 1}
         rows.append(row | {"memory": f"{growth:.2f}"})
     return rows
 
@@ -134,7 +138,7 @@ def main(argv: list[str] | None = None):
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     add("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU")
     add("--budget", type=float, default=0.3, help="seconds for a provider at a shape (at least 3 calls, at most 200)")
-    add("--memory", action="store_true", help="the moves' peak memory too, on a CPU in a process for each provider")
+    add("--memory", action="store_true", help="peak memory too, on a CPU in a process for each provider")
     add("--output", type=Path, help="(default: benchmarks/results/DEVICE.csv)")
     add("--grow", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -156,7 +160,7 @@ def main(argv: list[str] | None = None):
         for model, pixels, batch in product(operation.models, args.pixels, args.batch):
             for dtype in operation.dtypes or args.dtypes:
                 keep(measure(name, Shape(model, pixels, batch, DTYPES.get(dtype), device), args))
-        if args.memory and device.type == "cpu" and name in MOVES:
+        if args.memory and device.type == "cpu" and name in TRANSITIONS:
             keep(memory_rows(name))
 
 

@@ -1,6 +1,6 @@
-"""The operations that bench.py measures: for each what the kernels do at one shape, and the same in eager PyTorch.
+"""What bench.py measures: for an operation what the kernels do at one shape, and the same in eager PyTorch.
 
-Another operation is a function from a `Shape` to a `Case`, and an entry in `OPERATIONS`.
+Another operation is a function from a `Shape` to a `Case`, and an entry in `OPERATIONS`, here or in block_cases.py.
 """
 
 import ctypes
@@ -116,7 +116,7 @@ def check_law(z: Tensor, blocks: Tensor, rounding: float = 0.0):
 
 
 def noisy(shape: Shape, inputs, ours, eager, blocks, numel: int, **floors) -> Case:
-    """A move: `ours(backend, noise_scale)`, `eager(noise_scale)` and where the enlarged blocks are in an output."""
+    """A transition: `ours(backend, noise_scale)`, `eager(noise_scale)`, and where upsampled blocks are in an output."""
 
     @lru_cache
     def noiseless():
@@ -217,7 +217,7 @@ def upsample_case(shape: Shape) -> Case:
     )  # fmt: skip
 
 
-def enlarge(chosen: Tensor, noise_scale: float) -> Tensor:
+def eager_upsample(chosen: Tensor, noise_scale: float) -> Tensor:
     """Pixel granularity: (m, C) -> (m, 4, C)."""
     m, channels = chosen.shape
     up = (SCALE * chosen).view(m, channels // 4, 4, 1).expand(-1, -1, -1, 4)
@@ -226,21 +226,21 @@ def enlarge(chosen: Tensor, noise_scale: float) -> Tensor:
     return z.mul_(noise_scale).add_(up).transpose(1, 2).reshape(m, 4, channels)
 
 
-def carry(values: Tensor, noise_scale: float) -> Tensor:
+def eager_keep(values: Tensor, noise_scale: float) -> Tensor:
     return torch.randn_like(values).mul_(noise_scale * (1 - C) ** 0.5).add_(values, alpha=SCALE)
 
 
 def indices(plan: TokenPlan):
-    """Low tokens, packed rows and raster rows (m, 4) of the promoted and of the carried, flat over the batch."""
+    """Low tokens, packed rows and raster rows (m, 4) of the selected and of the kept, flat over the batch."""
     h, w = plan.grid
     sample = torch.arange(plan.batch_size, device=plan.child.device).repeat_interleave(plan.lengths)
     token = sample * h * w + plan.source
     row, column = (2 * plan.positions).long().unbind(1)
     raster = (sample * 2 * h + row) * 2 * w + column
-    carried, promoted = ((plan.child < 0).nonzero()[:, 0], (plan.child >= 0).nonzero().view(-1, 4))
+    kept, selected = ((plan.child < 0).nonzero()[:, 0], (plan.child >= 0).nonzero().view(-1, 4))
     corners = torch.tensor([0, 1, 2 * w, 2 * w + 1], device=raster.device)
-    return (token[promoted[:, 0]], promoted, raster[promoted]), (
-        token[carried], carried, raster[carried][:, None] + corners,
+    return (token[selected[:, 0]], selected, raster[selected]), (
+        token[kept], kept, raster[kept][:, None] + corners,
     )  # fmt: skip
 
 
@@ -251,12 +251,12 @@ def planned(shape: Shape):
 
 
 def patches(tokens: Tensor) -> Tensor:
-    """The 2x2 latent pixels of each channel: what enlarging makes of one."""
+    """The 2x2 latent pixels of each channel: what upsampling makes of one."""
     return tokens.unflatten(-1, (-1, 4))
 
 
-def promote_case(shape: Shape) -> Case:
-    scores, plan, (promoted, carried), seed = planned(shape)
+def selected_case(shape: Shape) -> Case:
+    scores, plan, (selected, kept), seed = planned(shape)
     low, total = shape.randn(*scores.shape, CHANNELS), len(plan.source)
 
     def ours(backend, noise_scale):
@@ -265,15 +265,15 @@ def promote_case(shape: Shape) -> Case:
     def eager(noise_scale):
         flat = low.flatten(0, 1)
         out = low.new_empty(total, CHANNELS)
-        children = enlarge(flat.index_select(0, promoted[0]), noise_scale)
-        out.index_copy_(0, promoted[1].flatten(), children.flatten(0, 1))
-        return out.index_copy_(0, carried[1], carry(flat.index_select(0, carried[0]), noise_scale))
+        children = eager_upsample(flat.index_select(0, selected[0]), noise_scale)
+        out.index_copy_(0, selected[1].flatten(), children.flatten(0, 1))
+        return out.index_copy_(0, kept[1], eager_keep(flat.index_select(0, kept[0]), noise_scale))
 
-    return noisy(shape, [low, plan.inverse], ours, eager, lambda z: patches(z[promoted[1].flatten()]), total * CHANNELS)
+    return noisy(shape, [low, plan.inverse], ours, eager, lambda z: patches(z[selected[1].flatten()]), total * CHANNELS)
 
 
-def merge_case(shape: Shape) -> Case:
-    scores, plan, (promoted, carried), seed = planned(shape)
+def remaining_case(shape: Shape) -> Case:
+    scores, plan, (selected, kept), seed = planned(shape)
     packed, high = shape.randn(len(plan.source), CHANNELS), 4 * scores.numel()
 
     def ours(backend, noise_scale):
@@ -281,14 +281,14 @@ def merge_case(shape: Shape) -> Case:
 
     def eager(noise_scale):
         out = packed.new_empty(high, CHANNELS)
-        children = enlarge(packed.index_select(0, carried[1]), noise_scale)
-        out.index_copy_(0, carried[2].flatten(), children.flatten(0, 1))
-        kept = carry(packed.index_select(0, promoted[1].flatten()), noise_scale)
-        return out.index_copy_(0, promoted[2].flatten(), kept).view(shape.batch, -1, CHANNELS)
+        children = eager_upsample(packed.index_select(0, kept[1]), noise_scale)
+        out.index_copy_(0, kept[2].flatten(), children.flatten(0, 1))
+        high_rows = eager_keep(packed.index_select(0, selected[1].flatten()), noise_scale)
+        return out.index_copy_(0, selected[2].flatten(), high_rows).view(shape.batch, -1, CHANNELS)
 
     return noisy(
         shape, [packed, plan.inverse], ours, eager,
-        lambda z: patches(z.flatten(0, 1)[carried[2].flatten()]), high * CHANNELS,
+        lambda z: patches(z.flatten(0, 1)[kept[2].flatten()]), high * CHANNELS,
     )  # fmt: skip
 
 
@@ -304,194 +304,17 @@ def edge_case(shape: Shape) -> Case:
     """The preview, which has half the picture's pixels in each direction: smooth, with edges."""
     coarse = torch.rand(shape.batch, 1, *shape.grid, device=shape.device)
     image = F.interpolate(coarse, scale_factor=16, mode="bicubic").clamp(0, 1).mul(255).round().to(torch.uint8)[:, 0]
-    # On a CPU OpenCV does the work for every backend.
-    backends = installed(shape.device, "native") if shape.device.type == "cuda" else ()
-    return Case([image], lambda backend: ralu_kernels.edge_density(image, 16, backend=backend), backends=backends)
-
-
-# ---- inside the blocks ----
-
-
-@dataclass(frozen=True)
-class Block:
-    heads: int
-    size: int  # of a head
-    text: int  # tokens
-    norm: bool
-    rotary: bool
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.size
-
-
-BLOCKS = {
-    "flux-dev": Block(24, 128, 512, norm=True, rotary=True),
-    "sd3-medium": Block(24, 64, 333, norm=False, rotary=False),
-    "sd3.5-large": Block(38, 64, 333, norm=True, rotary=False),
-}
-
-
-def block_case(shape: Shape, inputs, ours, eager) -> Case:
-    return Case(inputs, ours, eager, backends=installed(shape.device, "triton"))
-
-
-def modulated(shape: Shape):
-    """The image's tokens (B, S, D), and four vectors (B, D)."""
-    block = BLOCKS[shape.model]
-    x = shape.randn(shape.batch, (shape.pixels // 16) ** 2, block.width)
-    return x, *(0.1 * shape.randn(shape.batch, block.width) for _ in range(3))
-
-
-def eager_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-
-def modulate_case(shape: Shape) -> Case:
-    x, shift, scale, _ = inputs = modulated(shape)
-    ours = partial(ralu_kernels.modulate, x, shift, scale)
-    return block_case(
-        shape, inputs[:3], lambda backend: ours(backend=backend), partial(eager_modulate, x, shift, scale)
-    )
-
-
-def gated_add_case(shape: Shape) -> Case:
-    (x, gate, *_), y = modulated(shape), modulated(shape)[0]
-    ours = partial(ralu_kernels.gated_add, x, gate, y)
-    return block_case(shape, [x, gate, y], lambda backend: ours(backend=backend), lambda: x + gate[:, None] * y)
-
-
-def gated_add_modulate_case(shape: Shape) -> Case:
-    (x, gate, shift, scale), y = modulated(shape), modulated(shape)[0]
-    ours = partial(ralu_kernels.gated_add_modulate, x, gate, y, shift, scale)
-
-    def eager():
-        total = x + gate[:, None] * y
-        return total, eager_modulate(total, shift, scale)
-
-    return block_case(shape, [x, gate, y, shift, scale], lambda backend: ours(backend=backend), eager)
-
-
-def concat_gelu_case(shape: Shape) -> Case:
-    x, *_ = modulated(shape)
-    y = shape.randn(*x.shape[:2], 4 * x.shape[2])
-    return block_case(
-        shape, [x, y], lambda backend: ralu_kernels.concat_gelu(x, y, backend=backend),
-        lambda: torch.cat([x, F.gelu(y, approximate="tanh")], dim=2),
+    return Case(
+        [image], lambda backend: ralu_kernels.edge_density(image, 16, backend=backend),
+        backends=installed(shape.device, "native"),
     )  # fmt: skip
-
-
-def joint(shape: Shape, dense: bool):
-    """Lengths of the two streams, the layout of their packed sequences, and the rows of the padded ones that are kept.
-
-    A batch's pictures have kept different numbers of tokens, and their texts half of theirs.
-    """
-    lengths = BLOCKS[shape.model].text, (shape.pixels // 16) ** 2
-    if not BLOCKS[shape.model].rotary:
-        lengths = lengths[::-1]  # SD3 has the image first
-    tokens = torch.arange(max(lengths), device=shape.device)
-    kept = []
-    for length in lengths:
-        shares = [0.5 if length == BLOCKS[shape.model].text else 1 - i / (2 * shape.batch) for i in range(shape.batch)]
-        kept.append(torch.stack([tokens[:length] < int(share * length) for share in shares]))
-    mask = torch.cat(kept, dim=1)
-    if dense:
-        mask = torch.ones_like(mask)
-    return lengths, ralu_kernels.packed_layout(mask, *mask.shape, shape.device), mask.flatten().nonzero()[:, 0]
-
-
-def pack_case(shape: Shape) -> Case:
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    block, dense = BLOCKS[shape.model], shape.batch == 1
-    lengths, sequences, rows = joint(shape, dense)
-    weights = [1 + 0.1 * shape.randn(block.size) if block.norm else None for _ in range(2)]
-    streams = [
-        ralu_kernels.QKV(*(shape.randn(shape.batch, length, block.width) for _ in range(3)), *weights)
-        for length in lengths
-    ]
-    angle = torch.rand(sum(lengths), block.size // 2, device=shape.device).repeat_interleave(2, dim=-1)
-    rotary = (angle.cos(), angle.sin()) if block.rotary else None
-
-    def ours(backend):
-        return ralu_kernels.pack_qkv(streams, sequences, block.heads, rotary=rotary, backend=backend)
-
-    def eager():
-        packed = []
-        for name, weight in zip("qkv", (*weights, None), strict=True):
-            parts = [getattr(stream, name).unflatten(2, (block.heads, block.size)) for stream in streams]
-            if weight is not None:
-                parts = [F.rms_norm(x, (block.size,), weight, eps=1e-6) for x in parts]
-            x = torch.cat(parts, dim=1)
-            if rotary and name != "v":
-                x = apply_rotary_emb(x, rotary, sequence_dim=1)
-            packed.append(x.flatten(0, 1) if dense else x.flatten(0, 1).index_select(0, rows))
-        return tuple(packed)
-
-    inputs = [x for stream in streams for x in stream[:3]] + [x for x in (*weights, *(rotary or ())) if x is not None]
-    return block_case(shape, inputs, ours, eager)
-
-
-def unpack_case(shape: Shape) -> Case:
-    block = BLOCKS[shape.model]
-    lengths, sequences, rows = joint(shape, dense=False)  # a dense one is nothing but views
-    x = shape.randn(len(rows), block.heads, block.size)
-
-    def eager():
-        padded = x.new_zeros(shape.batch * sum(lengths), block.width).index_copy_(0, rows, x.flatten(1))
-        return padded.unflatten(0, (shape.batch, -1)).split(lengths, dim=1)
-
-    return block_case(
-        shape,
-        [x, sequences.inverse],
-        lambda backend: ralu_kernels.unpack(x, sequences, lengths, backend=backend),
-        eager,
-    )
-
-
-def attention_case(shape: Shape) -> Case:
-    """Joint attention, dense for one picture and ragged for several; eager pads and masks."""
-    from ralu_kernels import attention
-
-    block, dense = BLOCKS[shape.model], shape.batch == 1
-    lengths, sequences, rows = joint(shape, dense)
-    q, k, v = (shape.randn(len(rows), block.heads, block.size) for _ in range(3))
-    mask = torch.zeros(shape.batch * sum(lengths), dtype=torch.bool, device=shape.device).index_fill_(0, rows, True)
-    padded = [x.new_zeros(len(mask), *x.shape[1:]).index_copy_(0, rows, x) for x in (q, k, v)]
-    padded = [x.unflatten(0, (shape.batch, -1)).transpose(1, 2) for x in padded]
-    mask = None if dense else mask.view(shape.batch, 1, 1, -1)
-
-    def ours(backend):
-        if backend == "reference":
-            parts = (x.float().split(sequences.cu_seqlens.diff().tolist()) for x in (q, k, v))
-            found = [
-                F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part)) for part in zip(*parts, strict=True)
-            ]
-            return torch.cat([x.transpose(0, 1) for x in found]).to(q.dtype)
-        ends, longest = sequences.cu_seqlens, sequences.max_seqlen
-        return ralu_kernels.varlen_attention(q, k, v, ends, ends, longest, longest, backend=backend)
-
-    def eager():
-        x = F.scaled_dot_product_attention(*padded, attn_mask=mask).transpose(1, 2).flatten(0, 1)
-        return x if dense else x.index_select(0, rows)
-
-    backends = tuple(name for name in attention.BACKENDS if attention._why_not(name, q) is None)
-    return Case([q, k, v], ours, eager, backends=backends)
 
 
 # One entry an operation: its cases, and where not the usual ones its models and dtypes.
 OPERATIONS = {
     "upsample_renoise": Operation(upsample_case),
-    "upsample_selected": Operation(promote_case),
-    "upsample_remaining": Operation(merge_case),
+    "upsample_selected": Operation(selected_case),
+    "upsample_remaining": Operation(remaining_case),
     "plan_tokens": Operation(plan_case, dtypes=("float32",)),
     "edge_density": Operation(edge_case, dtypes=("uint8",)),
-    # No kernel of these is for a CPU.
-    "modulate": Operation(modulate_case, tuple(BLOCKS), devices=("cuda",)),
-    "gated_add": Operation(gated_add_case, tuple(BLOCKS), devices=("cuda",)),
-    "gated_add_modulate": Operation(gated_add_modulate_case, tuple(BLOCKS), devices=("cuda",)),
-    "concat_gelu": Operation(concat_gelu_case, ("flux-dev",), devices=("cuda",)),
-    "pack_qkv": Operation(pack_case, tuple(BLOCKS), devices=("cuda",)),
-    "unpack": Operation(unpack_case, tuple(BLOCKS), devices=("cuda",)),
-    "varlen_attention": Operation(attention_case, tuple(BLOCKS), devices=("cuda",)),
 }

@@ -19,6 +19,12 @@ void for_dtype(const Tensor& x, const F& f) {
   }
 }
 
+// What the transitions index by: the shape of inverse, int32 (B, 4n), and the keys. Its rows are checked elsewhere.
+inline void check_plan(const Tensor& inverse, const Tensor& seed, int64_t batch, int64_t n, int64_t width) {
+  const bool fits = inverse.size(0) == batch && inverse.size(1) == 4 * n && seed.size(0) == batch;
+  STD_TORCH_CHECK(width > 0 && n % width == 0 && fits, "the plan does not fit the tokens");
+}
+
 template <class T>
 const T* input(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());

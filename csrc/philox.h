@@ -16,8 +16,8 @@
 
 namespace ralu {
 
-// What a counter's third word says: its four normals are the children of an element, or of four carried channels.
-constexpr uint32_t UPSAMPLED = 0, CARRIED = 1;
+// What a counter's third word says: its four normals are the children of an element, or of four kept channels.
+constexpr uint32_t UPSAMPLED = 0, KEPT = 1;
 
 struct Words {
   uint32_t w0, w1, w2, w3;
@@ -136,7 +136,7 @@ RALU_INLINE Normals normals(uint64_t key, uint32_t element, uint32_t stage, uint
 }
 
 // The four children of x: scale * x + noise_scale * (n_i - k * sum of the n), RALU supplement A.1.
-RALU_INLINE Normals enlarge(float x, Normals n, float scale, float noise_scale, float k) {
+RALU_INLINE Normals upsample_block(float x, Normals n, float scale, float noise_scale, float k) {
   const float shared = k * (n.n0 + n.n1 + n.n2 + n.n3);
   x = scale * x;
   return {x + noise_scale * (n.n0 - shared), x + noise_scale * (n.n1 - shared), x + noise_scale * (n.n2 - shared),

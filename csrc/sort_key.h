@@ -1,4 +1,4 @@
-// The order in which low tokens are promoted, for host and device.
+// The order in which low tokens are selected, for host and device.
 #pragma once
 
 #include "philox.h"

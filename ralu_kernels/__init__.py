@@ -2,15 +2,17 @@
 
 from .adaln import concat_gelu, gated_add, gated_add_modulate, modulate
 from .attention import attention_backend, varlen_attention
-from .canny import canny, edge_density
-from .qkv import Sequences, Stream, pack_qkv, pack_sequences, unpack
-from .tokens import TokenPlan, merge_tokens, plan_tokens, promote_tokens
+from .edges import canny, edge_density
+from .layout import PackedLayout, packed_layout
+from .plan import TokenPlan, plan_tokens
+from .qkv import QKV, pack_qkv, unpack
+from .tokens import upsample_remaining, upsample_selected
 from .upsample import upsample_renoise
 
 __version__ = "0.1.0"
 __all__ = [
-    "Sequences",
-    "Stream",
+    "QKV",
+    "PackedLayout",
     "TokenPlan",
     "attention_backend",
     "canny",
@@ -18,13 +20,13 @@ __all__ = [
     "edge_density",
     "gated_add",
     "gated_add_modulate",
-    "merge_tokens",
     "modulate",
     "pack_qkv",
-    "pack_sequences",
+    "packed_layout",
     "plan_tokens",
-    "promote_tokens",
     "unpack",
+    "upsample_remaining",
     "upsample_renoise",
+    "upsample_selected",
     "varlen_attention",
 ]

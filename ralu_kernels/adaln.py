@@ -1,10 +1,15 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# (The arguments of Triton's kernels have no types in Python.)
 """Adaptive layer norm: what a transformer block does to its tokens between the matrix products, one pass each."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import check, check_alike, check_sequences, check_values, jit, register, rowwise, tl, triton
+from ._backend import jit, register, rowwise, tl, triton
+from ._checks import check_alike, check_device, check_sequences, check_shape, check_values, finite, wrong
 
 
 @jit
@@ -42,13 +47,16 @@ def _adaln_kernel(
         tl.store(out_ptr + out, x * (1.0 + scale) + shift, mask=mask)
 
 
-def _launch(x, gate, y, shift, scale, cu_seqlens, eps):
-    """The sum and its modulation; without a gate the sum is None, without a scale its modulation."""
+def _launch(
+    x: Tensor, gate: Tensor | None, y: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    cu_seqlens: Tensor | None, eps: float,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return the sum and its modulation; without a gate the sum is None, without a scale its modulation."""
     total, out = (None if vector is None else x.new_empty(x.shape) for vector in (gate, scale))
     if x.numel() == 0:
         return total, out
-    width, length = x.shape[-1], x.shape[-2]
-    x, gate, y, shift, scale = (None if t is None else rowwise(t) for t in (x, gate, y, shift, scale))
+    width, length, x = x.shape[-1], x.shape[-2], rowwise(x)
+    gate, y, shift, scale = (None if t is None else rowwise(t) for t in (gate, y, shift, scale))
     strides = [
         stride
         for t in (x, y)
@@ -98,38 +106,44 @@ def _concat_gelu_triton(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def _fake(x: Tensor, *_) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _modulate_triton(x, shift, scale, cu_seqlens, eps):
-    return _launch(x, None, None, shift, scale, cu_seqlens, eps)[1]
+def _fake_both(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _gated_add_triton(x, gate, y, cu_seqlens):
-    return _launch(x, gate, y, None, None, cu_seqlens, 0.0)[0]
+def _modulate_triton(x: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
+    out: Tensor = _launch(x, None, None, shift, scale, cu_seqlens, eps)[1]
+    return out
 
 
-register(
+def _gated_add_triton(x: Tensor, gate: Tensor, y: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    total: Tensor = _launch(x, gate, y, None, None, cu_seqlens, 0.0)[0]
+    return total
+
+
+_modulate = register(
     "modulate(Tensor x, Tensor shift, Tensor scale, Tensor? cu_seqlens, float eps, str backend) -> Tensor",
     _fake,
     triton=_modulate_triton,
     reference=reference.modulate,
 )
-register(
+_gated_add = register(
     "gated_add(Tensor x, Tensor gate, Tensor y, Tensor? cu_seqlens, str backend) -> Tensor",
     _fake,
     triton=_gated_add_triton,
     reference=reference.gated_add,
 )
-register(
+_gated_add_modulate = register(
     "gated_add_modulate(Tensor x, Tensor gate, Tensor y, Tensor shift, Tensor scale, Tensor? cu_seqlens, float eps,"
     " str backend) -> (Tensor, Tensor)",
-    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    _fake_both,
     triton=_launch,
     reference=reference.gated_add_modulate,
 )
-register(
+_concat_gelu = register(
     "concat_gelu(Tensor x, Tensor y, str backend) -> Tensor",
     _fake_concat,
     triton=_concat_gelu_triton,
@@ -139,18 +153,22 @@ register(
 BACKENDS = ("triton", "reference")
 
 
-def _check(x: Tensor, cu_seqlens: Tensor | None, y: Tensor | None = None, **vectors: Tensor) -> None:
-    check_values("x", x, "(B, S, D)" if cu_seqlens is None else "(total, D)")
-    if y is not None:
-        check_values("y", y, "(B, S, D)" if cu_seqlens is None else "(total, D)")
-        check_alike("y", y, x, "x's", ("shape", "dtype", "device"))
+def _check(x: Tensor, cu_seqlens: Tensor | None, *branches: Tensor, **vectors: Tensor) -> None:
+    meaning = "(B, S, D)" if cu_seqlens is None else "(total, D)"
+    check_values("x", x, meaning)
+    for y in branches:
+        check_values("y", y, meaning)
+        if y.shape != x.shape:
+            raise wrong("y.shape", y.shape, f"{tuple(x.shape)}, as x's")
+        check_alike("y", y, x, "x's")
+    batch, width = x.shape[0], x.shape[-1]
     if cu_seqlens is not None:
-        check_sequences("cu_seqlens", cu_seqlens, x.device)
-    shape = (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[-1])
+        check_sequences("cu_seqlens", cu_seqlens, x.shape[0], x, "x's")
+        batch = cu_seqlens.shape[0] - 1
     for name, vector in vectors.items():
         check_values(name, vector, "(B, D)")
-        check(tuple(vector.shape) == shape, f"{name}.shape", tuple(vector.shape), f"(B, D) = {shape}")
-        check_alike(name, vector, x, "x's", ("device",))
+        check_shape(name, vector, (batch, width), "(B, D)")
+        check_device(name, vector, x, "x's")
 
 
 def modulate(
@@ -162,7 +180,7 @@ def modulate(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
-    """``LayerNorm(x) * (1 + scale) + shift``, the norm over D, without weights of its own (AdaLN, arXiv 2212.09748).
+    """Modulate a norm: ``LayerNorm(x) * (1 + scale) + shift``, over D, without weights (AdaLN, arXiv 2212.09748).
 
     Reads x once and writes once: 2 S D values a sample, and the two vectors. Eager PyTorch reads and writes after the
     norm, the product and the sum: 6 S D.
@@ -171,21 +189,22 @@ def modulate(
         x: (B, S, D) float32, float16 or bfloat16, any strides; with ``cu_seqlens`` packed sequences (total, D).
         shift, scale: (B, D), one row for each sample or packed sequence; any of the three dtypes.
         cu_seqlens: int32 (B + 1,), the first row of every packed sequence; the last entry is the total.
-        eps: added to the variance.
+        eps: added to the variance, at least 0.
         backend: "auto", "triton" or "reference".
 
     Returns:
         Contiguous, in x's shape and dtype; the arithmetic is float32. Forward only.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is not as described, or the backend cannot run here.
     """
     _check(x, cu_seqlens, shift=shift, scale=scale)
-    return torch.ops.ralu_kernels.modulate(x, shift, scale, cu_seqlens, eps, backend)
+    return _modulate(x, shift, scale, cu_seqlens, finite("eps", eps, 0), backend)
 
 
 def gated_add(x: Tensor, gate: Tensor, y: Tensor, *, cu_seqlens: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """``x + gate * y``: a residual connection whose branch y has a gate for each sample.
+    """Add a gated branch: ``x + gate * y``, a residual connection with a gate for each sample.
 
     Moves 3 S D values a sample; eager PyTorch, which stores the product, 5 S D.
 
@@ -198,10 +217,11 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, *, cu_seqlens: Tensor | None =
         Contiguous, in x's shape and dtype; the arithmetic is float32. Forward only.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is not as described, or the backend cannot run here.
     """
     _check(x, cu_seqlens, y, gate=gate)
-    return torch.ops.ralu_kernels.gated_add(x, gate, y, cu_seqlens, backend)
+    return _gated_add(x, gate, y, cu_seqlens, backend)
 
 
 def gated_add_modulate(
@@ -215,7 +235,7 @@ def gated_add_modulate(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``x + gate * y``, and `modulate` of that: what a block does between its attention and its MLP.
+    """Compute ``x + gate * y`` and `modulate` of it: what a block does between its attention and its MLP.
 
     Moves 4 S D values a sample; eager PyTorch 11 S D. The norm sees the sum as it is stored, rounded to x's dtype.
 
@@ -227,14 +247,17 @@ def gated_add_modulate(
         The sum and its modulation, contiguous, in x's shape and dtype; the arithmetic is float32. Forward only.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is not as described, or the backend cannot run here.
     """
     _check(x, cu_seqlens, y, gate=gate, shift=shift, scale=scale)
-    return torch.ops.ralu_kernels.gated_add_modulate(x, gate, y, shift, scale, cu_seqlens, eps, backend)
+    return _gated_add_modulate(x, gate, y, shift, scale, cu_seqlens, finite("eps", eps, 0), backend)
 
 
 def concat_gelu(x: Tensor, y: Tensor, *, backend: str = "auto") -> Tensor:
-    """``cat([x, gelu(y)], dim=-1)`` with GELU's tanh form: what FLUX's single blocks project, attention beside the MLP.
+    """Concatenate x and an activated y: ``cat([x, gelu(y)], dim=-1)``, GELU in its tanh form.
+
+    It is what FLUX's single blocks project, attention beside the MLP.
 
     Moves 2 S (D + M) values a sample; eager PyTorch, which stores the activation, 2 S (D + 2 M).
 
@@ -247,10 +270,12 @@ def concat_gelu(x: Tensor, y: Tensor, *, backend: str = "auto") -> Tensor:
         Contiguous (B, S, D + M) in x's dtype; the arithmetic is float32. Forward only.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is not as described, or the backend cannot run here.
     """
-    for name, t in (("x", x), ("y", y)):
-        check_values(name, t, "(B, S, D)")
-    check(x.shape[:2] == y.shape[:2], "y.shape", tuple(y.shape), f"(B, S, M) with x's (B, S) of {tuple(x.shape)}")
+    check_values("x", x, "(B, S, D)")
+    check_values("y", y, "(B, S, M)")
+    if y.shape[:2] != x.shape[:2]:
+        raise wrong("y.shape", y.shape, f"(B, S, M) with x's (B, S) of {tuple(x.shape)}")
     check_alike("y", y, x, "x's")
-    return torch.ops.ralu_kernels.concat_gelu(x, y, backend)
+    return _concat_gelu(x, y, backend)

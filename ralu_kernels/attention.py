@@ -1,15 +1,19 @@
 """Attention over packed sequences, by the fastest implementation that is installed."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._backend import check, check_alike, check_sequences, check_values, register
+from ._backend import register
+from ._checks import check_alike, check_sequences, check_values, finite, integer, wrong, wrong_type
 
 # Module and function, the compute capabilities it is made for, its largest head; "auto" tries them in this order.
 _PACKED = {
@@ -23,8 +27,8 @@ _default = "auto"
 
 
 @cache
-def _load(name: str):
-    """The function that ``name`` stands for, or None and why it cannot be imported."""
+def _load(name: str) -> tuple[Callable[..., Any] | None, str | None]:
+    """Return the function that ``name`` stands for, or None and why it cannot be imported."""
     module, function, *_ = _PACKED[name]
     try:
         return getattr(import_module(module), function), None
@@ -47,13 +51,16 @@ def _why_not(name: str, q: Tensor) -> str | None:
     return None if name == "sdpa" else _load(name)[1] or _why_unsuited(name, q)
 
 
-def _is_dense(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k) -> bool:
-    """No sequence is shorter than the longest. The host knows it without waiting for cu_seqlens."""
+def _is_dense(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> bool:
+    """Tell whether no sequence is shorter than the longest. The host knows it without waiting for cu_seqlens."""
     batch = cu_seqlens_q.shape[0] - 1
     return q.shape[0] == batch * max_seqlen_q and k.shape[0] == batch * max_seqlen_k
 
 
-def _pick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backend: str) -> str:
+def _pick(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float | None, backend: str,
+) -> str:  # fmt: skip
     name = _default if backend == "auto" else backend
     if name == "auto":
         dense = _is_dense(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
@@ -64,97 +71,128 @@ def _pick(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backe
     return name
 
 
-def _fake(q: Tensor, *_) -> Tensor:
+def _fake(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Dense attention, all (B, S, H, D)."""
-    fastest = nullcontext()
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
+    """Attend densely, all (B, S, H, D)."""
+    fastest: AbstractContextManager[Any] = nullcontext()
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] >= 9:
         order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
         fastest = sdpa_kernel([*order, SDPBackend.MATH], set_priority=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with fastest:
-        x = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return x.transpose(1, 2)
 
 
-def _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> Tensor:
-    """Sequences of different lengths without waiting for the device: float32 on a GPU, which the others do not take."""
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attend without waiting for the device where lengths differ: float32 on a GPU, which the others do not take."""
 
-    def place(cu_seqlens, longest):
+    def place(cu_seqlens: Tensor, longest: int) -> Tensor:
         return cu_seqlens[:-1, None] + torch.arange(longest, dtype=torch.int32, device=q.device)
 
     rows, keys = place(cu_seqlens_q, max_seqlen_q), place(cu_seqlens_k, max_seqlen_k)
     kept = (keys < cu_seqlens_k[1:, None])[:, None, None]
     keys = keys.clamp_max(k.shape[0] - 1)
-    x = _attend(q[rows.clamp_max(q.shape[0] - 1)], k[keys], v[keys], kept)
+    x = _attend(q[rows.clamp_max(q.shape[0] - 1)], k[keys], v[keys], softmax_scale, kept)
     row = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
     sequence = torch.bucketize(row, cu_seqlens_q[1:], right=True)
     return x[sequence, row - cu_seqlens_q[sequence]]
 
 
-def _sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> Tensor:
-    if q.numel() == 0:
-        return _fake(q)
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    if q.numel() == 0 or k.shape[0] == 0:
+        return q.new_zeros(q.shape)
     if _is_dense(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
-        return _attend(*(x.unflatten(0, (cu_seqlens_q.shape[0] - 1, -1)) for x in (q, k, v))).flatten(0, 1).contiguous()
+        batch = cu_seqlens_q.shape[0] - 1
+        q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
+        return _attend(q, k, v, softmax_scale).flatten(0, 1).contiguous()
     if q.device.type != "cpu":
-        return _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-    return torch.cat([_attend(*(x.unsqueeze(0) for x in sequence)).squeeze(0) for sequence in sequences])
+    return torch.cat([_attend(q[None], k[None], v[None], softmax_scale)[0] for q, k, v in sequences])
 
 
-def _flash(name: str):
-    def run(q, k, v, *layout):
-        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")  # the places differ by version
-        out = _load(name)[0](q, k, v, **dict(zip(names, layout, strict=True)))
-        return out[0] if isinstance(out, tuple) else out  # some versions return the logsumexp too
+def _packed(name: str) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        *layout, scale = rest
+        function: Any = _load(name)[0]
+        if name == "varlen":
+            if scale is None:
+                out = function(q, k, v, *layout)
+            elif "scale" in signature(function).parameters:
+                out = function(q, k, v, *layout, scale=scale)
+            else:  # PyTorch 2.10's scales by 1 / sqrt(D), and takes no other
+                out = function(q * (scale * q.shape[-1] ** 0.5), k, v, *layout)
+        else:
+            names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")  # the places differ by version
+            chosen = {} if scale is None else {"softmax_scale": scale}
+            out = function(q, k, v, **dict(zip(names, layout, strict=True)), **chosen)
+        result: Tensor = out[0] if isinstance(out, tuple) else out  # some versions return the logsumexp too
+        return result
 
     return run
 
 
-register(
+_attention = register(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
-    " SymInt max_seqlen_k, str backend) -> Tensor",
+    " SymInt max_seqlen_k, float? softmax_scale, str backend) -> Tensor",
     _fake,
     pick=_pick,
-    flash4=_flash("flash4"),
-    flash3=_flash("flash3"),
-    flash2=_flash("flash2"),
-    varlen=lambda *args: _load("varlen")[0](*args),
     sdpa=_sdpa,
+    **{name: _packed(name) for name in _PACKED},
 )
 
 
-class attention_backend:
+class attention_backend:  # noqa: N801 (a context manager, named as torch.no_grad is)
     """Set what "auto" means to `varlen_attention` in this process; as a context manager, until the end of the block.
 
     Args:
         name: "auto", "flash4", "flash3", "flash2", "varlen" or "sdpa".
 
     Raises:
+        TypeError: ``name`` is no string.
         ValueError: there is no such backend, or it is not installed.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         global _default
         _check_name("name", name)
         why = None if name in ("auto", "sdpa") else _load(name)[1]
-        check(why is None, "name", repr(name), f"installed ({why})")
-        self._before, _default = _default, name
+        if why is not None:
+            raise wrong("name", name, f"installed ({why})")
+        self._name, self._before = name, [_default]  # what the blocks that are open, or to be opened, end with
+        self._open = 0
+        _default = name
 
-    def __enter__(self):
+    def __enter__(self) -> "attention_backend":
+        global _default
+        if self._open == len(self._before):
+            self._before.append(_default)
+        self._open += 1
+        _default = self._name
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         global _default
-        _default = self._before
+        self._open -= 1
+        _default = self._before.pop()
 
 
-def _check_name(argument: str, name: str) -> None:
-    check(name in ("auto", *BACKENDS), argument, repr(name), f"'auto' or one of {BACKENDS}")
+def _check_name(argument: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise wrong_type(argument, name, f"'auto' or one of {BACKENDS}")
+    if name != "auto" and name not in BACKENDS:
+        raise wrong(argument, name, f"'auto' or one of {BACKENDS}")
 
 
 def varlen_attention(
@@ -166,9 +204,10 @@ def varlen_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(D)) v`` of every packed sequence and head; no padding is computed.
+    """Attend within every packed sequence and head: ``softmax(softmax_scale * q k^T) v``, without padding.
 
     "auto" is dense SDPA (cuDNN first on Hopper and newer) if all sequences are of one length, else the first that can
     run of flash-attn 4, 3 and 2, ``torch.nn.attention.varlen.varlen_attn``, and SDPA, which takes sequence by sequence
@@ -177,29 +216,37 @@ def varlen_attention(
     Args:
         q: (total_q, H, D) float32, float16 or bfloat16, contiguous in D.
         k, v: (total_k, H, D), as q.
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), first row of every sequence; the last entry is the total.
-        max_seqlen_q, max_seqlen_k: the longest sequences.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), first row of every sequence; the last entry is the total. On another
+            device than a CPU this is the caller's promise: looking would wait.
+        max_seqlen_q, max_seqlen_k: tokens of the longest sequences; more only costs time.
+        softmax_scale: what the products of q and k are multiplied by; None: 1 / sqrt(D).
         backend: "auto" (`attention_backend` sets what that is), "flash4", "flash3", "flash2", "varlen" or "sdpa".
 
     Returns:
-        Contiguous (total_q, H, D) in q's dtype. Forward only.
+        Contiguous (total_q, H, D) in q's dtype; zero where a sequence has queries and no keys. Forward only.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is not as described, or the backend is absent or cannot run here, with the reason.
     """
     _check_name("backend", backend)
+    check_values("q", q, "(total, H, D)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_values(name, x, "(total, H, D)")
-        check(x.stride(-1) == 1, f"{name}.stride(-1)", x.stride(-1), "1")
-        check(
-            x.shape[1:] == q.shape[1:], f"{name}.shape", tuple(x.shape), f"(total, H, D) with q's {tuple(q.shape[1:])}"
-        )
+        if x.stride(-1) != 1:
+            raise wrong(f"{name}.stride(-1)", x.stride(-1), "1")
+        if x.shape[1:] != q.shape[1:]:
+            raise wrong(f"{name}.shape", x.shape, f"(total, H, D) with q's {tuple(q.shape[1:])}")
         check_alike(name, x, q, "q's")
-    check(k.shape[0] == v.shape[0], "(total_k, total_v)", (k.shape[0], v.shape[0]), "equal")
-    check_sequences("cu_seqlens_q", cu_seqlens_q, q.device)
-    check_sequences("cu_seqlens_k", cu_seqlens_k, q.device)
-    found, expected = len(cu_seqlens_k), len(cu_seqlens_q)
-    check(found == expected, "len(cu_seqlens_k)", found, f"{expected}, as cu_seqlens_q's")
-    return torch.ops.ralu_kernels.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backend
-    )
+    total_q, total_k = q.shape[0], k.shape[0]
+    if v.shape[0] != total_k:
+        raise wrong("v.shape[0]", v.shape[0], f"{total_k}, as k's")
+    longest_q, longest_k = integer("max_seqlen_q", max_seqlen_q, 0), integer("max_seqlen_k", max_seqlen_k, 0)
+    check_sequences("cu_seqlens_q", cu_seqlens_q, total_q, q, "q's", longest_q)
+    if cu_seqlens_k is not cu_seqlens_q or total_k != total_q or longest_k != longest_q:
+        check_sequences("cu_seqlens_k", cu_seqlens_k, total_k, q, "k's", longest_k)
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            raise wrong("len(cu_seqlens_k)", cu_seqlens_k.shape[0], f"{cu_seqlens_q.shape[0]}, as cu_seqlens_q's")
+    if softmax_scale is not None:
+        softmax_scale = finite("softmax_scale", softmax_scale)
+    return _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, softmax_scale, backend)

@@ -1,17 +1,21 @@
-"""2x nearest-neighbour enlargement of a latent with block-correlated noise, one pass (RALU supplement A.1)."""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# (The arguments of Triton's kernels have no types in Python.)
+"""2x nearest-neighbour upsampling of a latent with block-correlated noise, one pass (RALU supplement A.1)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from ._backend import check, check_noise, check_values, jit, register, seed_tensor, tl, triton
+from . import _backend, reference
+from ._backend import jit, register, tl, triton
+from ._checks import check_values, correlation, finite, integer, seed_tensor
 
 
 @jit
 def _box_muller(word1, word2):
-    """tl.pair_uniform_to_normal of two random words.
+    """Make two normals of two random words, as tl.pair_uniform_to_normal does.
 
     tl.cos and tl.sin carry along the reduction of huge angles, which needs local memory. Below 2 pi the three constants
     of Cody and Waite are exact, and the polynomials are those of Cephes.
@@ -33,7 +37,7 @@ def _box_muller(word1, word2):
 
 @jit
 def normals(seed, element, stage, kind):
-    """Four normals of the counter (element, stage, kind, 0); see reference.py."""
+    """Make four normals of the counter (element, stage, kind, 0); see reference.py."""
     word0, word1, word2, word3 = tl.philox(seed, element, stage, kind, 0)
     n0, n1 = _box_muller(word0, word1)
     n2, n3 = _box_muller(word2, word3)
@@ -41,8 +45,8 @@ def normals(seed, element, stage, kind):
 
 
 @jit
-def enlarge(x, n0, n1, n2, n3, scale, noise_scale, k):
-    """The four children of x: scale * x + noise_scale * (n_i - k * sum of the n)."""
+def upsample_block(x, n0, n1, n2, n3, scale, noise_scale, k):
+    """Return the four children of x: scale * x + noise_scale * (n_i - k * sum of the n)."""
     shared = k * (n0 + n1 + n2 + n3)
     n0, n1, n2, n3 = n0 - shared, n1 - shared, n2 - shared, n3 - shared
     x = scale * x
@@ -67,7 +71,7 @@ def _upsample_kernel(
     place = channel.to(tl.int64) * stride_c + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
     x = tl.load(x_ptr + b * stride_b + place, mask=element < size).to(tl.float32)
     n0, n1, n2, n3 = normals(seed, element, stage, 0)
-    o0, o1, o2, o3 = enlarge(x, n0, n1, n2, n3, scale, noise_scale, k)
+    o0, o1, o2, o3 = upsample_block(x, n0, n1, n2, n3, scale, noise_scale, k)
 
     pair = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     top = out_ptr + b * 4 * size + pair // (2 * width) * (4 * width) + pair % (2 * width)
@@ -75,7 +79,7 @@ def _upsample_kernel(
     tl.store(top + 2 * width, tl.interleave(o2, o3), mask=pair < 2 * size)
 
 
-def _fake(x: Tensor, *_) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     b, channels, h, w = x.shape
     return x.new_empty(b, channels, 2 * h, 2 * w)
 
@@ -102,7 +106,7 @@ def _upsample_triton(x: Tensor, scale: float, noise_scale: float, c: float, seed
 def _upsample_native(x: Tensor, scale: float, noise_scale: float, c: float, seed: Tensor, stage: int) -> Tensor:
     out = _fake(x)
     k = reference.block_coefficient(c)
-    torch.ops.ralu_kernels_C.upsample_renoise(x, out, seed.contiguous(), scale, noise_scale, k, stage)
+    _backend.native.upsample_renoise(x, out, seed.contiguous(), scale, noise_scale, k, stage)
     return out
 
 
@@ -126,11 +130,12 @@ def upsample_renoise(
     stage: int = 2,
     backend: str = "auto",
 ) -> Tensor:
-    """``scale * Up(x) + noise_scale * z`` with z ~ N(0, I - c * Sigma): enter the next stage (supplement A.1).
+    """Upsample a latent and re-noise it: ``scale * Up(x) + noise_scale * z`` with z ~ N(0, I - c * Sigma).
 
-    Up is nearest-neighbour 2x; Sigma has a 4x4 block of ones for every 2x2 block of the output. z = eps - k * (sum of
-    the block's four eps), k = (1 - sqrt(1 - 4c)) / 4. The noise depends on ``seed``, ``stage`` and the place inside the
-    sample alone, and equals that of `promote_tokens` and `merge_tokens` at pixel granularity.
+    This is how the next stage is entered (RALU, supplement A.1). Up is nearest-neighbour 2x; Sigma has a 4x4 block of
+    ones for every 2x2 block of the output. z = eps - k * (sum of the block's four eps), k = (1 - sqrt(1 - 4c)) / 4. The
+    noise depends on ``seed``, ``stage`` and the place inside the sample alone, and equals that of `upsample_selected`
+    and `upsample_remaining` at pixel granularity.
 
     Args:
         x: (B, C, H, W) float32, float16 or bfloat16, any strides.
@@ -144,10 +149,13 @@ def upsample_renoise(
         Contiguous (B, C, 2H, 2W) in x's dtype; the arithmetic is float32. Forward only.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is not as described, or the backend cannot run here.
     """
     check_values("x", x, "(B, C, H, W)")
-    check_noise(c, 4 * x.shape[1] * x.shape[2] * x.shape[3])
-    check(0 <= stage < 2**31, "stage", stage, "in [0, 2^31)")
-    seed = seed_tensor(seed, x.shape[0], x.device)
+    batch, channels, height, width = x.shape
+    scale, noise_scale = finite("scale", scale), finite("noise_scale", noise_scale)
+    c = correlation(c, 4 * channels * height * width)
+    stage = integer("stage", stage, 0)
+    seed = seed_tensor(seed, batch, x)
     return _upsample(x, scale, noise_scale, c, seed, stage, backend)

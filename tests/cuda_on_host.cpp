@@ -16,13 +16,13 @@ void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, 
 }
 
 void upsample_selected(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
-                    double noise_scale, double carry_scale, double k, bool pixel) {
-  ralu::cuda::upsample_selected(low, out, inverse, seed, width, scale, noise_scale, carry_scale, k, pixel);
+                    double noise_scale, double kept_scale, double k, bool pixel) {
+  ralu::cuda::upsample_selected(low, out, inverse, seed, width, scale, noise_scale, kept_scale, k, pixel);
 }
 
 void upsample_remaining(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
-                  double noise_scale, double carry_scale, double k, bool pixel) {
-  ralu::cuda::upsample_remaining(packed, out, inverse, seed, width, scale, noise_scale, carry_scale, k, pixel);
+                  double noise_scale, double kept_scale, double k, bool pixel) {
+  ralu::cuda::upsample_remaining(packed, out, inverse, seed, width, scale, noise_scale, kept_scale, k, pixel);
 }
 
 void canny(Tensor image, Tensor edges, Tensor parent, int64_t low, int64_t high) {

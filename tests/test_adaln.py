@@ -6,7 +6,7 @@ from conftest import assert_as_exact_as, far_apart
 from diffusers.models import normalization
 
 from ralu_kernels import concat_gelu, gated_add, gated_add_modulate, modulate
-from ralu_kernels._backend import DTYPES
+from ralu_kernels._checks import DTYPES
 
 
 def norm(x):
@@ -250,8 +250,11 @@ WRONG = {
     "scale device": (dict(scale=VECTOR.to("meta")), "scale.device must be cpu, .*, got meta"),
     "vectors": ({**PACKED, "gate": torch.zeros(3, 8)}, r"gate.shape must be \(B, D\) = \(2, 8\), got \(3, 8\)"),
     "cu_seqlens": ({**PACKED, "cu_seqlens": CU_SEQLENS.long()}, "cu_seqlens.dtype must be int32, got torch.int64"),
-    "cu_seqlens shape": ({**PACKED, "cu_seqlens": CU_SEQLENS[None]}, r"cu_seqlens.shape must be \(B \+ 1,\)"),
-    "cu_seqlens device": ({**PACKED, "cu_seqlens": CU_SEQLENS.to("meta")}, "cu_seqlens.device must be cpu, got meta"),
+    "cu_seqlens shape": ({**PACKED, "cu_seqlens": CU_SEQLENS[None]}, r"cu_seqlens must be of shape \(B \+ 1,\)"),
+    "cu_seqlens device": (
+        {**PACKED, "cu_seqlens": CU_SEQLENS.to("meta")},
+        "cu_seqlens.device must be cpu, as x's, got meta",
+    ),
     "backend": (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
 }
 

@@ -9,15 +9,16 @@ from conftest import assert_as_exact_as
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ralu_kernels import attention, attention_backend, varlen_attention
-from ralu_kernels._backend import DTYPES
+from ralu_kernels._checks import DTYPES
 
 
-def softmax_attention(q, k, v, cu_seqlens_q, cu_seqlens_k):
+def softmax_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale=None):
     """The definition in float64, sequence by sequence."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.zeros_like(q, dtype=torch.float64)
     for i in range(len(cu_seqlens_q) - 1):
         rows, keys = (slice(*cu[i : i + 2].tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
-        scores = torch.einsum("qhd,khd->hqk", q[rows].double(), k[keys].double()) / q.shape[-1] ** 0.5
+        scores = torch.einsum("qhd,khd->hqk", q[rows].double(), k[keys].double()) * scale
         out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys].double())
     return out
 
@@ -58,7 +59,7 @@ def test_nothing_waits_for_the_device():
     with FakeTensorMode():
         q, cu_seqlens = torch.empty(14, 2, 16), torch.empty(3, dtype=torch.int32)
         dense, ragged = (q, q, q, cu_seqlens, cu_seqlens, 7, 7), (q, q, q, cu_seqlens, cu_seqlens, 9, 9)
-        assert attention._pick(*dense, "auto") == attention._pick(*ragged, "auto") == "sdpa"
+        assert attention._pick(*dense, None, "auto") == attention._pick(*ragged, None, "auto") == "sdpa"
         assert attention._sdpa(*dense).shape == attention._padded(*ragged).shape == q.shape
         with pytest.raises(DataDependentOutputException):
             attention._sdpa(*ragged)
@@ -141,10 +142,11 @@ def install(monkeypatch):
             calls.append(name)
             given = {EQUIVALENT.get(key, key): x for key, x in signature.bind(*args, **kwargs).arguments.items()}
             layout = [given.pop(key) for key in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")]
+            scale = given.pop("scale", given.pop("softmax_scale", None))
             for side, cu_seqlens in zip("qk", layout[3:], strict=True):
                 assert given.pop(f"max_seqlen_{side}") == cu_seqlens.diff().max() and cu_seqlens.dtype == torch.int32
             assert not given, f"given besides: {given}"
-            out = softmax_attention(*layout).to(layout[0].dtype)
+            out = softmax_attention(*layout, scale).to(layout[0].dtype)
             return (out, None) if returns_lse else out
 
         module, attribute, *_ = attention._PACKED[name]
@@ -251,7 +253,7 @@ def test_what_suits_a_gpu(monkeypatch, capability, dtype, size, names):
 def test_dense_attention_prefers_cudnn_from_hopper_on(monkeypatch, capability, first):
     orders = []
 
-    def sdpa(q, k, v, attn_mask=None):
+    def sdpa(q, k, v, attn_mask=None, scale=None):
         orders.append([backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)])
         return torch.empty_like(q)
 
@@ -262,7 +264,7 @@ def test_dense_attention_prefers_cudnn_from_hopper_on(monkeypatch, capability, f
         q = torch.empty(14, 2, 16, device="cuda")
         cu_seqlens = torch.empty(3, dtype=torch.int32, device="cuda")
         args = q, q, q, cu_seqlens, cu_seqlens, 7, 7
-        assert attention._pick(*args, "auto") == "sdpa" and attention._sdpa(*args).shape == q.shape
+        assert attention._pick(*args, None, "auto") == "sdpa" and attention._sdpa(*args).shape == q.shape
     (order,), default = orders, [backend.name for backend in before]
     assert order == default if first is None else order[0] == first and set(order) >= {"FLASH_ATTENTION", "MATH"}
     assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == before
@@ -271,7 +273,7 @@ def test_dense_attention_prefers_cudnn_from_hopper_on(monkeypatch, capability, f
 def test_opcheck(device):
     for lengths in ((7, 3), (5, 5), ()):
         args = packed(lengths, 2, 16, torch.float32, device)
-        torch.library.opcheck(torch.ops.ralu_kernels.varlen_attention, (*args, "auto"))
+        torch.library.opcheck(torch.ops.ralu_kernels.varlen_attention, (*args, None, "auto"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -294,11 +296,14 @@ WRONG = {
     "heads": (dict(k=Q[:, :1]), r"k.shape must be \(total, H, D\) with q's .*2, 16.*, got \(5, 1, 16\)"),
     "other dtype": (dict(k=Q.half()), "k.dtype must be torch.float32, as q's, got torch.float16"),
     "other device": (dict(v=Q.to("meta")), "v.device must be cpu, as q's, got meta"),
-    "keys": (dict(v=Q[:4]), r"\(total_k, total_v\) must be equal, got \(5, 4\)"),
+    "keys": (dict(v=Q[:4]), r"v.shape\[0\] must be 5, as k's, got 4"),
     "strides": (dict(k=Q.mT.contiguous().mT), r"k.stride\(-1\) must be 1, got 2"),
     "cu_seqlens": (dict(cu_seqlens_q=CU_SEQLENS.long()), "cu_seqlens_q.dtype must be int32, got torch.int64"),
     "strided cu_seqlens": (dict(cu_seqlens_k=CU_SEQLENS.repeat_interleave(2)[::2]), r"cu_seqlens_k.stride\(\) must be"),
-    "sequences": (dict(cu_seqlens_k=CU_SEQLENS[:2]), r"len\(cu_seqlens_k\) must be 3, as cu_seqlens_q's, got 2"),
+    "sequences": (
+        dict(cu_seqlens_k=torch.tensor([0, 5], dtype=torch.int32), max_seqlen_k=5),
+        r"len\(cu_seqlens_k\) must be 3, as cu_seqlens_q's, got 2",
+    ),
     "backend": (dict(backend="flash"), r"backend must be 'auto' or one of \('flash4', .*'sdpa'\), got 'flash'"),
 }
 
@@ -313,3 +318,103 @@ def test_wrong_arguments(change, message):
 def test_wrong_default():
     with pytest.raises(ValueError, match=r"name must be 'auto' or one of \('flash4', .*'sdpa'\), got 'xformers'"):
         attention_backend("xformers")
+
+
+# ---- the scale of the softmax ----
+
+
+@pytest.mark.parametrize("scale", [0.7, 1, 0.0, -0.3])
+@pytest.mark.parametrize("lengths", [case for name, case in LENGTHS.items() if name[0] != "n"], ids=str)
+def test_softmax_scale(device, lengths, scale):
+    args = packed(lengths[0], 3, 16, torch.float32, device, lengths[1])
+    oracle = softmax_attention(*args[:5], scale)
+    for backend in ("auto", "sdpa"):
+        out = varlen_attention(*args, softmax_scale=scale, backend=backend)
+        assert_as_exact_as(out, oracle.float(), oracle, atol=2e-6)
+    assert_as_exact_as(attention._padded(*args, scale), oracle.float(), oracle, atol=2e-6)
+    own = softmax_attention(*args[:5])
+    assert_as_exact_as(varlen_attention(*args, softmax_scale=0.25), own.float(), own, atol=2e-6)  # 1 / sqrt(16)
+
+
+@pytest.mark.parametrize("stub", STUBS.values(), ids=STUBS.keys())
+def test_packages_are_given_the_scale(install, stub):
+    install(*stub)
+    args = packed((7, 3), 2, 16, torch.bfloat16, "cpu", (5, 11))
+    for scale in (0.7, 2):
+        oracle = softmax_attention(*args[:5], scale)
+        out = varlen_attention(*args, softmax_scale=scale, backend=stub[0])
+        # Where a function takes no scale the queries do, rounded to bfloat16 once more.
+        assert_as_exact_as(out, oracle.bfloat16(), oracle, atol=0.02 if stub[0] == "varlen" else 0)
+
+
+def test_a_scale_is_compiled():
+    def f(q, k, v, *layout):
+        return varlen_attention(q, k, v, *layout, softmax_scale=0.7)
+
+    args = packed((7, 3), 2, 16, torch.float32, "cpu")
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), f(*args))
+    torch.library.opcheck(torch.ops.ralu_kernels.varlen_attention, (*args, 0.7, "auto"))
+
+
+# ---- what cannot be ----
+
+
+def test_queries_without_keys_are_zero(device):
+    for lengths, lengths_k in (((3, 2), (0, 4)), ((3, 2), (0, 0)), ((2, 2), (0, 0))):
+        args = packed(lengths, 2, 16, torch.float32, device, lengths_k)
+        out = varlen_attention(*args)
+        assert not out[: lengths[0]].any() and out.isfinite().all()
+
+
+BAD_LAYOUTS = {
+    "short": (dict(cu_seqlens_q=[0, 2, 4]), r"cu_seqlens_q must be in ascending order from 0 to q's 5 rows, got"),
+    "long": (dict(cu_seqlens_k=[0, 2, 6]), r"cu_seqlens_k must be in ascending order from 0 to k's 5 rows"),
+    "not from 0": (dict(cu_seqlens_q=[1, 2, 5]), "cu_seqlens_q must be in ascending order"),
+    "descending": (dict(cu_seqlens_k=[0, 7, 5], max_seqlen_k=7), "cu_seqlens_k must be in ascending order"),
+    "negative": (dict(cu_seqlens_q=[0, -2, 5], max_seqlen_q=7), "cu_seqlens_q must be in ascending order"),
+    "no sequence": (dict(cu_seqlens_q=[0]), r"cu_seqlens_q.shape must be \(B \+ 1,\), with sequences for q's 5 rows"),
+    # Sequences of 1 and 5 rows would be taken for two of 3.
+    "a longest that is not": (
+        dict(cu_seqlens_q=[0, 1, 6], cu_seqlens_k=[0, 1, 6], q=torch.zeros(6, 2, 16), k=torch.zeros(6, 2, 16),
+             v=torch.zeros(6, 2, 16)),
+        "max_seqlen_q must be at least 5, the longest sequence, got 3",
+    ),
+    "a longest of nothing": (dict(max_seqlen_k=2), "max_seqlen_k must be at least 3: 2 sequences have 5 rows, got 2"),
+    "float": (dict(max_seqlen_q=3.0), r"max_seqlen_q must be an int, got 3.0 \(float\)"),
+    "scale": (dict(softmax_scale=float("nan")), "softmax_scale must be a finite number, got nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", BAD_LAYOUTS.values(), ids=BAD_LAYOUTS.keys())
+def test_layouts_that_cannot_be(change, message):
+    arguments = dict(q=Q, k=Q, v=Q, cu_seqlens_q=CU_SEQLENS, cu_seqlens_k=CU_SEQLENS, max_seqlen_q=3, max_seqlen_k=3)
+    change = {k: torch.tensor(x, dtype=torch.int32) if isinstance(x, list) else x for k, x in change.items()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        varlen_attention(**{**arguments, **change})
+
+
+def test_the_longest_may_be_more_than_there_is(device):
+    args = packed((7, 3), 3, 16, torch.float32, device)
+    assert torch.equal(varlen_attention(*args[:5], 9, 12), varlen_attention(*args))
+
+
+def test_attention_backend_again_and_nested(install):
+    install(*STUBS["flash2"])
+    sdpa = attention_backend("sdpa")
+    assert attention._default == "sdpa"
+    for _ in range(3):
+        with sdpa as same:
+            assert same is sdpa and attention._default == "sdpa"
+            with attention_backend("flash2") as flash:
+                assert attention._default == "flash2"
+                with sdpa, flash:
+                    assert attention._default == "flash2"
+                    with sdpa:
+                        assert attention._default == "sdpa"
+                    assert attention._default == "flash2"
+                assert attention._default == "flash2"
+            assert attention._default == "sdpa"
+        assert attention._default == "auto"
+    with pytest.raises(KeyError), sdpa:
+        raise KeyError
+    assert attention._default == "auto"

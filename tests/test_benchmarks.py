@@ -19,6 +19,7 @@ from ralu import cost, families
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
+import block_cases
 import cases
 import compare
 import e2e
@@ -48,12 +49,12 @@ def measured(tmp_path, *arguments):
 def test_every_operation_has_rows(tmp_path, monkeypatch):
     small = {"flux-dev": (True, True), "sd3-medium": (False, False), "sd3.5-large": (True, False)}
     for model, (norm, rotary) in small.items():
-        monkeypatch.setitem(cases.BLOCKS, model, cases.Block(2, 8, 6, norm, rotary))
-    rows = measured(tmp_path, "--ops", *cases.OPERATIONS, "--pixels", "128", "--batch", "1", "3")
-    for op, operation in cases.OPERATIONS.items():
+        monkeypatch.setitem(block_cases.BLOCKS, model, block_cases.Block(2, 8, 6, norm, rotary))
+    rows = measured(tmp_path, "--ops", *bench.OPERATIONS, "--pixels", "128", "--batch", "1", "3")
+    for op, operation in bench.OPERATIONS.items():
         for model in operation.models:
             found = {row["provider"] for row in rows if (row["op"], row["model"], row["batch"]) == (op, model, "1")}
-            moved = op in bench.MOVES
+            moved = op in bench.TRANSITIONS
             assert found >= {"eager", "copy"} | ({"reference"} if moved else set())
             assert not (moved and NATIVE) or "native" in found
     for row in rows:
@@ -85,7 +86,7 @@ def test_bandwidth_counts_what_must_be_moved(tmp_path, op, moved):
     "op, spoil",
     [
         ("upsample_remaining", lambda out: out + 1e-3),
-        pytest.param("plan_tokens", lambda plan: replace(plan, source=plan.source + 1), marks=pytest.mark.native),
+        pytest.param("plan_tokens", lambda plan: replace(plan, positions=plan.positions + 1), marks=pytest.mark.native),
     ],
 )
 def test_a_wrong_kernel_gets_no_row(tmp_path, monkeypatch, op, spoil):
@@ -101,11 +102,11 @@ def test_a_wrong_kernel_gets_no_row(tmp_path, monkeypatch, op, spoil):
     assert not (tmp_path / "rows.csv").exists()
 
 
-@pytest.mark.parametrize("op", bench.MOVES)
+@pytest.mark.parametrize("op", bench.TRANSITIONS)
 def test_noise_of_another_law_is_seen(op, monkeypatch):
     """Eager that forgets the correlation, whose every value has almost the right variance."""
     shape = cases.Shape(cases.BOTH, 2048, 1, torch.float32, CPU)
-    case = cases.OPERATIONS[op].case(shape)
+    case = bench.OPERATIONS[op].case(shape)
     case.check(case.eager())
     white = (1 - cases.C) ** 0.5
     monkeypatch.setattr(cases, "decorrelate", lambda eps, mean: eps.mul_(white))

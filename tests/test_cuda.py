@@ -11,7 +11,7 @@ import test_upsample
 import torch
 from cuda_on_host import CSRC, SOURCES
 
-from ralu_kernels import _backend, plan_tokens, upsample_remaining, upsample_renoise, upsample_selected
+from ralu_kernels import _backend, _checks, plan_tokens, upsample_remaining, upsample_renoise, upsample_selected
 from ralu_kernels._backend import triton
 
 # ---- the compiler ----
@@ -87,7 +87,9 @@ def test_every_value_is_stored_in_vectors(compiled):
         widths = {int(width or 32) for width in re.findall(r"STG\.E(?:\.U?(16|64|128))?\b", body)}
         assert widths == {bits}, (kernel, dtype, v)
         found.add((kernel, dtype, bits))
-    kernels = {"upsample": {"upsample"}, "tokens": {"promote", "merge"}, "canny": set()}[source.stem]
+    kernels = {"upsample": {"upsample"}, "tokens": {"upsample_selected", "upsample_remaining"}, "canny": set()}[
+        source.stem
+    ]
     assert {(kernel, dtype, 128) for kernel in kernels for dtype in BITS} <= found
 
 
@@ -98,7 +100,7 @@ def test_every_value_is_stored_in_vectors(compiled):
 def backend(monkeypatch):
     cuda_on_host.library()
     monkeypatch.setitem(_backend._ABSENT, "native", lambda device: None)
-    monkeypatch.setattr(torch.ops, "ralu_kernels_C", cuda_on_host.operations())
+    monkeypatch.setattr(_backend, "native", cuda_on_host.operations())
     return "native"
 
 
@@ -111,16 +113,16 @@ test_plan = test_tokens.test_plan
 test_plan_breaks_ties_by_place = test_tokens.test_plan_breaks_ties_by_place
 test_plan_of_a_large_grid = test_tokens.test_plan_of_a_large_grid
 test_threshold_is_not_rounded = test_tokens.test_threshold_is_not_rounded_to_the_scores_dtype
-test_moves_against_oracle = test_tokens.test_moves_against_oracle
-test_moves_are_exact = test_tokens.test_moves_are_exact
-test_empty_moves = test_tokens.test_empty_moves
-test_moves_of_any_layout = test_tokens.test_noncontiguous
+test_transitions_against_oracle = test_tokens.test_transitions_against_oracle
+test_transitions_are_exact = test_tokens.test_transitions_are_exact
+test_empty_transitions = test_tokens.test_empty_transitions
+test_transitions_of_any_layout = test_tokens.test_noncontiguous
 test_kept_noise = test_tokens.test_kept_noise
 test_tokens_and_latents_share_their_noise = test_tokens.test_tokens_and_latents_share_their_noise
 test_tokens_noise_depends_on_seed_and_place = test_tokens.test_noise_depends_on_seed_and_place_alone
 test_latents_against_oracle = test_upsample.test_against_oracle
 test_latents_of_any_layout = test_upsample.test_layouts
-test_latents_move_is_exact = test_upsample.test_move_is_exact
+test_latents_transition_is_exact = test_upsample.test_transition_is_exact
 test_latents_noise_depends_on_seed_and_place = test_upsample.test_noise_depends_on_seed_and_place_alone
 
 
@@ -131,7 +133,7 @@ def test_more_samples_than_one_side_of_a_grid(backend):
     torch.testing.assert_close(upsample_renoise(x, *settings, backend=backend), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", _backend.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", _checks.DTYPES, ids=str)
 def test_unaligned_rows_are_not_read_as_vectors(backend, dtype):
     """Rows without gaps between their values, but of a size, or from a place, that no vector starts at."""
     settings = dict(scale=0.9, noise_scale=0.4, c=0.02, seed=1, backend=backend)
@@ -150,14 +152,14 @@ def test_unaligned_rows_are_not_read_as_vectors(backend, dtype):
 def test_rows_outside_are_skipped(backend, row):
     """The memory beyond what a plan made by hand may name keeps its content."""
     inverse = plan_tokens(torch.rand(1, 12), (3, 4), ratio=0.5).inverse
-    promoted = inverse.view(3, 2, 4, 2).transpose(1, 2).reshape(12, 4)
-    broken = inverse.where(inverse != promoted[promoted[:, 0] != promoted[:, 1]][0, 2], row)
+    selected = inverse.view(3, 2, 4, 2).transpose(1, 2).reshape(12, 4)
+    broken = inverse.where(inverse != selected[selected[:, 0] != selected[:, 1]][0, 2], row)
     low, around, seed = torch.ones(1, 12, 8), torch.zeros(32, 8), torch.zeros(1, dtype=torch.int64)
     arguments = (broken, seed, 4, 1.0, 0.0, 0.0, 0.0, True)
-    torch.ops.ralu_kernels_C.upsample_selected(low, around[1:31], *arguments)
+    _backend.native.upsample_selected(low, around[1:31], *arguments)
     assert around.sum() == 29 * 8 and not around[0].any() and not around[31].any()
     merged = torch.zeros(1, 48, 8)
-    torch.ops.ralu_kernels_C.upsample_remaining(torch.ones(30, 8), merged, *arguments)
+    _backend.native.upsample_remaining(torch.ones(30, 8), merged, *arguments)
     assert merged.sum() == 47 * 8
 
 
@@ -165,5 +167,5 @@ def test_a_plan_stays_inside_its_outputs(backend):
     outputs = [torch.full(size, -7, dtype=torch.int32) for size in ((2,), (12,), (12,), (1, 48))]
     rows = [outputs[1][:11], outputs[2][:11]]
     positions = torch.zeros(12, 2)
-    torch.ops.ralu_kernels_C.plan_tokens(torch.zeros(1, 12), outputs[0], *rows, outputs[3], positions[:11], 4, 0, None)
+    _backend.native.plan_tokens(torch.zeros(1, 12), outputs[0], *rows, outputs[3], positions[:11], 4, 0, None)
     assert outputs[1].tolist() == [*range(11), -7] and outputs[2][11] == -7 and not positions[11].any()

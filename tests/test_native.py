@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -169,24 +169,16 @@ assert here >= 4, here  # outside a worker the same call does use them
 
 
 @native
-@pytest.mark.parametrize("row", [-1, 60, 2**31 - 1])
-def test_a_plan_that_points_outside_is_an_error_and_no_crash(row):
-    plan = plan_tokens(torch.rand(2, 12), (3, 4), ratio=0.5)
-    inverse = plan.inverse.clone()
-    inverse[1, 5] = row
-    broken = replace(plan, inverse=inverse)
-    for move, tensor in ((upsample_selected, torch.zeros(2, 12, 8)), (upsample_remaining, torch.zeros(60, 8))):
-        with pytest.raises(ValueError, match=rf"plan.inverse must be in \[0, 60\), got rows .*{row}"):
-            move(tensor, broken, 1.0, 1.0, 0.1, 0, backend="native")
-
-
-@native
 def test_what_the_compiled_op_itself_refuses():
     """The public functions check before; these are the last lines against reading memory as something else."""
     ops, seed = torch.ops.ralu_kernels_C, torch.zeros(1, dtype=torch.int64)
+    tensors = torch.zeros(1, 12, 8), torch.zeros(12, 8), plan_tokens(torch.zeros(1, 12), (3, 4), ratio=0.0).inverse
+    for width, *others in ((-4, *tensors, seed), (0, *tensors, seed), (4, *tensors, seed[:0]), (5, *tensors, seed)):
+        with pytest.raises(RuntimeError, match="the plan does not fit the tokens"):
+            ops.upsample_selected(*others, width, 1, 0, 0, 0, True)
     with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):
         ops.upsample_renoise(torch.zeros(1, 1, 2, 2).double(), torch.zeros(1, 1, 4, 4).double(), seed, 1, 1, 0, 2)
-    with pytest.raises(RuntimeError, match="the plan has 12 rows, but room for 11"):
+    with pytest.raises(RuntimeError, match="the plan has 12 rows, but the outputs have 11"):
         torch.ops.ralu_kernels.plan_tokens(torch.zeros(1, 12), 3, 4, 0, None, 11, "native")
 
 
@@ -218,15 +210,28 @@ def test_only_what_is_traced_sees_the_op():
         assert call(torch.empty(1, 2, 3, 4)).shape == expected.shape
 
 
-def run_with_extension(tmp_path, content: bytes | None):
-    """Import a copy of the package whose extension is `content` (None: absent)."""
-    package = tmp_path / "ralu_kernels"
-    shutil.copytree(Path(ralu_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    if content is not None:
-        (package / "_C.abi3.so").write_bytes(content)
-    code = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]  # they know the real one
+# ---- copies of the package ----
+
+
+def copy_of(folder, name, extension=None):
+    """A copy of the package, under a name, whose extension is ``extension`` (None: it has none)."""
+    package = folder / name
+    shutil.copytree(Path(ralu_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if extension is not None:
+        (package / f"{name}_C.abi3.so").write_bytes(extension)
+    return package
+
+
+def run_in(folder, code, *arguments):
+    """Run code that finds packages in the folder before those that are installed, editable ones too."""
+    start = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    command = [sys.executable, "-c", start + code, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+ALONE = """
 import torch, ralu_kernels
 print(ralu_kernels.upsample_renoise(torch.zeros(1, 1, 2, 2), 1.0, 1.0, 0.1, 0).shape)
 try:
@@ -234,28 +239,87 @@ try:
 except ValueError as error:
     print(error)
 """
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
 
 def test_an_absent_extension_is_a_normal_case(tmp_path):
-    done = run_with_extension(tmp_path, None)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([1, 1, 4, 4])" in done.stdout
-    assert "'native' (the extension was not compiled when ralu_kernels was installed)" in done.stdout
+    copy_of(tmp_path, "ralu_kernels")
+    code, out, errors = run_in(tmp_path, ALONE)
+    assert code == 0, errors
+    assert "torch.Size([1, 1, 4, 4])" in out
+    assert "'native' (the extension was not compiled when ralu_kernels was installed)" in out
 
 
 def test_a_broken_extension_says_so(tmp_path):
-    done = run_with_extension(tmp_path, b"not a shared object")
-    assert done.returncode != 0
-    assert "ImportError: the compiled extension of ralu_kernels is there but cannot be loaded" in done.stderr
+    copy_of(tmp_path, "ralu_kernels", b"not a shared object")
+    code, _, errors = run_in(tmp_path, ALONE)
+    assert code != 0
+    assert "ImportError: the compiled extension of ralu_kernels is there but cannot be loaded" in errors
+
+
+# Each package's results of every backend that runs, and that a plan of another's is none of its own.
+BESIDE = """
+import importlib, torch
+results = {}
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    plan = package.plan_tokens(torch.arange(12.0)[None], (3, 4), ratio=0.5)
+    for backend in ("native", "reference"):
+        try:
+            low = torch.arange(96.0).view(1, 12, 8)
+            packed = package.upsample_selected(low, plan, 0.9, 0.4, 0.02, 1, backend=backend)
+            out = package.upsample_remaining(packed, plan, 0.9, 0.4, 0.02, 1, backend=backend)
+            assert torch.allclose(out, results.setdefault("", out), atol=1e-4)
+            assert getattr(torch.ops, name.replace(".", "_")).upsample_selected.default
+            print(name, backend)
+        except ValueError as error:
+            assert f"the extension was not compiled when {name} was installed" in str(error), error
+    try:
+        package.upsample_selected(low, results.setdefault("plan", plan), 0.9, 0.4, 0.02, 1)
+    except TypeError as error:
+        assert "plan must be a TokenPlan, got TokenPlan(" in str(error)
+        print(name, "refuses")
+"""
+
+
+@native
+def test_copies_load_beside_an_installed_one(tmp_path):
+    """In pure Python under two other names, one inside a package; the installed one keeps its extension."""
+    copy_of(tmp_path, "other_kernels")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper/__init__.py").touch()
+    copy_of(tmp_path / "deeper", "ralu_kernels")
+    code, out, errors = run_in(tmp_path, BESIDE, "ralu_kernels", "other_kernels", "deeper.ralu_kernels")
+    assert code == 0, errors
+    assert out.splitlines() == [
+        "ralu_kernels native", "ralu_kernels reference", "other_kernels reference", "other_kernels refuses",
+        "deeper.ralu_kernels reference", "deeper.ralu_kernels refuses",
+    ]  # fmt: skip
+
+
+@native
+@compiler
+def test_copies_have_extensions_of_their_own(tmp_path):
+    """Compiled without optimisation: what it shows is that two of them load."""
+    folder, extension = Path(torch.__file__).parent, tmp_path / "extension.so"
+    command = ["c++", "-O0", "-w", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-o", extension]
+    command += ["-DTORCH_EXTENSION_NAME=other_kernels_C", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-DTORCH_STABLE_ONLY", f"-I{folder}/include", f"-I{sysconfig.get_path('include')}", f"-L{folder}/lib"]
+    command += [ROOT / "csrc/binding.cpp", *(ROOT / "csrc/cpu").glob("*.cpp"), "-lc10", "-ltorch", "-ltorch_cpu"]
+    subprocess.run(command, check=True, timeout=300)
+    copy_of(tmp_path, "other_kernels", extension.read_bytes())
+    code, out, errors = run_in(tmp_path, BESIDE, "other_kernels", "ralu_kernels")
+    assert code == 0, errors
+    assert out.splitlines() == [
+        "other_kernels native", "other_kernels reference", "ralu_kernels native", "ralu_kernels reference",
+        "ralu_kernels refuses",
+    ]  # fmt: skip
 
 
 # ---- the whole ----
 
 
 @native
-def test_the_embedded_model_paints_the_same_picture():
+def test_the_embedded_model_generates_the_same_image():
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(ralu.mini_path())

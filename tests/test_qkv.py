@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from ralu_kernels import QKV, pack_qkv, packed_layout, unpack
-from ralu_kernels._backend import DTYPES
+from ralu_kernels._checks import DTYPES
 
 AXES = {16: [4, 6, 6], 64: [16, 24, 24], 128: [16, 56, 56]}
 
@@ -100,13 +100,13 @@ def test_pack_against_oracle(block_backend, device, case, dtype):
     if rotary is not None:
         rotary = make_rotary(b, length, size, device, rotary == "per sample")
     mask = ragged_mask(b, length, device) if padded else None
-    sequences = packed_layout(mask, b, length, device)
-    packed = pack_qkv(streams, sequences, heads, rotary=rotary, backend=block_backend)
+    layout = packed_layout(mask, b, length, device)
+    packed = pack_qkv(streams, layout, heads, rotary=rotary, backend=block_backend)
     kept = torch.ones(b, length, dtype=torch.bool, device=device) if mask is None else mask
     for x, y, oracle in zip(packed, eager(streams, heads, rotary), exact(streams, heads, rotary), strict=True):
         assert x.is_contiguous()
         assert_as_exact_as(x, y[kept], oracle[kept])
-    unpacked = unpack(packed[2], sequences, lengths, backend=block_backend)
+    unpacked = unpack(packed[2], layout, lengths, backend=block_backend)
     masks = kept.split(lengths, dim=1)
     for found, stream, mask in zip(unpacked, streams, masks, strict=True):
         assert torch.equal(found, torch.where(mask[..., None], stream.v, 0))
@@ -127,11 +127,11 @@ def test_strides(block_backend, device):
     fused = torch.randn(b, 12, 3 * heads * size, device=device)
     q, k, v = fused.chunk(3, dim=-1)
     rotary = make_rotary(b, 12, size, device, True)
-    sequences = packed_layout(ragged_mask(b, 12, device), b, 12, device)
+    layout = packed_layout(ragged_mask(b, 12, device), b, 12, device)
 
     def check(*streams):
         found, expected = (
-            pack_qkv(s, sequences, heads, rotary=rotary, backend=block_backend)
+            pack_qkv(s, layout, heads, rotary=rotary, backend=block_backend)
             for s in (streams, [QKV(*(x.contiguous() for x in stream[:3])) for stream in streams])
         )
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
@@ -145,25 +145,23 @@ def test_strides(block_backend, device):
     check(QKV(every_other, every_other, every_other))
 
     tables = [table.mT.contiguous().mT for table in rotary]
-    found = pack_qkv([QKV(q, k, v)], sequences, heads, rotary=tables, backend=block_backend)
-    expected = pack_qkv([QKV(q, k, v)], sequences, heads, rotary=rotary, backend=block_backend)
+    found = pack_qkv([QKV(q, k, v)], layout, heads, rotary=tables, backend=block_backend)
+    expected = pack_qkv([QKV(q, k, v)], layout, heads, rotary=rotary, backend=block_backend)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     transposed = found[0].transpose(0, 1).contiguous().transpose(0, 1)
-    for pair in zip(
-        *(unpack(x, sequences, (5, 7), backend=block_backend) for x in (transposed, found[0])), strict=True
-    ):
+    for pair in zip(*(unpack(x, layout, (5, 7), backend=block_backend) for x in (transposed, found[0])), strict=True):
         assert torch.equal(*pair)
 
 
 def test_far_offsets(block_backend, device, tmp_path):
     text, image = (make_stream(3, n, 3, 16, torch.float16, device) for n in (2, 3))
-    sequences, rotary = packed_layout(None, 3, 5, device), make_rotary(3, 5, 16, device, True)
-    near = pack_qkv([text, image], sequences, 3, rotary=rotary, backend=block_backend)
+    layout, rotary = packed_layout(None, 3, 5, device), make_rotary(3, 5, 16, device, True)
+    near = pack_qkv([text, image], layout, 3, rotary=rotary, backend=block_backend)
     streams = [
         QKV(*(far_apart(x, tmp_path / f"{i}{j}") for j, x in enumerate(stream[:3])), *stream[3:])
         for i, stream in enumerate((text, image))
     ]
-    far = pack_qkv(streams, sequences, 3, rotary=rotary, backend=block_backend)
+    far = pack_qkv(streams, layout, 3, rotary=rotary, backend=block_backend)
     assert all(torch.equal(*pair) for pair in zip(far, near, strict=True))
 
 
@@ -172,15 +170,15 @@ def test_sequences(device, length):
     mask = torch.rand(4, length) < 0.6
     mask[1] = False
     mask[2] = True
-    sequences = packed_layout(mask.to(device), 4, length, device)
+    layout = packed_layout(mask.to(device), 4, length, device)
     kept = [b * length + s for b in range(4) for s in range(length) if mask[b, s]]
     inverse = [kept.index(token) if token in kept else -1 for token in range(4 * length)]
     lengths = mask.sum(1).tolist()
-    assert sequences.rows.tolist() == kept and sequences.inverse.tolist() == inverse
-    assert sequences.cu_seqlens.tolist() == [sum(lengths[:b]) for b in range(5)]
-    assert (sequences.max_seqlen, sequences.batch, sequences.length) == (max(lengths), 4, length)
-    assert sequences.total == len(kept)
-    tensors = sequences.rows, sequences.inverse, sequences.cu_seqlens
+    assert layout.rows.tolist() == kept and layout.inverse.tolist() == inverse
+    assert layout.cu_seqlens.tolist() == [sum(lengths[:b]) for b in range(5)]
+    assert (layout.max_seqlen, layout.batch, layout.length) == (max(lengths), 4, length)
+    assert layout.total == len(kept)
+    tensors = layout.rows, layout.inverse, layout.cu_seqlens
     assert all(t.dtype == torch.int32 and t.is_contiguous() for t in tensors)
 
 
@@ -188,11 +186,11 @@ def test_sequences(device, length):
 @pytest.mark.parametrize("masked", [False, True])
 def test_sequences_without_padding(device, b, length, masked):
     mask = torch.ones(b, length, dtype=torch.bool, device=device) if masked else None
-    sequences = packed_layout(mask, b, length, device)
-    assert sequences.rows is None and sequences.inverse is None and sequences.total == b * length
-    assert sequences.cu_seqlens.dtype == torch.int32
-    assert sequences.cu_seqlens.tolist() == [i * length for i in range(b + 1)]
-    assert (sequences.max_seqlen, sequences.batch, sequences.length) == (length, b, length)
+    layout = packed_layout(mask, b, length, device)
+    assert layout.rows is None and layout.inverse is None and layout.total == b * length
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [i * length for i in range(b + 1)]
+    assert (layout.max_seqlen, layout.batch, layout.length) == (length, b, length)
 
 
 def test_sequences_wait_once_and_only_with_a_mask(monkeypatch):
@@ -203,19 +201,19 @@ def test_sequences_wait_once_and_only_with_a_mask(monkeypatch):
             packed_layout(mask, 2, 5, "cpu")
         waits = []
         monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(x) or [3, 4])
-        sequences = packed_layout(mask, 2, 5, "cpu")
-        assert len(waits) == 1 and sequences.rows.shape == (7,) and sequences.max_seqlen == 4
+        layout = packed_layout(mask, 2, 5, "cpu")
+        assert len(waits) == 1 and layout.rows.shape == (7,) and layout.max_seqlen == 4
 
 
 @pytest.mark.parametrize("b, length, padded", [(0, 5, False), (2, 0, False), (2, 4, True)])
 def test_empty(block_backend, device, b, length, padded):
     """No samples, no tokens, or nothing but padding."""
     mask = torch.zeros(b, length, dtype=torch.bool, device=device) if padded else None
-    sequences = packed_layout(mask, b, length, device)
+    layout = packed_layout(mask, b, length, device)
     stream = make_stream(b, length, 3, 16, torch.bfloat16, device)
-    for x in pack_qkv([stream], sequences, 3, backend=block_backend):
+    for x in pack_qkv([stream], layout, 3, backend=block_backend):
         assert x.shape == (0, 3, 16)
-    (out,) = unpack(x, sequences, (length,), backend=block_backend)
+    (out,) = unpack(x, layout, (length,), backend=block_backend)
     assert out.shape == (b, length, 48) and not out.any()
 
 
@@ -229,39 +227,39 @@ def test_unpack_without_padding_moves_nothing(device):
 def test_opcheck(block_backend, device):
     ops = torch.ops.ralu_kernels
     for b, lengths in ((2, (3, 4)), (0, (3, 4))):
-        sequences = packed_layout(ragged_mask(2, 7, device) if b else None, b, 7, device)
+        layout = packed_layout(ragged_mask(2, 7, device) if b else None, b, 7, device)
         text, image = (make_stream(b, n, 3, 16, torch.bfloat16, device) for n in lengths)
         cos, sin = make_rotary(2, 7, 16, device, True)
         q = text.q.mT.contiguous().mT
         joint = (q, *text[1:], *image)
         rest = (cos[:b], sin[:b], 3, 1e-6, block_backend)
-        torch.library.opcheck(ops.pack_qkv, (*joint, sequences.rows, *rest))
+        torch.library.opcheck(ops.pack_qkv, (*joint, layout.rows, *rest))
         torch.library.opcheck(ops.pack_qkv, (*joint[:5], *[None] * 8, 3, 1e-6, block_backend))
         if b:
-            x = torch.randn(3, sequences.total, 16, device=device).transpose(0, 1)
-            torch.library.opcheck(ops.unpack, (x, sequences.inverse, *lengths, block_backend))
+            x = torch.randn(3, layout.total, 16, device=device).transpose(0, 1)
+            torch.library.opcheck(ops.unpack, (x, layout.inverse, *lengths, block_backend))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(block_backend, device, dynamic):
-    def f(streams, sequences, rotary):
+    def f(streams, layout, rotary):
         streams = [stream._replace(q=2 * stream.q) for stream in streams]
-        q, k, v = pack_qkv(streams, sequences, 3, rotary=rotary, backend=block_backend)
+        q, k, v = pack_qkv(streams, layout, 3, rotary=rotary, backend=block_backend)
         lengths = [stream.q.shape[1] for stream in streams]
-        return unpack(q + k + v, sequences, lengths, backend=block_backend)
+        return unpack(q + k + v, layout, lengths, backend=block_backend)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for padded in (True, False):
         for b, lengths in ((2, (2, 4)), (3, (3, 5))):
             length = sum(lengths)
             streams = [make_stream(b, n, 3, 16, torch.float32, device) for n in lengths]
-            sequences = packed_layout(ragged_mask(b, length, device) if padded else None, b, length, device)
-            args = streams, sequences, make_rotary(b, length, 16, device, True)
+            layout = packed_layout(ragged_mask(b, length, device) if padded else None, b, length, device)
+            args = streams, layout, make_rotary(b, length, 16, device, True)
             assert all(torch.equal(*pair) for pair in zip(compiled(*args), f(*args), strict=True))
 
 
 TEXT, IMAGE = (QKV(*[torch.zeros(2, n, 48)] * 3, torch.ones(16), torch.ones(16)) for n in (2, 3))
-SEQUENCES, TABLE = packed_layout(None, 2, 5, "cpu"), torch.zeros(2, 5, 16)
+LAYOUT, TABLE = packed_layout(None, 2, 5, "cpu"), torch.zeros(2, 5, 16)
 GRAD = torch.zeros(2, 3, 48, requires_grad=True)
 WRONG = {
     "no streams": (dict(streams=[]), r"len\(streams\) must be 1 or 2, got 0"),
@@ -278,7 +276,7 @@ WRONG = {
     "grad": (dict(streams=[TEXT, IMAGE._replace(k=GRAD)]), r"streams\[1\].k.requires_grad must be False"),
     "heads": (dict(heads=5), r"heads must be H of 48 = H \* D, D even, got 5"),
     "odd heads": (dict(heads=16), "heads must be H of 48"),
-    "no heads": (dict(heads=0), "heads must be H of 48"),
+    "no heads": (dict(heads=0), r"heads must be an int in \[1, 2147483647\], got 0"),
     "norm": (
         dict(streams=[TEXT, IMAGE._replace(norm_q=torch.ones(48))]),
         r"streams\[1\].norm_q.shape must be \(D,\) = \(16,\), got \(48,\)",
@@ -288,10 +286,10 @@ WRONG = {
         r"streams\[0\].norm_k.requires_grad must be False",
     ),
     "sequences": (
-        dict(sequences=packed_layout(None, 2, 6, "cpu")),
-        r"the streams' \(B, S\) must be \(2, 6\), the sequences' batch and length, got \(2, 5\)",
+        dict(layout=packed_layout(None, 2, 6, "cpu")),
+        r"the streams' \(B, S\) must be \(2, 6\), the layout's, got \(2, 5\)",
     ),
-    "sequences device": (dict(sequences=packed_layout(None, 2, 5, "meta")), "sequences.cu_seqlens.device must be cpu"),
+    "layout device": (dict(layout=packed_layout(None, 2, 5, "meta")), "layout.cu_seqlens.device must be cpu"),
     "tables": (
         dict(rotary=(TABLE[:1], TABLE[:1])),
         r"rotary\[0\].shape must be \(S, D\) or \(B, S, D\) of \(2, 5, 16\)",
@@ -304,16 +302,16 @@ WRONG = {
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG.keys())
 def test_wrong_pack_arguments(change, message):
-    arguments = {**dict(streams=[TEXT, IMAGE], sequences=SEQUENCES, heads=3, rotary=(TABLE, TABLE)), **change}
+    arguments = {**dict(streams=[TEXT, IMAGE], layout=LAYOUT, heads=3, rotary=(TABLE, TABLE)), **change}
     with pytest.raises(ValueError, match=message):
         pack_qkv(**arguments)
 
 
 WRONG_UNPACKS = {
     "rank": (dict(x=torch.zeros(10, 48)), r"x must be of shape \(total, H, D\), got \(10, 48\)"),
-    "rows": (dict(x=torch.zeros(9, 3, 16)), r"\(x.shape\[0\], sequences.total\) must be equal, got \(9, 10\)"),
+    "rows": (dict(x=torch.zeros(9, 3, 16)), r"x.shape\[0\] must be 10, the layout's total, got 9"),
     "three": (dict(lengths=(1, 1, 3)), r"len\(lengths\) must be 1 or 2, got 3"),
-    "lengths": (dict(lengths=(2, 2)), r"\(sum\(lengths\), sequences.length\) must be equal, got \(4, 5\)"),
+    "lengths": (dict(lengths=(2, 2)), r"sum\(lengths\) must be 5, the layout's length, got 4"),
     "backend": (dict(backend="native"), "backend must be 'auto' or one available on cpu, got 'native'"),
 }
 
@@ -321,13 +319,13 @@ WRONG_UNPACKS = {
 @pytest.mark.parametrize("change, message", WRONG_UNPACKS.values(), ids=WRONG_UNPACKS.keys())
 def test_wrong_unpack_arguments(change, message):
     with pytest.raises(ValueError, match=message):
-        unpack(**{**dict(x=torch.zeros(10, 3, 16), sequences=SEQUENCES, lengths=(2, 3)), **change})
+        unpack(**{**dict(x=torch.zeros(10, 3, 16), layout=LAYOUT, lengths=(2, 3)), **change})
 
 
 def test_wrong_masks():
     with pytest.raises(ValueError, match=r"mask.dtype must be bool, got torch.float32"):
         packed_layout(torch.ones(2, 5), 2, 5, "cpu")
-    with pytest.raises(ValueError, match=r"mask.shape must be \(B, S\) = \(2, 5\), got \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"mask.shape must be \(batch, length\) = \(2, 5\), got \(5, 2\)"):
         packed_layout(torch.ones(5, 2, dtype=torch.bool), 2, 5, "cpu")
     with pytest.raises(ValueError, match=r"batch \* length must be at most 2147483647"):
         packed_layout(None, 2**16, 2**16, "cpu")

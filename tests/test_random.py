@@ -156,19 +156,19 @@ def test_blocks_are_independent(c):
     z = upsample_renoise(x, 1.0, 1.0, c, torch.tensor([1, 2])).double()
     blocks = z.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)  # (B, C, H, W, 4)
     other_stage = upsample_renoise(x, 1.0, 1.0, c, torch.tensor([1, 2]), stage=3).double()
-    carried = reference._carried_noise(torch.tensor([1, 2]), 4 * 64 * 64, 4, 2).double()  # one token for each block
+    kept = reference._kept_noise(torch.tensor([1, 2]), 4 * 64 * 64, 4, 2).double()  # one token for each block
     pairs = {
         "column": (blocks[:, :, :, 1:], blocks[:, :, :, :-1]),
         "row": (blocks[:, :, 1:], blocks[:, :, :-1]),
         "channel": (blocks[:, 1:], blocks[:, :-1]),
         "sample": (blocks[1], blocks[0]),
         "stage": (blocks, other_stage.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)),
-        "kind": (blocks, carried),
+        "kind": (blocks, kept),
     }
     assert_independent(pairs)
 
 
-def test_carried_values_are_independent():
+def test_kept_values_are_independent():
     """Inside the four channels that share a counter, and between those of any two counters."""
     seed = torch.tensor([1, 2])
     low, plan = torch.zeros(2, 1024, 64), plan_tokens(torch.zeros(2, 1024), (32, 32), ratio=0.0)
@@ -190,7 +190,7 @@ def test_carried_values_are_independent():
 
 @pytest.mark.parametrize("kept_noise, variance", [("exact", lambda c: 1 - c), ("release", lambda c: 1.0)])
 @pytest.mark.parametrize("c", CORRELATIONS)
-def test_carried_variance(c, kept_noise, variance):
+def test_kept_variance(c, kept_noise, variance):
     low = torch.zeros(4, 64, 256)
     plan = plan_tokens(torch.zeros(4, 64), (8, 8), ratio=0.0)
     x = upsample_selected(low, plan, 1.0, 1.0, c, 5, kept_noise=kept_noise).double()
@@ -229,24 +229,24 @@ def test_transition_of_latents(e, c):
 
 
 def transition_of_tokens(stage, e, c, granularity, kept_noise):
-    """N samples of a promoted and a carried token of 4 channels: outputs, known mean of x_1, mask of the carried."""
+    """N samples of a selected and a kept token of 4 channels: outputs, known mean of x_1, mask of the kept."""
     a, b, s = matched(e, c)
     plan = plan_tokens(torch.tensor([[1.0, 0.0]]).expand(N, 2), (1, 2), ratio=0.5)
     one = plan_tokens(torch.tensor([[1.0, 0.0]]), (1, 2), ratio=0.5)
     still = dict(scale=1.0, noise_scale=0.0, c=c, seed=0, granularity=granularity)
     low = torch.randn(1, 2, 4)
-    mixed = upsample_selected(low, one, **still)  # Up of the promoted token, without noise
+    mixed = upsample_selected(low, one, **still)  # Up of the selected token, without noise
     settings = dict(granularity=granularity, kept_noise=kept_noise)
     if stage == 2:
         xe = e * low + (1 - e) * torch.randn(N, 2, 4)
         out = upsample_selected(xe, plan, a, b, c, torch.arange(N), **settings).view(N, 5, 4)
-        x1, carried = mixed, one.child == -1
+        x1, kept = mixed, one.child == -1
     else:
         mixed[one.child >= 0] = torch.randn(4, 4)  # by now the children differ
         xe = e * mixed + (1 - e) * torch.randn(N, 5, 4)
         out = upsample_remaining(xe.flatten(0, 1), plan, a, b, c, torch.arange(N), **settings)
-        x1, carried = upsample_remaining(mixed, one, **still)[0], one.child[one.inverse[0].long()] >= 0
-    return out, s * x1, (1 - s) ** 2, carried.repeat_interleave(4)
+        x1, kept = upsample_remaining(mixed, one, **still)[0], one.child[one.inverse[0].long()] >= 0
+    return out, s * x1, (1 - s) ** 2, kept.repeat_interleave(4)
 
 
 @pytest.mark.parametrize("granularity", ["pixel", "token"])
@@ -258,11 +258,11 @@ def test_transition_of_tokens(stage, granularity):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_release_carries_too_much_noise(stage):
+def test_release_keeps_too_much_noise(stage):
     e, c = 0.45, 0.0586
-    out, mean, variance, carried = transition_of_tokens(stage, e, c, "token", "release")
+    out, mean, variance, kept = transition_of_tokens(stage, e, c, "token", "release")
     excess = matched(e, c)[1] ** 2 * c
-    assert_normal(out, mean, torch.diag(variance + excess * carried.double()))
+    assert_normal(out, mean, torch.diag(variance + excess * kept.double()))
     assert excess > 5 * variance * math.sqrt(2 / N)  # the test above can tell
 
 

@@ -1,4 +1,8 @@
+import copy
 import math
+import pickle
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,10 +11,21 @@ from conftest import assert_as_exact_as
 from test_upsample import exact_normals, oracle, seeds
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ralu_kernels import TokenPlan, plan_tokens, tokens, upsample_remaining, upsample_renoise, upsample_selected
-from ralu_kernels._backend import DTYPES, INTERPRET
+from ralu_kernels import (
+    TokenPlan,
+    plan_tokens,
+    reference,
+    tokens,
+    upsample_remaining,
+    upsample_renoise,
+    upsample_selected,
+)
+from ralu_kernels import plan as plans
+from ralu_kernels._checks import DTYPES
 
-MOVE = (0.9, 0.4, 0.0177)
+from ralu_kernels._backend import INTERPRET
+
+TRANSITION = (0.9, 0.4, 0.0177)
 GRANULARITIES = tokens.GRANULARITIES
 FIELDS = ("cu_seqlens", "source", "child", "inverse", "positions")
 
@@ -25,18 +40,18 @@ def naive_plan(scores, grid, ratio=None, threshold=None):
             order = sorted(
                 range(n), key=lambda i: (math.isnan(sample[i]), -sample[i] if sample[i] == sample[i] else 0, i)
             )
-            promoted = set(order[: math.floor(ratio * n + 1e-6)])
+            selected = set(order[: math.floor(ratio * n + 1e-6)])
         else:
-            promoted = {i for i in range(n) if sample[i] >= threshold}
+            selected = {i for i in range(n) if sample[i] >= threshold}
         cover = [[0] * (2 * w) for _ in range(2 * h)]
         for i in range(n):
             y, x = divmod(i, w)
             for j in range(4):
-                cover[2 * y + j // 2][2 * x + j % 2] = len(source) + (j if i in promoted else 0)
-            for j in range(4) if i in promoted else [-1]:
+                cover[2 * y + j // 2][2 * x + j % 2] = len(source) + (j if i in selected else 0)
+            for j in range(4) if i in selected else [-1]:
                 positions.append((y + (j // 2 / 2 if j > 0 else 0), x + (j % 2 / 2 if j > 0 else 0)))
-            source += [i] * (4 if i in promoted else 1)
-            child += [0, 1, 2, 3] if i in promoted else [-1]
+            source += [i] * (4 if i in selected else 1)
+            child += [0, 1, 2, 3] if i in selected else [-1]
         inverse.append([row for line in cover for row in line])
         cu_seqlens.append(len(source))
     return dict(
@@ -65,7 +80,7 @@ def pack(latent):
 
 
 def expected_noise(x, c, seed, stage):
-    """White noise of carried tokens x (B, n, C), float64, scaled to variance 1 - c."""
+    """White noise of kept tokens x (B, n, C), float64, scaled to variance 1 - c."""
     n, channels = x.shape[1:]
     token, channel = torch.meshgrid(torch.arange(n), torch.arange(channels), indexing="ij")
     eps = exact_normals(seed.cpu(), token * math.ceil(channels / 4) + channel // 4, stage, 1)  # (B, n, C, 4)
@@ -74,7 +89,7 @@ def expected_noise(x, c, seed, stage):
 
 
 def expected_children(low, scale, noise_scale, c, seed, stage, granularity, grid):
-    """All tokens of low (B, n, C) enlarged, float64 (B, 4n, C) in raster order."""
+    """All tokens of low (B, n, C) upsampled, float64 (B, 4n, C) in raster order."""
     if granularity == "pixel":
         return pack(oracle(unpack(low, grid), scale, noise_scale, c, seed, stage))
     # A token grid is a latent whose elements are counted channel last.
@@ -95,7 +110,7 @@ def samples(plan):
     return torch.repeat_interleave(torch.arange(plan.batch_size, device=plan.source.device), plan.lengths)
 
 
-def expected_promotion(low, plan, scale, noise_scale, c, seed, granularity):
+def expected_selected(low, plan, scale, noise_scale, c, seed, granularity):
     n = low.shape[1]
     children = expected_children(low, scale, noise_scale, c, seed, 2, granularity, plan.grid)
     kept = scale * low.double() + noise_scale * expected_noise(low, c, seed, 2)
@@ -105,7 +120,7 @@ def expected_promotion(low, plan, scale, noise_scale, c, seed, granularity):
     return torch.where((child < 0)[:, None], kept[rows, source], children[rows, high.clamp(0, 4 * n - 1)])
 
 
-def expected_merge(packed, plan, scale, noise_scale, c, seed, granularity):
+def expected_remaining(packed, plan, scale, noise_scale, c, seed, granularity):
     h, w = plan.grid
     cover = plan.inverse.long()
     high = packed[cover]  # (B, 4n, C)
@@ -166,7 +181,7 @@ def test_plan_waits_for_the_device_only_with_a_threshold():
             plan_tokens(torch.empty(2, 12), (3, 4), threshold=0.5)
 
 
-def test_plan_moves_between_devices():
+def test_plan_goes_to_devices():
     plan = random_plan(2, (3, 4), "cpu").to("meta")
     assert isinstance(plan, TokenPlan) and all(getattr(plan, name).device.type == "meta" for name in FIELDS)
 
@@ -183,7 +198,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_moves_against_oracle(backend, device, case, granularity, dtype):
+def test_transitions_against_oracle(backend, device, case, granularity, dtype):
     if (
         backend == "triton"
         and INTERPRET
@@ -195,33 +210,33 @@ def test_moves_against_oracle(backend, device, case, granularity, dtype):
     channels -= granularity == "token"  # any number of channels will do
     plan, seed = random_plan(b, grid, device), seeds(b, device)
     low = torch.randn(b, grid[0] * grid[1], channels, device=device).to(dtype)
-    expected = expected_promotion(low, plan, *MOVE, seed, granularity)
-    out = upsample_selected(low, plan, *MOVE, seed, granularity=granularity, backend=backend)
+    expected = expected_selected(low, plan, *TRANSITION, seed, granularity)
+    out = upsample_selected(low, plan, *TRANSITION, seed, granularity=granularity, backend=backend)
     assert out.is_contiguous()
     assert_as_exact_as(out, expected.to(dtype), expected, atol=2e-6)
 
     packed = torch.randn(len(plan.source), channels, device=device).to(dtype)
-    expected = expected_merge(packed, plan, *MOVE, seed, granularity)
-    out = upsample_remaining(packed, plan, *MOVE, seed, granularity=granularity, backend=backend)
+    expected = expected_remaining(packed, plan, *TRANSITION, seed, granularity)
+    out = upsample_remaining(packed, plan, *TRANSITION, seed, granularity=granularity, backend=backend)
     assert out.is_contiguous()
     assert_as_exact_as(out, expected.to(dtype), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("b, channels", [(0, 8), (2, 0)])
-def test_empty_moves(backend, device, b, channels, granularity):
+def test_empty_transitions(backend, device, b, channels, granularity):
     plan = random_plan(b, (2, 3), device)
     low = torch.zeros(b, 6, channels, device=device)
-    packed = upsample_selected(low, plan, *MOVE, 1, granularity=granularity, backend=backend)
+    packed = upsample_selected(low, plan, *TRANSITION, 1, granularity=granularity, backend=backend)
     assert packed.shape == (len(plan.source), channels)
-    out = upsample_remaining(packed, plan, *MOVE, 1, granularity=granularity, backend=backend)
+    out = upsample_remaining(packed, plan, *TRANSITION, 1, granularity=granularity, backend=backend)
     assert out.shape == (b, 24, channels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_moves_are_exact(backend, device, granularity, dtype):
-    """Without noise promote then merge is nearest-neighbour enlargement, bit for bit, whatever is promoted when."""
+def test_transitions_are_exact(backend, device, granularity, dtype):
+    """Without noise the two transitions are nearest-neighbour upsampling, bit for bit, whatever is selected when."""
     grid = (5, 3)
     low = torch.randn(2, 15, 8, device=device).to(dtype)
     settings = dict(scale=1.0, noise_scale=0.0, c=0.1, seed=1, granularity=granularity, backend=backend)
@@ -249,12 +264,12 @@ def test_noncontiguous(backend, device, granularity):
         base[:1].expand(2, 12, 8),
     ):
         contiguous = low.contiguous()
-        expected = upsample_selected(contiguous, plan, *MOVE, seed, **settings)
-        assert torch.equal(upsample_selected(low, plan, *MOVE, seed, **settings), expected)
+        expected = upsample_selected(contiguous, plan, *TRANSITION, seed, **settings)
+        assert torch.equal(upsample_selected(low, plan, *TRANSITION, seed, **settings), expected)
     packed = expected.T.contiguous().T
     assert torch.equal(
-        upsample_remaining(packed, plan, *MOVE, seed, **settings),
-        upsample_remaining(expected, plan, *MOVE, seed, **settings),
+        upsample_remaining(packed, plan, *TRANSITION, seed, **settings),
+        upsample_remaining(expected, plan, *TRANSITION, seed, **settings),
     )
 
 
@@ -265,11 +280,11 @@ def test_tokens_and_latents_share_their_noise(backend, device):
     for stage, ratio in ((2, 1.0), (3, 0.0)):
         plan = random_plan(2, grid, device, ratio=ratio)
         if stage == 2:
-            packed = upsample_selected(pack(latent), plan, *MOVE, seed, backend=backend)
+            packed = upsample_selected(pack(latent), plan, *TRANSITION, seed, backend=backend)
             found = packed[plan.inverse.long()]
         else:
-            found = upsample_remaining(pack(latent).flatten(0, 1), plan, *MOVE, seed, backend=backend)
-        assert torch.equal(found, pack(upsample_renoise(latent, *MOVE, seed, stage=stage, backend=backend)))
+            found = upsample_remaining(pack(latent).flatten(0, 1), plan, *TRANSITION, seed, backend=backend)
+        assert torch.equal(found, pack(upsample_renoise(latent, *TRANSITION, seed, stage=stage, backend=backend)))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -279,18 +294,18 @@ def test_noise_depends_on_seed_and_place_alone(backend, device, granularity):
     low = torch.randn(3, 12, 8, device=device)
     settings = dict(granularity=granularity, backend=backend)
     plan = plan_tokens(scores, grid, threshold=0.0)
-    packed = upsample_selected(low, plan, *MOVE, seed, **settings)
-    merged = upsample_remaining(packed, plan, *MOVE, seed, **settings)
+    packed = upsample_selected(low, plan, *TRANSITION, seed, **settings)
+    merged = upsample_remaining(packed, plan, *TRANSITION, seed, **settings)
     for b in range(3):
         alone = plan_tokens(scores[b : b + 1], grid, threshold=0.0)
         rows = packed[plan.cu_seqlens[b] : plan.cu_seqlens[b + 1]]
-        assert torch.equal(rows, upsample_selected(low[b : b + 1], alone, *MOVE, seed[b : b + 1], **settings))
-        assert torch.equal(merged[b], upsample_remaining(rows, alone, *MOVE, seed[b : b + 1], **settings)[0])
+        assert torch.equal(rows, upsample_selected(low[b : b + 1], alone, *TRANSITION, seed[b : b + 1], **settings))
+        assert torch.equal(merged[b], upsample_remaining(rows, alone, *TRANSITION, seed[b : b + 1], **settings)[0])
     # A token's noise does not depend on what happens to the others.
-    every = upsample_selected(low, plan_tokens(scores, grid, ratio=1.0), *MOVE, seed, **settings).view(3, 48, 8)
+    every = upsample_selected(low, plan_tokens(scores, grid, ratio=1.0), *TRANSITION, seed, **settings).view(3, 48, 8)
     children = every.view(3, 12, 4, 8)[samples(plan), plan.source.long(), plan.child.long()]
     assert torch.equal(packed[plan.child >= 0], children[plan.child >= 0])
-    assert not torch.equal(packed, upsample_selected(low, plan, *MOVE, 5, **settings))
+    assert not torch.equal(packed, upsample_selected(low, plan, *TRANSITION, 5, **settings))
 
 
 @pytest.mark.triton
@@ -299,17 +314,17 @@ def test_noise_does_not_depend_on_the_block_size(device, granularity, monkeypatc
     plan = random_plan(2, (3, 4), device)
     low = torch.randn(2, 12, 8, device=device)
     settings = dict(granularity=granularity, backend="triton")
-    packed = upsample_selected(low, plan, *MOVE, 1, **settings)
-    merged = upsample_remaining(packed, plan, *MOVE, 1, **settings)
+    packed = upsample_selected(low, plan, *TRANSITION, 1, **settings)
+    merged = upsample_remaining(packed, plan, *TRANSITION, 1, **settings)
     for tile in (32, 4096):
         monkeypatch.setattr(tokens, "_TILE_BYTES", tile)
-        assert torch.equal(packed, upsample_selected(low, plan, *MOVE, 1, **settings))
-        assert torch.equal(merged, upsample_remaining(packed, plan, *MOVE, 1, **settings))
+        assert torch.equal(packed, upsample_selected(low, plan, *TRANSITION, 1, **settings))
+        assert torch.equal(merged, upsample_remaining(packed, plan, *TRANSITION, 1, **settings))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_kept_noise(backend, device, granularity):
-    """The release's carried noise is ours over sqrt(1 - c); promoted tokens do not change."""
+    """The release's kept noise is ours over sqrt(1 - c); selected tokens do not change."""
     c, plan = 0.2, random_plan(2, (3, 4), device)
     low = torch.zeros(2, 12, 8, device=device)
     settings = dict(scale=1.0, noise_scale=1.0, c=c, seed=3, granularity=granularity, backend=backend)
@@ -334,7 +349,7 @@ def test_opcheck(backend, device):
         torch.library.opcheck(ops.plan_tokens, (scores, *grid, k, None, total, backend))
         low = torch.randn(b, 8, n, device=device).bfloat16().transpose(1, 2)
         packed = torch.randn(8, total, device=device).bfloat16().T
-        rest = (*MOVE, seeds(b, device), "pixel", "exact", backend)
+        rest = (*TRANSITION, seeds(b, device), "pixel", "exact", backend)
         torch.library.opcheck(ops.upsample_selected, (low, plan.inverse, w, total, *rest))
         torch.library.opcheck(ops.upsample_remaining, (packed, plan.inverse, w, *rest))
 
@@ -343,8 +358,8 @@ def test_opcheck(backend, device):
 def test_compile(backend, device, dynamic):
     def f(scores, low, seed, h, w):
         plan = plan_tokens(scores, (h, w), ratio=0.3, backend=backend)
-        packed = upsample_selected(low * 2, plan, *MOVE, seed, backend=backend)
-        return plan, upsample_remaining(packed + 1, plan, *MOVE, seed, backend=backend)
+        packed = upsample_selected(low * 2, plan, *TRANSITION, seed, backend=backend)
+        return plan, upsample_remaining(packed + 1, plan, *TRANSITION, seed, backend=backend)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for b, h, w in ((2, 3, 4), (3, 5, 3)):
@@ -362,7 +377,7 @@ def test_compile(backend, device, dynamic):
 def test_compile_with_a_threshold(device):
     def f(scores, low):
         plan = plan_tokens(scores, (3, 4), threshold=0.3)
-        return upsample_remaining(upsample_selected(low, plan, *MOVE, 1), plan, *MOVE, 1)
+        return upsample_remaining(upsample_selected(low, plan, *TRANSITION, 1), plan, *TRANSITION, 1)
 
     args = torch.randn(2, 12, device=device), torch.randn(2, 12, 8, device=device)
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), f(*args))
@@ -378,7 +393,7 @@ WRONG_PLANS = {
     "none": (dict(ratio=None), r"\(ratio, threshold\) must be one None and one number, got \(None, None\)"),
     "ratio": (dict(ratio=1.1), r"ratio must be in \[0, 1\], got 1.1"),
     "negative ratio": (dict(ratio=-0.1), r"ratio must be in \[0, 1\], got -0.1"),
-    "nan": (dict(ratio=None, threshold=math.nan), "threshold must be a number, got nan"),
+    "nan": (dict(ratio=None, threshold=math.nan), "threshold must be a finite number, got nan"),
     "tokens": (
         dict(scores=SCORES[:1, :1].expand(2**15, 2**14), grid=(2**7, 2**7)),
         "at most 2147483647, got 214748364",
@@ -395,17 +410,19 @@ def test_wrong_plan_arguments(change, message):
 
 PLAN = plan_tokens(SCORES, (3, 4), ratio=0.5)  # 30 rows a sample
 LOW, PACKED, SEED = torch.zeros(2, 12, 8), torch.zeros(60, 8), torch.zeros(2, dtype=torch.int64)
-BOTH_MOVES = {
+BOTH_TRANSITIONS = {
     "c": (dict(c=0.3), r"c must be in \[0, 1/4\], got 0.3"),
     "granularity": (dict(granularity="patch"), r"granularity must be one of \('pixel', 'token'\), got 'patch'"),
-    "carry noise": (dict(kept_noise="none"), r"kept_noise must be one of \('exact', 'release'\), got 'none'"),
+    "kept noise": (dict(kept_noise="none"), r"kept_noise must be one of \('exact', 'release'\), got 'none'"),
     "seed": (dict(seed=SEED[:1]), r"seed.shape must be \(2,\)"),
     "backend": (dict(backend="cuda"), "backend must be 'auto' or one available on cpu, got 'cuda'"),
     "plan device": (dict(plan=PLAN.to("meta")), "plan.inverse.device must be cpu, .*, got meta"),
 }
-WRONG_MOVES = {
-    **{f"promote {name}": (upsample_selected, dict(low=LOW), *case) for name, case in BOTH_MOVES.items()},
-    **{f"merge {name}": (upsample_remaining, dict(packed=PACKED), *case) for name, case in BOTH_MOVES.items()},
+WRONG_TRANSITIONS = {
+    **{f"selected {name}": (upsample_selected, dict(low=LOW), *case) for name, case in BOTH_TRANSITIONS.items()},
+    **{
+        f"remaining {name}": (upsample_remaining, dict(packed=PACKED), *case) for name, case in BOTH_TRANSITIONS.items()
+    },
     "low rank": (upsample_selected, dict(low=LOW[0]), {}, r"low must be of shape \(B, n, C\)"),
     "low dtype": (upsample_selected, dict(low=LOW.double()), {}, "low.dtype must be"),
     "low grad": (upsample_selected, dict(low=LOW.clone().requires_grad_()), {}, "low.requires_grad must be False"),
@@ -436,8 +453,150 @@ WRONG_MOVES = {
 }
 
 
-@pytest.mark.parametrize("move, tensor, change, message", WRONG_MOVES.values(), ids=WRONG_MOVES.keys())
-def test_wrong_move_arguments(move, tensor, change, message):
+@pytest.mark.parametrize(
+    "transition, tensor, change, message", WRONG_TRANSITIONS.values(), ids=WRONG_TRANSITIONS.keys()
+)
+def test_wrong_transition_arguments(transition, tensor, change, message):
     arguments = {**dict(plan=PLAN, scale=1.0, noise_scale=1.0, c=0.1, seed=SEED), **tensor, **change}
     with pytest.raises(ValueError, match=message):
-        move(**arguments)
+        transition(**arguments)
+
+
+# ---- plans made by hand ----
+
+
+def changed(plan, name, change):
+    """The plan with one of its tensors made anew, contents and all."""
+    return replace(plan, **{name: change(getattr(plan, name).clone())})
+
+
+def both_transitions(plan, **settings):
+    low = torch.randn(plan.batch_size, plan.grid[0] * plan.grid[1], 8)
+    packed = torch.randn(len(plan.source), 8)
+    return (
+        partial(upsample_selected, low, plan, *TRANSITION, 1, **settings),
+        partial(upsample_remaining, packed, plan, *TRANSITION, 1, **settings),
+    )
+
+
+def test_a_plan_made_by_hand_is_as_good():
+    made = TokenPlan(PLAN.grid, *(getattr(PLAN, name) for name in TokenPlan.__match_args__[1:]))
+    for by_hand, planned in zip(both_transitions(made), both_transitions(PLAN), strict=True):
+        torch.manual_seed(0)
+        assert by_hand().shape == planned().shape
+    low = torch.randn(2, 12, 8)
+    assert torch.equal(upsample_selected(low, made, *TRANSITION, 1), upsample_selected(low, PLAN, *TRANSITION, 1))
+    empty = plan_tokens(torch.zeros(0, 12), (3, 4), ratio=0.5)
+    assert replace(empty, max_seqlen=12).batch_size == 0
+    assert pickle.loads(pickle.dumps(made)).grid == copy.deepcopy(made).grid == (3, 4)
+
+
+SHORT = dict(source=torch.cat([PLAN.source, PLAN.source[:3]]), child=torch.cat([PLAN.child, PLAN.child[:3]]))
+UNFIT = {
+    "negative grid": (dict(grid=(-3, -4)), r"grid must be an int in \[1, 2147483647\], got -3"),
+    "rows that nothing covers": (
+        dict(**SHORT, positions=torch.zeros(63, 2), max_seqlen=33),
+        r"inverse must be the indices of the layout that inverse's rows describe, got a torch.int32 tensor",
+    ),
+    "rows by the dozen": (dict(**SHORT), r"positions.shape must be \(total, 2\), with source's total, = \(63, 2\)"),
+    "samples exchanged": (dict(inverse=PLAN.inverse.flip(0)), "inverse must be the indices"),
+    "a row twice": (
+        dict(inverse=PLAN.inverse.clone().index_fill_(1, torch.tensor(5), 0)),
+        "inverse must be the indices",
+    ),
+    "too short a maximum": (
+        dict(max_seqlen=27),
+        r"source.shape must be .* 2 times 12 to max_seqlen = 27, .*got \(60,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", UNFIT.values(), ids=UNFIT.keys())
+def test_a_plan_that_does_not_hold_is_refused_when_it_is_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PLAN, **change)
+
+
+@pytest.mark.parametrize("row", [-1, 60, 2**31 - 1, 3])
+def test_a_plan_changed_in_place_is_an_error_and_no_crash(backend, row):
+    """Rows outside, and one inside that leaves another unwritten; on a CPU looking does not wait."""
+    plan = replace(PLAN, inverse=PLAN.inverse.clone())
+    plan.inverse[1, 5] = row
+    for transition in both_transitions(plan, backend=backend):
+        with pytest.raises(ValueError, match=rf"plan.inverse must be row \d+ for low token 2 of sample 1, got {row}"):
+            transition()
+    fewer = replace(PLAN, inverse=PLAN.inverse.clone())
+    kept = plan_tokens(torch.arange(24.0).view(2, 12), (3, 4), threshold=6.0)
+    fewer.inverse.copy_(kept.inverse)
+    for transition in both_transitions(fewer, backend=backend):
+        with pytest.raises(ValueError, match=r"plan.inverse must be rows \[0, 60\), got \[0, 78\)"):
+            transition()
+
+
+def test_where_looking_would_wait_a_plan_that_does_not_hold_gives_nan(backend, device):
+    """As on a GPU: a graph cannot look either. The rows that are named are all there."""
+
+    def f(low, packed, grid, *tensors):
+        plan = TokenPlan(grid, tensors[0], 30, *tensors[1:])
+        settings = (*TRANSITION, 1)
+        return (
+            upsample_selected(low, plan, *settings, backend=backend),
+            upsample_remaining(packed, plan, *settings, backend=backend),
+        )
+
+    plan = PLAN.to(device)
+    low, packed = torch.randn(2, 12, 8, device=device), torch.randn(60, 8, device=device)
+    names = ("cu_seqlens", "source", "child", "inverse", "positions")
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    good = [getattr(plan, name) for name in names]
+    expected = (
+        upsample_selected(low, plan, *TRANSITION, 1, backend=backend),
+        upsample_remaining(packed, plan, *TRANSITION, 1, backend=backend),
+    )
+    assert all(map(torch.equal, compiled(low, packed, (3, 4), *good), expected))
+    for i, row in ((0, 1), (1, 7), (2, 20)):
+        broken = [x.clone() for x in good]
+        broken[i][row] += 1
+        assert all(out.isnan().all() for out in compiled(low, packed, (3, 4), *broken))
+
+
+@pytest.fixture
+def unchecked_rows(monkeypatch):
+    """As on a GPU, where nobody looks at a plan's rows."""
+    monkeypatch.setattr(reference, "check_rows", lambda *_: None)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("row", [-1, 30, 2**31 - 1])
+def test_kernels_stay_inside_their_tensors(device, unchecked_rows, row):
+    """The first row that a selected token names decides for all of its four."""
+    inverse = plan_tokens(torch.rand(1, 12), (3, 4), ratio=0.5).inverse
+    first = reference.children(inverse, 4)[0]
+    chosen = first[first[:, 0] != first[:, 1]][0, 0]
+    broken = inverse.where(inverse != chosen, row).to(device)
+    low, around = torch.ones(1, 12, 8, device=device), torch.zeros(32, 8, device=device)
+    rest = (1.0, 0.0, 0.0, torch.zeros(1, dtype=torch.int64, device=device), "pixel", "exact")
+    tokens._launch(tokens._upsample_selected_kernel, 2, low, around[1:31], broken, 4, 30, *rest)
+    assert around.sum() == 26 * 8 and not around[0].any() and not around[31].any()
+    high = tokens._remaining_triton(torch.ones(30, 8, device=device), broken, 4, *rest)
+    assert high.isnan().sum() == 4 * 8 and high.nansum() == 44 * 8
+
+
+def test_the_reference_stays_inside_its_tensors(unchecked_rows):
+    broken = PLAN.inverse.clone()
+    broken[0, 0] = 1000
+    rest = (1.0, 0.0, 0.0, torch.zeros(2, dtype=torch.int64), "pixel", "exact")
+    selected = reference.upsample_selected(torch.ones(2, 12, 8), broken, 4, 60, *rest)
+    assert selected.shape == (60, 8) and (selected == 1).sum() >= 59 * 8
+    assert reference.upsample_remaining(torch.ones(60, 8), broken, 4, *rest).isnan().any()
+
+
+@pytest.mark.triton
+def test_a_plan_stays_inside_its_outputs(device, monkeypatch):
+    """Scores that changed between the count of the rows and the launch."""
+    memory = [torch.full(size, -7, dtype=torch.int32, device=device) for size in ((2,), (12,), (12,), (1, 48))]
+    positions = torch.zeros(12, 2, device=device)
+    outputs = memory[0], memory[1][:11], memory[2][:11], memory[3], positions[:11]
+    monkeypatch.setattr(plans, "_fake_plan", lambda *_: outputs)
+    plans._plan_triton(torch.zeros(1, 12, device=device), 3, 4, 0, None, 11)
+    assert memory[1].tolist() == [*range(11), -7] and memory[2][11] == -7 and not positions[11].any()

@@ -1,4 +1,4 @@
-// One token of the moves between stages, for any instruction set.
+// One token of the transitions between stages, for any instruction set.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace ralu::cpu {
 
-// The random counter's element of an enlarged token's channel is base[lane] + offset(y, x); see reference.py for the
+// The random counter's element of an upsampled token's channel is base[lane] + offset(y, x); see reference.py for the
 // numbering. Lanes are channels, but at pixel granularity: there a group of channels is gone through by inner pixel,
 // because inner pixel p of all of them makes child p.
 struct Elements {
@@ -17,9 +17,7 @@ struct Elements {
   int64_t row, column;
 
   Elements(int64_t height, int64_t width, int64_t channels, bool pixel)
-      : base((channels + 15) / 16 * 16),
-        row(pixel ? 4 * width : width * channels),
-        column(pixel ? 2 : channels) {
+      : base((channels + 15) / 16 * 16), row(pixel ? 4 * width : width * channels), column(pixel ? 2 : channels) {
     for (int64_t first = 0; first < channels; first += RUN) {
       const int64_t count = std::min<int64_t>(RUN, channels - first);
       for (int64_t lane = 0; lane < count; ++lane) {
@@ -33,8 +31,8 @@ struct Elements {
   uint32_t offset(int64_t y, int64_t x) const { return static_cast<uint32_t>(y * row + x * column); }
 };
 
-struct Move {
-  float scale, noise_scale, carry_scale, k;
+struct Transition {
+  float scale, noise_scale, kept_scale, k;
   uint32_t stage;
   int64_t channels, stride_c;  // of a row that is read; rows that are written are contiguous
   bool pixel;
@@ -42,29 +40,29 @@ struct Move {
 
 // from: the low token at (y, x); to: its four children.
 template <class T>
-RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const Elements& element, int64_t y, int64_t x,
-                               uint64_t key, const Move& move) {
-  for (int64_t first = 0; first < move.channels; first += RUN) {
-    const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, move.channels - first)), quarter = count / 4;
+RALU_INLINE void upsample_token(Isa isa, const T* from, T* const* to, const Elements& element, int64_t y, int64_t x,
+                                uint64_t key, const Transition& t) {
+  for (int64_t first = 0; first < t.channels; first += RUN) {
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(RUN, t.channels - first)), quarter = count / 4;
     const int32_t padded = (count + 15) & ~15;  // whole vectors
-    const T* source = from + first * move.stride_c;
+    const T* source = from + first * t.stride_c;
     float value[RUN], child[4][RUN];
-    if (move.pixel) {
+    if (t.pixel) {
       for (int32_t c = 0; c < quarter; ++c)
-        for (int32_t p = 0; p < 4; ++p) value[p * quarter + c] = to_float(source[(4 * c + p) * move.stride_c]);
+        for (int32_t p = 0; p < 4; ++p) value[p * quarter + c] = to_float(source[(4 * c + p) * t.stride_c]);
     } else {
-      for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * move.stride_c]);
+      for (int32_t c = 0; c < count; ++c) value[c] = to_float(source[c * t.stride_c]);
     }
     std::fill(value + count, value + padded, 0.0f);
     for (int32_t m = 0; m < 4; ++m) prefetch(to[m] + first, count);
     Run words;
-    philox_run(isa, key, element.base.data() + first, element.offset(y, x), move.stage, UPSAMPLED, padded, words);
+    philox_run(isa, key, element.base.data() + first, element.offset(y, x), t.stage, UPSAMPLED, padded, words);
     for (int32_t j = 0; j < padded; ++j) {
       const Normals n = normals(words[j]);
-      const Normals o = enlarge(value[j], n, move.scale, move.noise_scale, move.k);
+      const Normals o = upsample_block(value[j], n, t.scale, t.noise_scale, t.k);
       child[0][j] = o.n0, child[1][j] = o.n1, child[2][j] = o.n2, child[3][j] = o.n3;
     }
-    if (move.pixel) {
+    if (t.pixel) {
       for (int32_t p = 0; p < 4; ++p) {
         T* out = to[p] + first;
         for (int32_t c = 0; c < quarter; ++c) {
@@ -82,24 +80,24 @@ RALU_INLINE void enlarge_token(Isa isa, const T* from, T* const* to, const Eleme
   }
 }
 
-// Carried tokens, or pieces of long ones, gathered until their random numbers fill a run.
+// Kept tokens, or pieces of long ones, gathered until their random numbers fill a run.
 template <class T>
-class Carried {
+class Kept {
  public:
-  RALU_INLINE Carried(Isa isa, const Move& move) : isa_(isa), move_(move) {}
+  RALU_INLINE Kept(Isa isa, const Transition& t) : isa_(isa), t_(t) {}
 
   // token: its place in the grid of its own size.
   RALU_INLINE void add(const T* from, T* to, int64_t token, uint64_t key) {
-    const int64_t fours = (move_.channels + 3) / 4;
+    const int64_t fours = (t_.channels + 3) / 4;
     for (int64_t first = 0; first < fours; first += RUN) {
       const int32_t m = static_cast<int32_t>(std::min<int64_t>(RUN, fours - first));
       if (used_ + m > RUN || key != key_) finish();
       key_ = key;
       std::iota(element_ + used_, element_ + used_ + m, static_cast<uint32_t>(token * fours + first));
-      const int32_t count = static_cast<int32_t>(std::min<int64_t>(4 * RUN, move_.channels - 4 * first));
-      piece_[pieces_++] = {from + 4 * first * move_.stride_c, to + 4 * first, count};
+      const int32_t count = static_cast<int32_t>(std::min<int64_t>(4 * RUN, t_.channels - 4 * first));
+      piece_[pieces_++] = {from + 4 * first * t_.stride_c, to + 4 * first, count};
       prefetch(to + 4 * first, count);
-      if (move_.stride_c == 1) prefetch(from + 4 * first, count);
+      if (t_.stride_c == 1) prefetch(from + 4 * first, count);
       used_ += m;
     }
   }
@@ -107,7 +105,7 @@ class Carried {
   RALU_INLINE void finish() {
     const int32_t padded = (used_ + 15) & ~15;  // whole vectors
     Run words;
-    philox_run(isa_, key_, element_, 0, move_.stage, CARRIED, padded, words);
+    philox_run(isa_, key_, element_, 0, t_.stage, KEPT, padded, words);
     float z[4 * RUN];
     for (int32_t j = 0; j < padded; ++j) {
       const Normals n = normals(words[j]);
@@ -117,7 +115,7 @@ class Carried {
     for (int32_t i = 0; i < pieces_; ++i) {
       const Piece& p = piece_[i];
       for (int32_t c = 0; c < p.count; ++c)
-        p.to[c] = from_float<T>(move_.scale * to_float(p.from[c * move_.stride_c]) + move_.carry_scale * noise[c]);
+        p.to[c] = from_float<T>(t_.scale * to_float(p.from[c * t_.stride_c]) + t_.kept_scale * noise[c]);
       noise += (p.count + 3) & ~3;
     }
     used_ = pieces_ = 0;
@@ -131,7 +129,7 @@ class Carried {
   };
 
   const Isa isa_;
-  const Move& move_;
+  const Transition& t_;
   uint64_t key_ = 0;
   int32_t used_ = 0, pieces_ = 0;
   uint32_t element_[RUN] = {};

@@ -42,7 +42,7 @@ RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent 
   philox_run(isa, key, CONSECUTIVE.element, static_cast<uint32_t>(first), noise.stage, UPSAMPLED, padded, words);
   for (int32_t j = 0; j < padded; ++j) {
     const Normals n = normals(words[j]);
-    const Normals o = enlarge(value[j], n, noise.scale, noise.noise_scale, noise.k);
+    const Normals o = upsample_block(value[j], n, noise.scale, noise.noise_scale, noise.k);
     child[0][j] = o.n0, child[1][j] = o.n1, child[2][j] = o.n2, child[3][j] = o.n3;
   }
 

@@ -1,6 +1,5 @@
-#include "tokens.cuh"
-
 #include "launch.h"
+#include "tokens.cuh"
 
 namespace ralu::cuda {
 
@@ -26,47 +25,49 @@ void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, 
   });
 }
 
-void promote_tokens(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
-                    double noise_scale, double carry_scale, double k, bool pixel) {
-  const Move move{narrow(low.size(0)),
-                  narrow(low.size(1) / width),
-                  narrow(width),
-                  narrow(low.size(2)),
-                  narrow(out.size(0)),
-                  low.stride(0),
-                  low.stride(1),
-                  low.stride(2),
-                  PROMOTE,
-                  static_cast<float>(scale),
-                  static_cast<float>(noise_scale),
-                  static_cast<float>(carry_scale),
-                  static_cast<float>(k)};
+void upsample_selected(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
+                       double noise_scale, double kept_scale, double k, bool pixel) {
+  check_plan(inverse, seed, low.size(0), low.size(1), width);
+  const Transition t{narrow(low.size(0)),
+                     narrow(low.size(1) / width),
+                     narrow(width),
+                     narrow(low.size(2)),
+                     narrow(out.size(0)),
+                     low.stride(0),
+                     low.stride(1),
+                     low.stride(2),
+                     TO_MIXED,
+                     static_cast<float>(scale),
+                     static_cast<float>(noise_scale),
+                     static_cast<float>(kept_scale),
+                     static_cast<float>(k)};
   for_dtype(low, [&](auto type) {
     using T = decltype(type);
-    promote_tokens(Launch(low), input<T>(low), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed), move,
-                   pixel);
+    upsample_selected(Launch(low), input<T>(low), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed), t,
+                      pixel);
   });
 }
 
-void merge_tokens(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
-                  double noise_scale, double carry_scale, double k, bool pixel) {
-  const Move move{narrow(inverse.size(0)),
-                  narrow(inverse.size(1) / (4 * width)),
-                  narrow(width),
-                  narrow(packed.size(1)),
-                  narrow(packed.size(0)),
-                  0,
-                  packed.stride(0),
-                  packed.stride(1),
-                  MERGE,
-                  static_cast<float>(scale),
-                  static_cast<float>(noise_scale),
-                  static_cast<float>(carry_scale),
-                  static_cast<float>(k)};
+void upsample_remaining(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
+                        double noise_scale, double kept_scale, double k, bool pixel) {
+  check_plan(inverse, seed, inverse.size(0), inverse.size(1) / 4, width);
+  const Transition t{narrow(inverse.size(0)),
+                     narrow(inverse.size(1) / (4 * width)),
+                     narrow(width),
+                     narrow(packed.size(1)),
+                     narrow(packed.size(0)),
+                     0,
+                     packed.stride(0),
+                     packed.stride(1),
+                     TO_FULL,
+                     static_cast<float>(scale),
+                     static_cast<float>(noise_scale),
+                     static_cast<float>(kept_scale),
+                     static_cast<float>(k)};
   for_dtype(packed, [&](auto type) {
     using T = decltype(type);
-    merge_tokens(Launch(packed), input<T>(packed), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed), move,
-                 pixel);
+    upsample_remaining(Launch(packed), input<T>(packed), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed),
+                       t, pixel);
   });
 }
 

@@ -1,4 +1,4 @@
-// The plan of a mixed-resolution sequence, and the two moves between the stages.
+// The plan of a mixed-resolution sequence, and the two transitions between the stages.
 #pragma once
 
 #include "../sort_key.h"
@@ -15,7 +15,7 @@ template <class T>
 struct Plan {
   const T* scores;
   int64_t stride_b, stride_n;
-  uint32_t batch, n, width, count, total;  // count: promoted in each sample; total: rows that the outputs have
+  uint32_t batch, n, width, count, total;  // count: selected in each sample; total: rows that the outputs have
   float threshold;
   int32_t *cu_seqlens, *source, *child, *inverse;
   float2* positions;
@@ -49,7 +49,8 @@ __device__ uint32_t select(const T* scores, int64_t stride, uint32_t n, uint32_t
     for (int i = 0; i < 8; ++i) own += histogram[8 * lane + i];
     const uint32_t reached = sum_from_here(own, lane);
     const uint32_t finder = 31 - __clz(__ballot_sync(WARP, reached >= count));
-    uint32_t digit = 8 * finder + 7, left = count - (__shfl_sync(WARP, reached, finder) - __shfl_sync(WARP, own, finder));
+    uint32_t digit = 8 * finder + 7,
+             left = count - (__shfl_sync(WARP, reached, finder) - __shfl_sync(WARP, own, finder));
     while (histogram[digit] < left) left -= histogram[digit--];
     kth |= digit << shift;
     count = left;
@@ -60,7 +61,7 @@ __device__ uint32_t select(const T* scores, int64_t stride, uint32_t n, uint32_t
 
 // Scores of all samples before this block's that reach the threshold.
 template <class T>
-__device__ uint32_t promoted_before(const Plan<T>& plan) {
+__device__ uint32_t selected_before(const Plan<T>& plan) {
   __shared__ uint32_t total;
   if (threadIdx.x == 0) total = 0;
   __syncthreads();
@@ -77,7 +78,7 @@ template <class T, bool RANKED>
 __global__ void __launch_bounds__(PLAN_THREADS, 1) plan_kernel(Plan<T> plan) {
   __shared__ uint32_t totals[2][32];
   const uint32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32, b = blockIdx.x, n = plan.n;
-  uint32_t before = RANKED ? b * plan.count : promoted_before(plan);
+  uint32_t before = RANKED ? b * plan.count : selected_before(plan);
   if (thread == 0) plan.cu_seqlens[b] = b * n + 3 * before;
   if (b == plan.batch) return;
 
@@ -101,18 +102,19 @@ __global__ void __launch_bounds__(PLAN_THREADS, 1) plan_kernel(Plan<T> plan) {
     const uint32_t from_here = sum_from_here(total[lane], lane), all = __shfl_sync(WARP, from_here, 0);
     const uint32_t earlier = all - __shfl_sync(WARP, from_here, warp);
     const uint32_t tie_rank = ties_before + (earlier >> 16) + __popc(ties & lower);
-    const bool promoted = above || (tie && tie_rank < ties_wanted);
+    const bool selected = above || (tie && tie_rank < ties_wanted);
     if (token < n) {
-      const uint32_t promoted_earlier = before + (earlier & 0xFFFF) + __popc(aboves & lower) + min(tie_rank, ties_wanted);
-      const uint32_t row = b * n + token + 3 * promoted_earlier;
+      const uint32_t earlier_selected =
+          before + (earlier & 0xFFFF) + __popc(aboves & lower) + min(tie_rank, ties_wanted);
+      const uint32_t row = b * n + token + 3 * earlier_selected;
       const uint32_t y = token / plan.width, x = token % plan.width;
       int32_t* corner = plan.inverse + 4 * (static_cast<int64_t>(b) * n + y * plan.width) + 2 * x;
       for (uint32_t m = 0; m < 4; ++m) {
-        const uint32_t place = promoted ? m : 0;
+        const uint32_t place = selected ? m : 0;
         corner[m / 2 * 2 * plan.width + m % 2] = row + place;
         if (place == m && row + m < plan.total) {
           plan.source[row + m] = token;
-          plan.child[row + m] = promoted ? static_cast<int32_t>(m) : -1;
+          plan.child[row + m] = selected ? static_cast<int32_t>(m) : -1;
           plan.positions[row + m] = {y + 0.5f * (m / 2), x + 0.5f * (m % 2)};
         }
       }
@@ -127,18 +129,18 @@ void plan_tokens(const Launch& launch, bool ranked, const Plan<T>& plan) {
   launch(ranked ? plan_kernel<T, true> : plan_kernel<T, false>, dim3(plan.batch + 1), PLAN_THREADS, plan);
 }
 
-// ---- the moves: a thread has a low token's, or its four children's, V channels ----
+// ---- the transitions: a thread has a low token's, or its four children's, V channels ----
 
-constexpr int MOVE_THREADS = 128;
+constexpr int TOKEN_THREADS = 128;
 
-struct Move {
+struct Transition {
   uint32_t batch, height, width, channels, total;  // the low grid; packed rows
   int64_t stride_b, stride_n, stride_c;            // of what is read
   uint32_t stage;
-  float scale, noise_scale, carry_scale, k;
+  float scale, noise_scale, kept_scale, k;
 };
 
-// Elements of the random counter for an enlarged token's channels from `channel` on; see reference.py for the numbering.
+// Elements of the random counter for an upsampled token's channels from `channel` on, numbered as in reference.py.
 template <bool PIXEL>
 struct Elements {
   uint32_t first, plane, line;
@@ -155,10 +157,10 @@ struct Elements {
 
 // write(m, child m) for the four children of a low token.
 template <class T, bool PIXEL, int V, class Write>
-__device__ __forceinline__ void enlarge_token(const float (&value)[V], const Elements<PIXEL>& element, uint64_t key,
-                                              const Move& move, const Write& write) {
+__device__ __forceinline__ void upsample_token(const float (&value)[V], const Elements<PIXEL>& element, uint64_t key,
+                                               const Transition& t, const Write& write) {
   const auto children = [&](int i) {
-    return enlarge(value[i], normals(key, element[i], move.stage, UPSAMPLED), move.scale, move.noise_scale, move.k);
+    return upsample_block(value[i], normals(key, element[i], t.stage, UPSAMPLED), t.scale, t.noise_scale, t.k);
   };
   if constexpr (PIXEL) {
     // Channel (c, inner pixel) of the low token becomes channels (c, 0..3) of the child at that inner pixel.
@@ -188,119 +190,122 @@ __device__ __forceinline__ void enlarge_token(const float (&value)[V], const Ele
 
 // token: its place in the grid of its own size. Four channels share a counter.
 template <class T, int V>
-__device__ __forceinline__ Vector<T, V> carry_token(const float (&value)[V], uint32_t token, uint32_t channel,
-                                                    uint64_t key, const Move& move) {
-  const uint32_t element = token * ((move.channels + 3) / 4) + channel / 4;
-  const auto carry = [&](int i, float z) { return static_cast<T>(move.scale * value[i] + move.carry_scale * z); };
-  Vector<T, V> carried;
+__device__ __forceinline__ Vector<T, V> keep_token(const float (&value)[V], uint32_t token, uint32_t channel,
+                                                   uint64_t key, const Transition& t) {
+  const uint32_t element = token * ((t.channels + 3) / 4) + channel / 4;
+  const auto keep = [&](int i, float z) { return static_cast<T>(t.scale * value[i] + t.kept_scale * z); };
+  Vector<T, V> kept;
   if constexpr (V % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < V; i += 4) {
-      const Normals n = normals(key, element + i / 4, move.stage, CARRIED);
-      carried.value[i] = carry(i, n.n0), carried.value[i + 1] = carry(i + 1, n.n1);
-      carried.value[i + 2] = carry(i + 2, n.n2), carried.value[i + 3] = carry(i + 3, n.n3);
+      const Normals n = normals(key, element + i / 4, t.stage, KEPT);
+      kept.value[i] = keep(i, n.n0), kept.value[i + 1] = keep(i + 1, n.n1);
+      kept.value[i + 2] = keep(i + 2, n.n2), kept.value[i + 3] = keep(i + 3, n.n3);
     }
   } else {
     static_assert(V == 1);
-    const Words w = philox(key, element, move.stage, CARRIED);
+    const Words w = philox(key, element, t.stage, KEPT);
     const bool later = channel / 2 % 2;
     float even, odd;
     turn(radius(later ? w.w2 : w.w0), later ? w.w3 : w.w1, even, odd);
-    carried.value[0] = carry(0, channel % 2 ? odd : even);
+    kept.value[0] = keep(0, channel % 2 ? odd : even);
   }
-  return carried;
+  return kept;
 }
 
-// A plan made by hand may name rows that are not there: these are skipped.
+// Rows that a plan names and that are not there are not written, and read as NaN.
 template <class T, bool PIXEL, int V>
-__global__ void __launch_bounds__(MOVE_THREADS)
-    promote_kernel(const T* __restrict__ low, T* __restrict__ out, const int32_t* __restrict__ inverse,
-                   const int64_t* __restrict__ seed, Move move, bool whole) {
-  const uint32_t groups = move.channels / V, i = blockIdx.x * MOVE_THREADS + threadIdx.x, b = sample_of_block();
-  const uint32_t token = i / groups, channel = i % groups * V, y = token / move.width, x = token % move.width;
-  const uint32_t n = move.height * move.width;
-  if (token >= n || b >= move.batch) return;
-  const int32_t* corner = inverse + 4 * (static_cast<int64_t>(b) * n + y * move.width) + 2 * x;
+__global__ void __launch_bounds__(TOKEN_THREADS)
+    upsample_selected_kernel(const T* __restrict__ low, T* __restrict__ out, const int32_t* __restrict__ inverse,
+                             const int64_t* __restrict__ seed, Transition t, bool whole) {
+  const uint32_t groups = t.channels / V, i = blockIdx.x * TOKEN_THREADS + threadIdx.x, b = sample_of_block();
+  const uint32_t token = i / groups, channel = i % groups * V, y = token / t.width, x = token % t.width;
+  const uint32_t n = t.height * t.width;
+  if (token >= n || b >= t.batch) return;
+  const int32_t* corner = inverse + 4 * (static_cast<int64_t>(b) * n + y * t.width) + 2 * x;
   float value[V];
-  load(low + b * move.stride_b + token * move.stride_n + channel * move.stride_c, move.stride_c, whole, value);
+  load(low + b * t.stride_b + token * t.stride_n + channel * t.stride_c, t.stride_c, whole, value);
   const uint64_t key = static_cast<uint64_t>(seed[b]);
   const auto write = [&](uint32_t m, const Vector<T, V>& vector) {
-    const uint32_t row = corner[m / 2 * 2 * move.width + m % 2];
-    if (row < move.total) store(out + static_cast<int64_t>(row) * move.channels + channel, vector);
+    const uint32_t row = corner[m / 2 * 2 * t.width + m % 2];
+    if (row < t.total) store(out + static_cast<int64_t>(row) * t.channels + channel, vector);
   };
   if (corner[1] != corner[0]) {
-    const Elements<PIXEL> element(y, x, channel, move.height, move.width, move.channels);
-    enlarge_token<T>(value, element, key, move, write);
+    const Elements<PIXEL> element(y, x, channel, t.height, t.width, t.channels);
+    upsample_token<T>(value, element, key, t, write);
   } else {
-    write(0, carry_token<T>(value, token, channel, key, move));
+    write(0, keep_token<T>(value, token, channel, key, t));
   }
 }
 
 template <class T, bool PIXEL, int V>
-__global__ void __launch_bounds__(MOVE_THREADS)
-    merge_kernel(const T* __restrict__ packed, T* __restrict__ out, const int32_t* __restrict__ inverse,
-                 const int64_t* __restrict__ seed, Move move, bool whole) {
-  const uint32_t groups = move.channels / V, i = blockIdx.x * MOVE_THREADS + threadIdx.x, b = sample_of_block();
-  const uint32_t token = i / groups, channel = i % groups * V, y = token / move.width, x = token % move.width;
-  const uint32_t n = move.height * move.width;
-  if (token >= n || b >= move.batch) return;
-  const int64_t first = 4 * (static_cast<int64_t>(b) * n + y * move.width) + 2 * x;
+__global__ void __launch_bounds__(TOKEN_THREADS)
+    upsample_remaining_kernel(const T* __restrict__ packed, T* __restrict__ out, const int32_t* __restrict__ inverse,
+                              const int64_t* __restrict__ seed, Transition t, bool whole) {
+  const uint32_t groups = t.channels / V, i = blockIdx.x * TOKEN_THREADS + threadIdx.x, b = sample_of_block();
+  const uint32_t token = i / groups, channel = i % groups * V, y = token / t.width, x = token % t.width;
+  const uint32_t n = t.height * t.width;
+  if (token >= n || b >= t.batch) return;
+  const int64_t first = 4 * (static_cast<int64_t>(b) * n + y * t.width) + 2 * x;
   const int32_t* corner = inverse + first;
   const uint64_t key = static_cast<uint64_t>(seed[b]);
-  const auto read = [&](uint32_t row, float(&value)[V]) {
-    const bool exists = row < move.total;
-    if (exists) load(packed + row * move.stride_n + channel * move.stride_c, move.stride_c, whole, value);
-    return exists;
+  const auto read = [&](uint32_t row, float (&value)[V]) {
+    if (row < t.total) {
+      load(packed + row * t.stride_n + channel * t.stride_c, t.stride_c, whole, value);
+    } else {
+      for (int i = 0; i < V; ++i) value[i] = NAN;
+    }
   };
   const auto write = [&](uint32_t m, const Vector<T, V>& vector) {
-    store(out + (first + m / 2 * 2 * move.width + m % 2) * move.channels + channel, vector);
+    store(out + (first + m / 2 * 2 * t.width + m % 2) * t.channels + channel, vector);
   };
   float value[V];
   if (corner[1] == corner[0]) {
-    const Elements<PIXEL> element(y, x, channel, move.height, move.width, move.channels);
-    if (read(corner[0], value)) enlarge_token<T>(value, element, key, move, write);
+    const Elements<PIXEL> element(y, x, channel, t.height, t.width, t.channels);
+    read(corner[0], value);
+    upsample_token<T>(value, element, key, t, write);
   } else {
 #pragma unroll 1
     for (uint32_t m = 0; m < 4; ++m) {
-      const uint32_t place = m / 2 * 2 * move.width + m % 2;
-      if (read(corner[place], value))
-        write(m, carry_token<T>(value, 4 * y * move.width + 2 * x + place, channel, key, move));
+      const uint32_t place = m / 2 * 2 * t.width + m % 2;
+      read(corner[place], value);
+      write(m, keep_token<T>(value, 4 * y * t.width + 2 * x + place, channel, key, t));
     }
   }
 }
 
 // run(granularity, V): 16 bytes of a row where its length allows, else as little as the granularity does.
 template <class T, class F>
-void for_channels(const Move& move, bool pixel, const F& run) {
+void for_channels(const Transition& t, bool pixel, const F& run) {
   constexpr int WIDE = 16 / sizeof(T);
   if (pixel) {
-    move.channels % WIDE == 0 ? run(std::true_type{}, Count<WIDE>{}) : run(std::true_type{}, Count<4>{});
+    t.channels % WIDE == 0 ? run(std::true_type{}, Count<WIDE>{}) : run(std::true_type{}, Count<4>{});
   } else {
-    move.channels % WIDE == 0 ? run(std::false_type{}, Count<WIDE>{}) : run(std::false_type{}, Count<1>{});
+    t.channels % WIDE == 0 ? run(std::false_type{}, Count<WIDE>{}) : run(std::false_type{}, Count<1>{});
   }
 }
 
 template <class T, class Launch>
-void promote_tokens(const Launch& launch, const T* low, T* out, const int32_t* inverse, const int64_t* seed,
-                    const Move& move, bool pixel) {
-  const int64_t values = static_cast<int64_t>(move.height) * move.width * move.channels;
-  if (values * move.batch == 0) return;
-  for_channels<T>(move, pixel, [&](auto granularity, auto v) {
-    const bool whole = whole_vectors<v>(low, move.stride_c, {move.stride_b, move.stride_n});
-    launch(promote_kernel<T, granularity, v>, grid_of(values / v, MOVE_THREADS, move.batch), MOVE_THREADS, low, out,
-           inverse, seed, move, whole);
+void upsample_selected(const Launch& launch, const T* low, T* out, const int32_t* inverse, const int64_t* seed,
+                       const Transition& t, bool pixel) {
+  const int64_t values = static_cast<int64_t>(t.height) * t.width * t.channels;
+  if (values * t.batch == 0) return;
+  for_channels<T>(t, pixel, [&](auto granularity, auto v) {
+    const bool whole = whole_vectors<v>(low, t.stride_c, {t.stride_b, t.stride_n});
+    launch(upsample_selected_kernel<T, granularity, v>, grid_of(values / v, TOKEN_THREADS, t.batch), TOKEN_THREADS, low,
+           out, inverse, seed, t, whole);
   });
 }
 
 template <class T, class Launch>
-void merge_tokens(const Launch& launch, const T* packed, T* out, const int32_t* inverse, const int64_t* seed,
-                  const Move& move, bool pixel) {
-  const int64_t values = static_cast<int64_t>(move.height) * move.width * move.channels;
-  if (values * move.batch == 0) return;
-  for_channels<T>(move, pixel, [&](auto granularity, auto v) {
-    const bool whole = whole_vectors<v>(packed, move.stride_c, {move.stride_n});
-    launch(merge_kernel<T, granularity, v>, grid_of(values / v, MOVE_THREADS, move.batch), MOVE_THREADS, packed, out,
-           inverse, seed, move, whole);
+void upsample_remaining(const Launch& launch, const T* packed, T* out, const int32_t* inverse, const int64_t* seed,
+                        const Transition& t, bool pixel) {
+  const int64_t values = static_cast<int64_t>(t.height) * t.width * t.channels;
+  if (values * t.batch == 0) return;
+  for_channels<T>(t, pixel, [&](auto granularity, auto v) {
+    const bool whole = whole_vectors<v>(packed, t.stride_c, {t.stride_n});
+    launch(upsample_remaining_kernel<T, granularity, v>, grid_of(values / v, TOKEN_THREADS, t.batch), TOKEN_THREADS,
+           packed, out, inverse, seed, t, whole);
   });
 }
 

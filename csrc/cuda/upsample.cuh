@@ -1,4 +1,4 @@
-// 2x enlargement of a latent with block-correlated noise.
+// 2x upsampling of a latent with block-correlated noise.
 #pragma once
 
 #include "vector.cuh"
@@ -17,7 +17,7 @@ struct Noise {
   uint32_t stage;
 };
 
-// A thread enlarges V neighbours of one row.
+// A thread upsamples V neighbours of one row.
 template <class T, int V>
 __global__ void __launch_bounds__(UPSAMPLE_THREADS)
     upsample_kernel(const T* __restrict__ x, T* __restrict__ out, const int64_t* __restrict__ seed, Latent latent,
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(UPSAMPLE_THREADS)
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const Normals n = normals(static_cast<uint64_t>(seed[b]), first + i, noise.stage, UPSAMPLED);
-    const Normals o = enlarge(value[i], n, noise.scale, noise.noise_scale, noise.k);
+    const Normals o = upsample_block(value[i], n, noise.scale, noise.noise_scale, noise.k);
     top.value[2 * i] = static_cast<T>(o.n0), top.value[2 * i + 1] = static_cast<T>(o.n1);
     bottom.value[2 * i] = static_cast<T>(o.n2), bottom.value[2 * i + 1] = static_cast<T>(o.n3);
   }

@@ -1,4 +1,4 @@
-#include "canny.cuh"
+#include "edges.cuh"
 
 #include "launch.h"
 

@@ -1,13 +1,13 @@
-// Canny's edge detector as OpenCV defines it: 3x3 Sobel, L1 gradient, no smoothing. Hysteresis labels the connected
-// components of candidate pixels by union-find, so that no host has to wait and ask whether it has converged.
+// Canny's edge detector on tiles of an image. Hysteresis labels the connected components of candidate pixels by
+// union-find, so that no host has to wait and ask whether it has converged.
 #pragma once
 
+#include "../edges.h"
 #include "vector.cuh"
 
 namespace ralu::cuda {
 
 constexpr int CANNY_THREADS = 256, TILE_W = 32, TILE_H = 8;
-constexpr uint8_t NONE = 0, WEAK = 1, STRONG = 255;  // edges until the hysteresis is through; STRONG is then final
 
 struct Pictures {
   uint32_t batch, height, width;
@@ -16,30 +16,8 @@ struct Pictures {
   RALU_INLINE int64_t start(uint32_t b) const { return static_cast<int64_t>(b) * height * width; }
 };
 
-struct Gradient {
-  int x, y;
-};
-
 using PixelTile = uint8_t[TILE_H + 4][TILE_W + 4];
 using SteepnessTile = int16_t[TILE_H + 2][TILE_W + 2];
-
-RALU_INLINE int absolute(int x) { return x < 0 ? -x : x; }
-
-// Of the pixel at (y + 1, x + 1).
-RALU_INLINE Gradient sobel(const PixelTile& p, int y, int x) {
-  const int corners = p[y + 2][x + 2] - p[y][x], others = p[y][x + 2] - p[y + 2][x];
-  return {corners + others + 2 * (p[y + 1][x + 2] - p[y + 1][x]), corners - others + 2 * (p[y + 2][x + 1] - p[y][x + 1])};
-}
-
-// Whether no neighbour along the gradient is steeper. Which comparisons are strict decides between equals.
-RALU_INLINE bool is_ridge(Gradient g, const SteepnessTile& s, int y, int x) {
-  constexpr int SHIFT = 15, TAN_22 = 13573;  // tan(22.5 degrees) = sqrt(2) - 1 in fixed point; tan(67.5) is 2 more
-  const int m = s[y][x], across = absolute(g.x), along = absolute(g.y) << SHIFT, flat = across * TAN_22;
-  if (along < flat) return m > s[y][x - 1] && m >= s[y][x + 1];
-  if (along > flat + (across << (SHIFT + 1))) return m > s[y - 1][x] && m >= s[y + 1][x];
-  const int side = (g.x ^ g.y) < 0 ? -1 : 1;
-  return m > s[y - 1][x - side] && m > s[y + 1][x + side];
-}
 
 // The class of every pixel; candidates become components of their own.
 __global__ void __launch_bounds__(CANNY_THREADS)
@@ -64,7 +42,7 @@ __global__ void __launch_bounds__(CANNY_THREADS)
     // Unsigned: what is above or left of the image is far below or right of it.
     const bool inside = top + row - 1 < pictures.height && left + column - 1 < pictures.width;
     const Gradient g = sobel(pixel, row, column);
-    steepness[row][column] = inside ? absolute(g.x) + absolute(g.y) : 0;
+    steepness[row][column] = inside ? steepness_of(g) : 0;
   }
   __syncthreads();
   if (top + y < pictures.height && left + x < pictures.width) {
@@ -124,7 +102,7 @@ __global__ void __launch_bounds__(CANNY_THREADS) flag_kernel(uint8_t* edges, int
 }
 
 // Weak pixels become what their root is.
-__global__ void __launch_bounds__(CANNY_THREADS) settle_kernel(uint8_t* edges, int32_t* parent, Pictures pictures) {
+__global__ void __launch_bounds__(CANNY_THREADS) resolve_kernel(uint8_t* edges, int32_t* parent, Pictures pictures) {
   const uint32_t p = blockIdx.x * CANNY_THREADS + threadIdx.x, b = sample_of_block();
   if (p >= pictures.size() || b >= pictures.batch) return;
   const int64_t start = pictures.start(b);
@@ -142,7 +120,7 @@ void canny(const Launch& launch, const uint8_t* image, uint8_t* edges, int32_t* 
          std::min(low, high), std::max(low, high));
   launch(link_kernel, pixels, CANNY_THREADS, edges, parent, pictures);
   launch(flag_kernel, pixels, CANNY_THREADS, edges, parent, pictures);
-  launch(settle_kernel, pixels, CANNY_THREADS, edges, parent, pictures);
+  launch(resolve_kernel, pixels, CANNY_THREADS, edges, parent, pictures);
 }
 
 }  // namespace ralu::cuda
