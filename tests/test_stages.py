@@ -270,11 +270,11 @@ def test_full_low_full_equals_the_method_written_out_by_hand():
     assert [(resolution, length) for _, resolution, length, _ in seen] == lengths
     assert [sigma for *_, sigma in seen] == pytest.approx([s for k in (1, 2, 3) for s in schedule.sigmas(k)[:-1]])
 
-    tokens, grids = noise[0], {"full": (4, 6), "low": (2, 3)}
+    tokens, x0, grids = noise[0], None, {"full": (4, 6), "low": (2, 3)}
     for k, stage in enumerate(chosen, 1):
         grid = grids[stage.resolution]
         if k > 1:
-            pixels = to_pixels(x0, grids[chosen[k - 2].resolution])  # noqa: F821, of the stage before
+            pixels = to_pixels(x0, grids[chosen[k - 2].resolution])  # of the stage before
             size = 2 * grid[1], 2 * grid[0]
             resized = np.stack([
                 np.asarray(Image.fromarray(plane.numpy()).resize(size, Image.Resampling.LANCZOS)) for plane in pixels

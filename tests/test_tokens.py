@@ -21,9 +21,8 @@ from ralu_kernels import (
     upsample_selected,
 )
 from ralu_kernels import plan as plans
-from ralu_kernels._checks import DTYPES
-
 from ralu_kernels._backend import INTERPRET
+from ralu_kernels._checks import DTYPES
 
 TRANSITION = (0.9, 0.4, 0.0177)
 GRANULARITIES = tokens.GRANULARITIES

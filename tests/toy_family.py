@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import diffusers
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import ModelMixin as ModelMixin  # diffusers looks for it beside the class, to load a saved one
 
 from ralu import families
 from ralu.families.flux import Flux
