@@ -42,6 +42,7 @@ sanitize: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Rows are added to benchmarks/results; bench-report draws the plots and writes the README's tables from them.
 bench: install

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .errors import lacking
 from .mini import mini_path
 from .options import Options
 from .schedule import PRESETS, Schedule, preset, solve
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .scheduler import RaluScheduler
     from .stages import Layout, sample
 
-__version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Layout",
@@ -52,6 +52,7 @@ _HOMES = {
     "sample": ".stages",
     "unfuse": ".blocks",
     "TaylorSeer": ".caches",
+    "__version__": "ralu_kernels",
     "SchedulerMixin": ".scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }
 
@@ -59,7 +60,10 @@ _HOMES = {
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    try:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    except ModuleNotFoundError as error:
+        raise lacking(error, f"ralu.{name}") from error
 
 
 def __dir__() -> list[str]:

@@ -34,3 +34,15 @@ def shortened(error: BaseException, limit: int = 200) -> str:
     """Return a library's error, which may be pages long, as part of a line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-(limit // 2 - 3) :]}"
+
+
+# What the extra "pipelines" brings, by the names of the modules.
+PIPELINES = ("diffusers", "transformers", "accelerate", "cv2", "scipy", "PIL", "matplotlib", "tqdm")
+
+
+def lacking(error: ModuleNotFoundError, what: str) -> ImportError:
+    """Return an error that names the extra to install, where a package of it is absent; else the error itself."""
+    package = (error.name or "").partition(".")[0]
+    if package not in PIPELINES:
+        return error
+    return ImportError(f'{what} needs {package}, which is not installed: pip install "ralu[pipelines]"', name=package)

@@ -334,7 +334,7 @@ import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked}:
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Blocker())
 import torch
@@ -345,6 +345,14 @@ noise = torch.randn(2, 64, 8)
 out = ralu.sample(lambda x, sigma, layout: torch.tanh(x) + sigma, noise, (8, 8), "flux-7x")
 mask = ralu.sample(lambda x, sigma, layout: x, noise, (8, 8), regions=torch.eye(4), threshold=0.5)
 print(out.double().sum().item(), mask.double().sum().item())
+try:
+    ralu.enable
+except ImportError as error:
+    assert str(error) == 'ralu.enable needs diffusers, which is not installed: pip install "ralu[pipelines]"', error
+else:
+    raise AssertionError("diffusers was not needed")
+from ralu.cli import main
+assert main(["generate", "fox", "--model", "mini"]) == 2
 """
 
 
@@ -364,6 +372,7 @@ def test_stages_run_where_there_is_torch_alone():
     code = TORCH_ALONE.replace("{blocked}", repr(blocked))
     alone = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
+    assert 'pip install "ralu[pipelines]"' in alone.stderr  # the command line's
     torch.manual_seed(0)
     noise = torch.randn(2, 64, 8)
     out = ralu.sample(lambda x, sigma, layout: torch.tanh(x) + sigma, noise, (8, 8), "flux-7x")

@@ -3,10 +3,9 @@
 import os
 import sys
 
-from .. import __version__
-from ..errors import UsageError, shortened
+from ..errors import UsageError, lacking, shortened
 from . import compare, estimate, evaluate, generate, info, regions, schedule
-from .arguments import HelpFormatter, Parser
+from .arguments import HelpFormatter, Parser, Version
 
 COMMANDS = (generate, compare, evaluate, regions, schedule, estimate, info)
 
@@ -27,7 +26,7 @@ def _parser() -> Parser:
   ralu info                             versions, backends, models, and what is missing
   ralu COMMAND --help                   a command's options""",
     )
-    parser.add_argument("--version", action="version", version=f"ralu {__version__}")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for command in COMMANDS:
         command.add(commands)
@@ -47,6 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except BrokenPipeError:  # `ralu schedule | head`: nobody reads on, and Python would complain when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ModuleNotFoundError as error:
+        reason = lacking(error, "this command")
+        if reason is error:
+            raise
+        print(f"ralu: {reason}", file=sys.stderr)
+        return 2
     except UsageError as error:
         print(f"ralu: {shortened(error, limit=1000)}", file=sys.stderr)
         return 2

@@ -28,6 +28,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
+class Version(argparse.Action):
+    """Print the version, which is that of `ralu_kernels`: reading it imports PyTorch."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from .. import __version__
+
+        print(f"ralu {__version__}")
+        parser.exit()
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Keep the lines of examples, fill all other paragraphs."""
 

@@ -5,13 +5,12 @@ import os
 import platform
 from importlib import metadata
 
-from .. import __version__
 from ..mini import NAMES, mini_path
 from . import arguments
 
 PACKAGES = (
-    "torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "scipy", "opencv-python-headless", "pyiqa",
-    "flash-attn",
+    "ralu", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "scipy", "opencv-python-headless",
+    "pyiqa", "flash-attn",
 )  # fmt: skip
 
 
@@ -29,7 +28,7 @@ def add(commands):
 
 def run(args: argparse.Namespace):
     """Print a block for each concern. What is absent or broken is said, and is no error."""
-    _print("versions", {"ralu": __version__, "Python": platform.python_version()} | {p: _version(p) for p in PACKAGES})
+    _print("versions", {"Python": platform.python_version()} | {p: _version(p) for p in PACKAGES})
     try:
         import torch
     except ImportError as error:
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace):
         return
     extension = _backend._extension
     where = f"{extension.__file__}, with{'out' * (not extension.cuda)} CUDA" if extension else "not there"
-    _print("compiled extension", {"ralu_kernels._C": where})
+    _print("compiled extension", {_backend._EXTENSION: where})
     for device in devices:
         reasons = {name: why(device) for name, why in _backend._ABSENT.items()}
         lines = {name: why or "available" for name, why in reasons.items()}

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .. import __version__
 from ..errors import UsageError, usage
 from .prompts import Prompt, Sample
 
@@ -125,6 +124,8 @@ def check_manifest(folder: Path, manifest: dict, write: bool = True):
 
 def describe(runner: "Runner", methods: list, prompts: list[Prompt]) -> dict:
     """Return the manifest of everything that the images depend on. Leaves the last method in use."""
+    from .. import __version__
+
     pipe = runner.pipe
     versions = {"ralu": __version__} | {name: metadata.version(name) for name in ("diffusers", "transformers", "torch")}
     settings = runner.call_arguments | {
