@@ -351,8 +351,6 @@ except ImportError as error:
     assert str(error) == 'ralu.enable needs diffusers, which is not installed: pip install "ralu[pipelines]"', error
 else:
     raise AssertionError("diffusers was not needed")
-from ralu.cli import main
-assert main(["generate", "fox", "--model", "mini"]) == 2
 """
 
 
@@ -372,7 +370,6 @@ def test_stages_run_where_there_is_torch_alone():
     code = TORCH_ALONE.replace("{blocked}", repr(blocked))
     alone = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
-    assert 'pip install "ralu[pipelines]"' in alone.stderr  # the command line's
     torch.manual_seed(0)
     noise = torch.randn(2, 64, 8)
     out = ralu.sample(lambda x, sigma, layout: torch.tanh(x) + sigma, noise, (8, 8), "flux-7x")

@@ -11,13 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from ..errors import UsageError, usage
 from .prompts import Prompt, Sample
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..runner import Runner
 
 RECORD = {"prompt", "seed", "seconds", "calls", "device", "batch", "processes"}
@@ -30,11 +29,13 @@ def write_text(path: Path, text: str):
         part.write_text(text, encoding="utf-8")
 
 
-def save_image(image: Image.Image, path: Path, record: dict):
+def save_image(image: "Image.Image", path: Path, record: dict):
     """Save all of an image as PNG or nothing, with a record of how it was made inside, which so cannot get lost.
 
     Raises UsageError where the disk refuses.
     """
+    from PIL.PngImagePlugin import PngInfo
+
     info = PngInfo()
     info.add_text("ralu", json.dumps(record))
     with _whole(path) as part:
@@ -56,6 +57,8 @@ def read_record(path: Path) -> dict:
 
     Raises UsageError for a file that is truncated or was not written by `save_image`.
     """
+    from PIL import Image
+
     try:
         with Image.open(path) as image:
             record = json.loads(image.info["ralu"])
