@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from ..errors import UsageError
 from .folder import write_text
@@ -78,6 +77,8 @@ def _pyiqa(name: str, device: str, **options) -> Scorer:
         metric = pyiqa.create_metric(name, device=torch.device(device), **options)
 
     def score(path: Path, prompt: str) -> float:
+        from PIL import Image
+
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
         return float(metric(pixels.permute(2, 0, 1)[None].float() / 255))
