@@ -200,6 +200,12 @@ def device_of(name: str, device: Any) -> torch.device:
         raise wrong(name, device, "a torch.device or its name") from error
 
 
+def grid_sides(grid: Any) -> tuple[int, int]:
+    """Return the sides of a grid, h and w."""
+    h, w = members("grid", grid, 2, "(h, w), two positive ints")
+    return integer("grid", h, 1), integer("grid", w, 1)
+
+
 def members(name: str, value: Any, count: int, allowed: str) -> Sequence[Any]:
     """Return a tuple or list of ``count`` members."""
     if not isinstance(value, (tuple, list)):

@@ -21,8 +21,8 @@ from ._checks import (
     check_values,
     device_of,
     finite,
+    grid_sides,
     integer,
-    members,
     number,
     unchecked,
     wrong,
@@ -69,8 +69,7 @@ class TokenPlan:
     _consistent: Tensor | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        allowed = "(h, w), two positive ints"
-        h, w = (integer("grid", side, 1) for side in members("grid", self.grid, 2, allowed))
+        h, w = grid_sides(self.grid)
         n = h * w
         for name, shape in (("inverse", "(B, 4n)"), ("cu_seqlens", "(B + 1,)"), ("source", "(total,)")):
             check_tensor(name, getattr(self, name), shape, _INT32)
@@ -289,8 +288,7 @@ def plan_tokens(
     """
     check_values("scores", scores, "(B, n)")
     b, n = scores.shape
-    allowed = "(h, w), two positive ints"
-    h, w = (integer("grid", side, 1) for side in members("grid", grid, 2, allowed))
+    h, w = grid_sides(grid)
     if h * w != n:
         raise wrong("grid", (h, w), f"(h, w) with h * w = {n}, the scores of one sample")
     if (ratio is None) == (threshold is None):

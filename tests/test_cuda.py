@@ -87,7 +87,7 @@ def test_every_value_is_stored_in_vectors(compiled):
         widths = {int(width or 32) for width in re.findall(r"STG\.E(?:\.U?(16|64|128))?\b", body)}
         assert widths == {bits}, (kernel, dtype, v)
         found.add((kernel, dtype, bits))
-    kernels = {"upsample": {"upsample"}, "tokens": {"upsample_selected", "upsample_remaining"}, "canny": set()}[
+    kernels = {"upsample": {"upsample"}, "tokens": {"upsample_selected", "upsample_remaining"}, "edges": set()}[
         source.stem
     ]
     assert {(kernel, dtype, 128) for kernel in kernels for dtype in BITS} <= found
@@ -149,8 +149,8 @@ def test_unaligned_rows_are_not_read_as_vectors(backend, dtype):
 
 
 @pytest.mark.parametrize("row", [-1, 30, 2**31 - 1])
-def test_rows_outside_are_skipped(backend, row):
-    """The memory beyond what a plan made by hand may name keeps its content."""
+def test_kernels_stay_inside_their_tensors(backend, row):
+    """Rows that a plan names and that are not there are not written, and read as NaN."""
     inverse = plan_tokens(torch.rand(1, 12), (3, 4), ratio=0.5).inverse
     selected = inverse.view(3, 2, 4, 2).transpose(1, 2).reshape(12, 4)
     broken = inverse.where(inverse != selected[selected[:, 0] != selected[:, 1]][0, 2], row)
@@ -160,7 +160,7 @@ def test_rows_outside_are_skipped(backend, row):
     assert around.sum() == 29 * 8 and not around[0].any() and not around[31].any()
     merged = torch.zeros(1, 48, 8)
     _backend.native.upsample_remaining(torch.ones(30, 8), merged, *arguments)
-    assert merged.sum() == 47 * 8
+    assert merged.isnan().sum() == 8 and merged.nansum() == 47 * 8
 
 
 def test_a_plan_stays_inside_its_outputs(backend):

@@ -213,6 +213,14 @@ __device__ __forceinline__ Vector<T, V> keep_token(const float (&value)[V], uint
   return kept;
 }
 
+// What is made of a row that is not there.
+template <class T, int V>
+RALU_INLINE Vector<T, V> missing() {
+  Vector<T, V> vector;
+  for (int i = 0; i < V; ++i) vector.value[i] = static_cast<T>(NAN);
+  return vector;
+}
+
 // Rows that a plan names and that are not there are not written, and read as NaN.
 template <class T, bool PIXEL, int V>
 __global__ void __launch_bounds__(TOKEN_THREADS)
@@ -250,11 +258,9 @@ __global__ void __launch_bounds__(TOKEN_THREADS)
   const int32_t* corner = inverse + first;
   const uint64_t key = static_cast<uint64_t>(seed[b]);
   const auto read = [&](uint32_t row, float (&value)[V]) {
-    if (row < t.total) {
-      load(packed + row * t.stride_n + channel * t.stride_c, t.stride_c, whole, value);
-    } else {
-      for (int i = 0; i < V; ++i) value[i] = NAN;
-    }
+    const bool exists = row < t.total;
+    if (exists) load(packed + row * t.stride_n + channel * t.stride_c, t.stride_c, whole, value);
+    return exists;
   };
   const auto write = [&](uint32_t m, const Vector<T, V>& vector) {
     store(out + (first + m / 2 * 2 * t.width + m % 2) * t.channels + channel, vector);
@@ -262,14 +268,17 @@ __global__ void __launch_bounds__(TOKEN_THREADS)
   float value[V];
   if (corner[1] == corner[0]) {
     const Elements<PIXEL> element(y, x, channel, t.height, t.width, t.channels);
-    read(corner[0], value);
-    upsample_token<T>(value, element, key, t, write);
+    if (read(corner[0], value)) {
+      upsample_token<T>(value, element, key, t, write);
+    } else {
+      for (uint32_t m = 0; m < 4; ++m) write(m, missing<T, V>());
+    }
   } else {
 #pragma unroll 1
     for (uint32_t m = 0; m < 4; ++m) {
       const uint32_t place = m / 2 * 2 * t.width + m % 2;
-      read(corner[place], value);
-      write(m, keep_token<T>(value, 4 * y * t.width + 2 * x + place, channel, key, t));
+      const bool exists = read(corner[place], value);
+      write(m, exists ? keep_token<T>(value, 4 * y * t.width + 2 * x + place, channel, key, t) : missing<T, V>());
     }
   }
 }
