@@ -158,9 +158,9 @@ class Fusion:
             length, text_mask = self.text_mask(text)
             family.trim_text(kwargs, length)
         lengths = length, family.image_tokens(module, kwargs)
-        masks = text_mask, given.pop("image_mask", None)
+        masks, total = (text_mask, given.pop("image_mask", None)), given.pop("image_total", None)
         order = family.text_first, family.image_alone
-        given["sequences"], image = self.layouts(*masks, len(sample), *lengths, sample.device, *order)
+        given["sequences"], image = self.layouts(*masks, total, len(sample), *lengths, sample.device, *order)
         if family.image_alone:
             given["image_sequences"] = image
         kwargs["joint_attention_kwargs"] = given
@@ -177,6 +177,7 @@ def _text_mask(text: Tensor) -> tuple[int, Tensor]:
 def _layouts(
     text_mask: Tensor | None,
     image_mask: Tensor | None,
+    image_total: int | None,
     batch: int,
     text: int,
     image: int,
@@ -184,10 +185,16 @@ def _layouts(
     text_first: bool,
     image_alone: bool,
 ) -> tuple[PackedLayout, PackedLayout | None]:
-    """The joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over."""
-    joint = None
+    """The joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over.
+
+    image_total: the image tokens of all samples of the mask, where it is known: then nothing waits for the device.
+    """
+    joint = total = None
     if image_mask is not None:
-        image_mask = image_mask.repeat(batch // len(image_mask), 1)
+        repeats = batch // len(image_mask)
+        image_mask = image_mask.repeat(repeats, 1)
+        image_total = None if image_total is None else image_total * repeats
+        total = None if image_total is None or text_mask is not None else image_total + batch * text
     if text_mask is not None or image_mask is not None:
         full = torch.ones(1, 1, dtype=torch.bool, device=device)
         masks = [
@@ -195,8 +202,8 @@ def _layouts(
             for mask, length in ((text_mask, text), (image_mask, image))
         ]
         joint = torch.cat(masks if text_first else masks[::-1], dim=1)
-    alone = packed_layout(image_mask, batch, image, device) if image_alone else None
-    return packed_layout(joint, batch, text + image, device), alone
+    alone = packed_layout(image_mask, batch, image, device, total=image_total) if image_alone else None
+    return packed_layout(joint, batch, text + image, device, total=total), alone
 
 
 # ---- attention ----

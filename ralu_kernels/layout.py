@@ -103,16 +103,19 @@ class PackedLayout:
         return self.batch * self.length if self.rows is None else self.rows.shape[0]
 
 
-def packed_layout(mask: Tensor | None, batch: int, length: int, device: torch.device | str) -> PackedLayout:
+def packed_layout(
+    mask: Tensor | None, batch: int, length: int, device: torch.device | str, *, total: int | None = None
+) -> PackedLayout:
     """Lay out a batch of ``batch`` joint sequences of ``length`` tokens without their padding.
 
     Args:
         mask: bool (batch, length), True for the tokens that exist, anywhere in a sequence; None: all do.
         batch, length: B and S; B * S below 2^31.
         device: where the layout is to be.
+        total: tokens that exist, where it is known; the caller's promise. None: counted.
 
     Returns:
-        The layout. With a mask it waits for the device once, for the number of tokens of every sample.
+        The layout. With a mask and no total it waits for the device once, for the number of tokens of every sample.
 
     Raises:
         TypeError: an argument is of another type.
@@ -126,16 +129,25 @@ def packed_layout(mask: Tensor | None, batch: int, length: int, device: torch.de
         check_shape("mask", mask, (batch, length), "(batch, length)")
         if mask.device.type == "meta":
             raise wrong("mask.device", mask.device, "one that has values, which the sequences' lengths depend on")
-        lengths = mask.sum(1).tolist()
-        if sum(lengths) < batch * length:
+        longest = length
+        if total is None:
+            lengths = mask.sum(1).tolist()
+            total, longest = sum(lengths), max(lengths, default=0)
+        elif integer("total", total, 0) > batch * length:
+            raise wrong("total", total, f"at most batch * length = {batch * length}")
+        if total < batch * length:
             kept = mask.to(device).flatten()
             rank = kept.cumsum(0)
+            # Every token's number goes to its place; those of padding all to one place more, which is left out.
+            rows = torch.empty(total + 1, dtype=torch.int32, device=device)
+            token = torch.arange(batch * length, dtype=torch.int32, device=device)
+            rows.scatter_(0, torch.where(kept, rank - 1, total), token)
             return unchecked(
                 PackedLayout,
-                kept.to(torch.uint8).argsort(descending=True, stable=True)[: sum(lengths)].int(),
+                rows[:total],
                 torch.where(kept, rank - 1, -1).int(),
                 torch.cat([rank.new_zeros(1), rank[length - 1 :: length]]).int(),
-                max(lengths),
+                longest,
                 batch,
                 length,
             )

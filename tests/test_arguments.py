@@ -243,13 +243,14 @@ CASES = {
         },
     ),
     ralu_kernels.packed_layout: (
-        dict(mask=MASK, batch=2, length=5, device="cpu"),
+        dict(mask=MASK, batch=2, length=5, device="cpu", total=None),
         {
             "mask": [*no_tensors()[1:], MASK.int(), MASK.float(), MASK.to(torch.complex64), MASK[0], MASK[None], MASK.T,
                      MASK.to("meta"), MASK.to_sparse()],
             "batch": [*no_ints(), -1, 2**31, 3],
             "length": [*no_ints(), -1, 2**31, 4],
             "device": devices(),
+            "total": [*no_ints()[1:], -1, 2**31, 11],
         },
     ),
     ralu_kernels.PackedLayout: (

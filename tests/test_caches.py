@@ -1,4 +1,4 @@
-"""Caches in pipelines: TaylorSeer against the method written out, exact where it skips nothing, undone without trace."""
+"""Caches in pipelines: TaylorSeer against the method written out, exact where it skips nothing, undone wholly."""
 
 from types import MethodType
 

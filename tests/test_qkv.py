@@ -329,3 +329,16 @@ def test_wrong_masks():
         packed_layout(torch.ones(5, 2, dtype=torch.bool), 2, 5, "cpu")
     with pytest.raises(ValueError, match=r"batch \* length must be at most 2147483647"):
         packed_layout(None, 2**16, 2**16, "cpu")
+
+
+def test_a_total_that_is_known_gives_the_same_layout_without_waiting(device):
+    mask = torch.rand(5, 17, generator=torch.Generator().manual_seed(0)) > 0.4
+    counted = packed_layout(mask, 5, 17, device)
+    given = packed_layout(mask, 5, 17, device, total=int(mask.sum()))
+    for name in ("rows", "inverse", "cu_seqlens"):
+        assert torch.equal(getattr(given, name), getattr(counted, name))
+    assert counted.max_seqlen == int(mask.sum(1).max()) and given.max_seqlen == 17
+    assert counted.rows.tolist() == mask.flatten().nonzero().flatten().tolist()
+    assert packed_layout(torch.ones(2, 3, dtype=torch.bool), 2, 3, device, total=6).rows is None
+    with pytest.raises(ValueError, match="total must be at most batch"):
+        packed_layout(mask, 5, 17, device, total=86)

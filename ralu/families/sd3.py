@@ -226,7 +226,8 @@ class SD3(Family):
                     "threshold= generate one at a time or enable with fused=True, or give ratio="
                 )
             joint = arguments.get("joint_attention_kwargs") or {}
-            arguments["joint_attention_kwargs"] = {**joint, "image_mask": layout.mask}
+            padding = {"image_mask": layout.mask, "image_total": layout.plan.source.shape[0]}
+            arguments["joint_attention_kwargs"] = {**joint, **padding}
         embed = unwrapped(module).pos_embed
         if layout.plan is None:
             embed.strip = None
