@@ -242,7 +242,6 @@ def test_opcheck(block_backend, device):
             torch.library.opcheck(ops.unpack, (x, sequences.inverse, *lengths, block_backend))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(block_backend, device, dynamic):
     def f(streams, sequences, rotary):
         streams = [stream._replace(q=2 * stream.q) for stream in streams]
