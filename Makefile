@@ -9,11 +9,12 @@ WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 install: $(VENV)/installed
 
 # torch first, at the version the suite is run with; without a GPU give pip a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
+# --no-compile: Python compiles what it imports when it first does.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch "setuptools>=77" wheel ninja
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[test]"
-	$(BIN)/pip install --quiet --no-deps "pyiqa>=0.1.16" iqa-torch  # torchvision, which pyiqa asks for, would bring CUDA
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e ".[test]"
+	$(BIN)/pip install --quiet --no-compile --no-deps "pyiqa>=0.1.16" iqa-torch  # torchvision, which pyiqa asks for, would bring CUDA
 	touch $@
 
 demo: install

@@ -25,9 +25,10 @@ def usage(subject: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def nearest_sizes(width: int, height: int, unit: int) -> str:
-    """Name the sizes next to width x height pixels that divide by `unit`, as "64x48 and 72x48"; one if there is one."""
+    """Name the sizes in pixels that divide by `unit`, as "are 64x48 and 72x48", or "is 64x48" where there is one."""
     rounded = [[unit * max(1, (pixels + up) // unit) for pixels in (width, height)] for up in (0, unit - 1)]
-    return " and ".join(dict.fromkeys(f"{width}x{height}" for width, height in rounded))
+    sizes = list(dict.fromkeys(f"{width}x{height}" for width, height in rounded))
+    return f"{'is' if len(sizes) == 1 else 'are'} {' and '.join(sizes)}"
 
 
 def shortened(error: BaseException, limit: int = 200) -> str:

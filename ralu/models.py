@@ -75,10 +75,9 @@ class Model:
             raise UsageError(f"--size: {self.name} makes at most {self.largest}x{self.largest}, got {width}x{height}")
         unit = self.latent * (4 if any(method.preset for method in methods) else 2)
         if width % unit or height % unit:
-            near = nearest_sizes(width, height, unit)
-            verb = "are" if " and " in near else "is"
             raise UsageError(
-                f"--size: width and height must divide by {unit}, got {width}x{height}; the nearest {verb} {near}"
+                f"--size: width and height must divide by {unit}, got {width}x{height}; "
+                f"the nearest {nearest_sizes(width, height, unit)}"
             )
 
 

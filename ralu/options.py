@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .schedule import INTERPOLATIONS, MATCHINGS
+from .schedule import INTERPOLATIONS, MATCHINGS, Schedule, preset, single
 
 # What the options that are words can be; the first is the default.
 CHOICES = {
@@ -102,3 +102,22 @@ def _seeds(given) -> int | list[int] | None:
         if not -(2**63) <= number < 2**63:
             raise ValueError(f"seeds must be 64-bit signed numbers, got {number}")
     return list(numbers) if several else numbers
+
+
+def schedule_of(name: str | dict | Schedule, options: Options, shift: float = 1.0) -> Schedule:
+    """Return the schedule that a preset's name, a saved schedule or a schedule means under these options.
+
+    shift: the model's own timestep shift, for distilled presets. Raises ValueError for an unknown name, and for options
+    that only a name can be given with.
+    """
+    if isinstance(name, str) and name.startswith("stock-") and name[6:].isdecimal() and int(name[6:]):
+        return single(int(name[6:]), shift)
+    if isinstance(name, str):
+        return preset(name, shift, options.ratio, **options.chosen("matching", "upsampler"))
+    if not isinstance(name, dict | Schedule):
+        raise TypeError(f"preset must be a name or a Schedule, got {name!r}")
+    schedule = Schedule(**name) if isinstance(name, dict) else name
+    for option in ("matching", "upsampler"):
+        if getattr(options, option) is not None:
+            raise ValueError(f"{option} goes with a preset's name: a Schedule has transitions of its own")
+    return schedule if options.ratio is None else schedule.replace(ratio=options.ratio)

@@ -16,10 +16,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils import logging
 from torch import Tensor
 
-from .options import Options
+from .options import Options, schedule_of
 from .regions import scorer_of
 from .schedule import Schedule
-from .stages import Layout, Run, schedule_of
+from .stages import Layout, Run
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
 

@@ -17,8 +17,9 @@ from ralu_kernels import TokenPlan, plan_tokens, upsample_remaining, upsample_re
 from ralu_kernels._backend import resolve
 
 from . import regions
-from .options import Options
-from .schedule import Schedule, Transition, preset, single
+from .errors import nearest_sizes
+from .options import Options, schedule_of
+from .schedule import Schedule, Transition
 
 Grid = tuple[int, int]
 _RULES = "granularity", "kept_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
@@ -353,31 +354,9 @@ def _odd(grid: Grid, token_pixels: int | None) -> str:
     """Why a grid with an odd side cannot be used."""
     if token_pixels is None:
         return f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number"
-    unit = 2 * token_pixels
-    nearest = " or ".join("x".join(str(unit * max(1, (size + up) // 2)) for size in grid) for up in (0, 1))
-    return (
-        f"RALU needs a height and width that divide by {unit}, got {grid[0] * token_pixels}x"
-        f"{grid[1] * token_pixels} (height x width); the nearest sizes are {nearest}"
-    )
-
-
-def schedule_of(name: str | dict | Schedule, options: Options, shift: float = 1.0) -> Schedule:
-    """Return the schedule that a preset's name, a saved schedule or a schedule means under these options.
-
-    shift: the model's own timestep shift, for distilled presets. Raises ValueError for an unknown name, and for options
-    that only a name can be given with.
-    """
-    if isinstance(name, str) and name.startswith("stock-") and name[6:].isdecimal() and int(name[6:]):
-        return single(int(name[6:]), shift)
-    if isinstance(name, str):
-        return preset(name, shift, options.ratio, **options.chosen("matching", "upsampler"))
-    if not isinstance(name, dict | Schedule):
-        raise TypeError(f"preset must be a name or a Schedule, got {name!r}")
-    schedule = Schedule(**name) if isinstance(name, dict) else name
-    for option in ("matching", "upsampler"):
-        if getattr(options, option) is not None:
-            raise ValueError(f"{option} goes with a preset's name: a Schedule has transitions of its own")
-    return schedule if options.ratio is None else schedule.replace(ratio=options.ratio)
+    unit, (height, width) = 2 * token_pixels, (size * token_pixels for size in grid)
+    nearest = nearest_sizes(width, height, unit)
+    return f"RALU needs a width and height that divide by {unit}, got {width}x{height}; the nearest {nearest}"
 
 
 @torch.no_grad()

@@ -62,6 +62,14 @@ def block_backend(request):
     return request.param
 
 
+@pytest.fixture(params=[False, True])
+def dynamic(request):
+    """Whether torch.compile takes sizes for unknown."""
+    if INTERPRET and not request.param:
+        pytest.skip("an operation is opaque to torch.compile: one interpreted run says as much as two")
+    return request.param
+
+
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"

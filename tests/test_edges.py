@@ -146,7 +146,6 @@ def test_opcheck(backend, device):
 
 
 @canny_backends
-@pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, device, dynamic):
     def f(images, low):
         return edge_density(255 - images, (3, 4), low, 200, backend=backend)

@@ -240,7 +240,6 @@ def test_opcheck(block_backend, device):
             torch.library.opcheck(ops.unpack, (x, layout.inverse, *lengths, block_backend))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(block_backend, device, dynamic):
     def f(streams, layout, rotary):
         streams = [stream._replace(q=2 * stream.q) for stream in streams]

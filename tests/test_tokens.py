@@ -310,8 +310,8 @@ def test_noise_depends_on_seed_and_place_alone(backend, device, granularity):
 @pytest.mark.triton
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_noise_does_not_depend_on_the_block_size(device, granularity, monkeypatch):
-    plan = random_plan(2, (3, 4), device)
-    low = torch.randn(2, 12, 8, device=device)
+    plan = random_plan(2, (2, 2), device, ratio=0.5)
+    low = torch.randn(2, 4, 8, device=device)
     settings = dict(granularity=granularity, backend="triton")
     packed = upsample_selected(low, plan, *TRANSITION, 1, **settings)
     merged = upsample_remaining(packed, plan, *TRANSITION, 1, **settings)
@@ -353,7 +353,6 @@ def test_opcheck(backend, device):
         torch.library.opcheck(ops.upsample_remaining, (packed, plan.inverse, w, *rest))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, device, dynamic):
     def f(scores, low, seed, h, w):
         plan = plan_tokens(scores, (h, w), ratio=0.3, backend=backend)

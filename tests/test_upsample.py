@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import assert_as_exact_as
 
 from ralu_kernels import reference, upsample, upsample_renoise
+from ralu_kernels._backend import INTERPRET
 from ralu_kernels._checks import DTYPES
 
 SETTINGS = dict(scale=0.9, noise_scale=0.4, c=0.0177)
@@ -112,7 +113,6 @@ def test_opcheck(backend, device):
             torch.library.opcheck(torch.ops.ralu_kernels.upsample_renoise, args)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, device, dynamic):
     def f(x, seed):
         return upsample_renoise(x * 2, **SETTINGS, seed=seed, backend=backend) + 1
@@ -124,6 +124,7 @@ def test_compile(backend, device, dynamic):
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x, 5), f(x, 5))
 
 
+@pytest.mark.skipif(INTERPRET, reason="the operation is opaque to inductor: the reference's run says as much")
 def test_inductor(backend, device, monkeypatch, tmp_path):
     # PyTorch's usual cache gives a run without vector instructions the code of one that had them.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -4,38 +4,7 @@ A cache is a frozen dataclass whose fields are its options, of type int, float, 
 modules in it import nothing heavy before a cache is applied.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from .base import CACHES, Cache, register
+from .taylorseer import TaylorSeer
 
-CACHES: dict[str, type] = {}
-
-
-class Cache(Protocol):
-    """What `ralu.enable` asks of a cache. It says when: a cache never registers, resets or undoes anything by itself.
-
-    families: names of the model families it serves, see `ralu.families`.
-    """
-
-    families: ClassVar[tuple[str, ...]]
-
-    def apply(self, transformer: Any) -> None:
-        """Put hooks on a transformer's modules."""
-
-    def remove(self, transformer: Any) -> None:
-        """Take them off again."""
-
-    def reset(self, transformer: Any, stage: int, steps: int) -> None:
-        """Forget what is cached: a stage begins, with other tokens, that has so many steps."""
-
-
-def register(name: str) -> Callable[[type], type]:
-    """Return a class decorator that makes a cache known as `name`, as in "flux-5x+NAME"."""
-
-    def add(kind: type) -> type:
-        CACHES[name] = kind
-        return kind
-
-    return add
-
-
-from .taylorseer import TaylorSeer as TaylorSeer  # noqa: E402
+__all__ = ["CACHES", "Cache", "TaylorSeer", "register"]

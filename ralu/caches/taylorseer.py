@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from . import register
+from .base import register
 
 # Whole modules: diffusers' default hooks attention alone, which leaves three quarters of a step's work.
 _PREDICTED = [r"transformer_blocks\.\d+\.(attn|attn2|ff|ff_context)", r"single_transformer_blocks\.\d+\.proj_out"]
