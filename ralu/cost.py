@@ -43,7 +43,7 @@ class Part:
     """A stage, or what runs before and after the stages.
 
     calls:         forward passes, each over the whole batch.
-    tokens:        a sample's: of the picture for the transformer, of the prompt for an encoder, latent pixels for the
+    tokens:        a sample's: of the image for the transformer, of the prompt for an encoder, latent pixels for the
                    VAE.
     tflop:         10^12 operations of all calls together, without attention's two matrix products.
     attention:     10^12 operations of those.
@@ -97,7 +97,7 @@ class Estimate:
         return max(part.scratch_bytes for part in self.parts)
 
     def to_dict(self) -> dict:
-        """Fields and sums, ready for JSON."""
+        """Return the fields and the sums, ready for JSON."""
         sums = "tflop", "attention", "total", "peak_bytes", "scratch_bytes"
         return asdict(self) | {key: getattr(self, key) for key in sums}
 
@@ -128,17 +128,17 @@ def estimate(
     preview: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Estimate:
-    """Floating-point operations and peak memory of a run, without running it.
+    """Estimate the floating-point operations and the peak memory of a run, without running it.
 
     model:         a published model's name ("flux-dev", "sd3-medium", ..., see `ralu.families`), a pipeline, its folder
                    or hub id (of which only configurations are read), or a transformer's configuration with
                    "_class_name", to which the published VAE and text encoders are added.
     method:        a method's name, see `ralu.method`, of which a cache counts nothing less; a `Schedule`, or the number
                    of steps of a stock run; None for the default preset.
-    height, width: of the pictures, in pixels.
+    height, width: of the images, in pixels.
     ratio:         share of the tokens to upsample early; None for the schedule's.
     text_tokens:   of T5 (`max_sequence_length`); None for the pipeline's default, 512 for FLUX and 256 for SD3.
-    batch:         pictures in one run. All figures are for the whole batch.
+    batch:         images in one run. All figures are for the whole batch.
     guided:        whether every step also has a pass for the negative prompt (FLUX: `true_cfg_scale`); None for SD3
                    alone.
     preview:       whether a preview is decoded to find edges, as regions="canny" does.
@@ -275,18 +275,18 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
 
 
 def _family(kind: type | None) -> Family | None:
-    """The family of a class of transformers."""
+    """Return the family of a class of transformers, or None."""
     names = (name for name, entry in FAMILIES.items() if entry.transformer == getattr(kind, "__name__", None))
     return next(map(families.load, names), None)
 
 
 def _published(family: Family, config: dict) -> dict[str, tuple[type, dict]]:
-    """A transformer beside the VAE and the text encoders that all published models of its family share."""
+    """Return a transformer beside the VAE and the text encoders that all published models of its family share."""
     return {"transformer": (family.transformer, config), "vae": (AutoencoderKL, _VAE)} | family.encoders
 
 
 def _stored(folder: str | Path) -> Iterator[tuple[str, tuple[type, dict]]]:
-    """By name the models of a pipeline on disk or on the hub. Weights are not read."""
+    """List by name the models of a pipeline on disk or on the hub. Weights are not read."""
     for name, entry in DiffusionPipeline.load_config(folder).items():
         if not name.startswith(("transformer", "vae", "text_encoder")) or entry[0] is None:
             continue
@@ -329,7 +329,7 @@ def _decode(module: Module, dtype: torch.dtype, batch: int, height: int, width: 
 def _cost(
     threads: int, dtype: torch.dtype, model: _Model, call: Callable, shape: tuple[int, ...]
 ) -> tuple[float, float, int, int]:
-    """Of one forward pass: 10^12 operations without attention's, those of attention's, peak and scratch in bytes."""
+    """Measure a forward pass: 10^12 operations without attention's, those of attention's, peak and scratch in bytes."""
     module, counter, memory = _built(model, dtype), FlopCounterMode(display=False), LiveBytes(threads)
     with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory:
         call(module, dtype, *shape)

@@ -33,7 +33,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) -> list[str]:
-    """Break into lines of at most `width` pixels, between words; the rest of a long text becomes an ellipsis."""
+    """Break a text between words into lines of at most `width` pixels; an ellipsis stands for the rest."""
     wrapped = [""]
     for word in text.split():
         longer = f"{wrapped[-1]} {word}".strip()

@@ -18,9 +18,9 @@ from .scheduler import RaluScheduler
 
 
 def calling_pipeline() -> DiffusionPipeline | None:
-    """The pipeline that is being called, the innermost one.
+    """Find the innermost pipeline that is being called, on the stack; None where there is none.
 
-    `from_pipe` shares schedulers, transformers and VAEs between pipelines, and nobody tells them whose call it is.
+    `from_pipe` shares schedulers, transformers and VAEs between pipelines, and their calls do not say which one calls.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -68,7 +68,7 @@ class StandIn:
 
     @classmethod
     def put_into(cls, owner):
-        """Once is enough, though somebody may have wrapped it since."""
+        """Replace the owner's method, unless it is already, wrapped by somebody else or not."""
         if not any(isinstance(value, cls) for value in vars(owner).values()):
             cls(owner)
 
@@ -80,12 +80,14 @@ class StandIn:
         return inspect.getattr_static(type(self.owner), self.name).__get__(self.owner)
 
     def remove(self):
+        """Put back what was there before."""
         delattr(self.owner, self.name)
         if self.before is not None:
             setattr(self.owner, self.name, self.before)
 
 
 def remove_stand_ins(owner):
+    """Remove all of an object's stand-ins."""
     for value in list(vars(owner).values()):
         if isinstance(value, StandIn):
             value.remove()
@@ -94,7 +96,7 @@ def remove_stand_ins(owner):
 class LayoutHook:
     """A forward pre-hook that gives a transformer's calls the sample and positions of the scheduler's current layout.
 
-    It knows what `disable` needs besides: the stock scheduler, the pipelines that have run with this one, the cache,
+    It holds what `disable` needs besides: the stock scheduler, the pipelines that have run with this one, the cache,
     and how the transformer was fused.
     """
 
@@ -129,6 +131,7 @@ class LayoutHook:
 
     @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
+        """Begin the run at its first call, and set sample, positions and masks of the current layout."""
         scheduler, pipe = self.scheduler, calling_pipeline() if self.scheduler.running else None
         if self.cache is not None and not hasattr(unwrapped(module), "cache_context"):
             # Its pipeline sets no context, and calls for other layers have a history of their own.

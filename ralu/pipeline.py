@@ -229,6 +229,7 @@ class PaddingOfZeros(StandIn):
     name = "_get_t5_prompt_embeds"
 
     def __call__(self, *args, **kwargs):
+        """Encode prompts (stock signature), with zeros for padding where the transformer is fused."""
         pipe = self.owner
         encoder = getattr(pipe, family_of(pipe).t5)
         # Without T5 SD3 has zeros anyway; the stock attention would attend to the zeros.

@@ -19,7 +19,7 @@ from .schedule import Schedule
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' notices about optional packages, and without bars over files that load in a second."""
+    """Silence the libraries' notices about optional packages, and their bars over files that load in a second."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once, when transformers is imported
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

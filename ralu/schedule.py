@@ -259,18 +259,18 @@ def _three(name: str, values) -> tuple:
 
 
 def densities(schedule: Schedule, shift: float, points: int = 1000):
-    """Times t, the density of denoising work the flow asks for (Eq. 11) and the one the schedule gives (Eq. 12).
+    """Return times t, the density of work that the flow asks for (Eq. 11), and the one the schedule gives (Eq. 12).
 
     Times that a transition goes back over are asked for twice. Returns three float64 arrays of shape (points,).
     """
     import numpy as np
 
     def pdf(h):
-        """Density of time when noise levels are drawn evenly and shifted by h."""
+        """Return the density of time when noise levels are drawn evenly and shifted by h."""
         return h / (1 + (h - 1) * t) ** 2
 
     def truncated(h, start, end):
-        """That density restricted to [start, end] and normalised; its integral is t / (1 + (h-1)·t) · h."""
+        """Restrict that density to [start, end] and normalise it; its integral is t / (1 + (h-1)·t) · h."""
         mass = h * (end / (1 + (h - 1) * end) - start / (1 + (h - 1) * start))
         return np.where((t >= start) & (t <= end), pdf(h) / mass, 0.0)
 

@@ -58,7 +58,7 @@ class Layout:
 
 
 def _rows(plan: TokenPlan) -> tuple[Tensor, Tensor] | None:
-    """The packed row of every token, and which are no padding, (B, L) each; None where all samples have L tokens."""
+    """Return every token's packed row and which are no padding, (B, L) each; None where all samples have L tokens."""
     if plan.source.shape[0] == plan.batch_size * plan.max_seqlen:
         return None
     column = torch.arange(plan.max_seqlen, device=plan.source.device)
@@ -89,12 +89,12 @@ def raster(grid: Grid, batch: int, device: torch.device) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latent pixels (B, C, 2h, 2w) to tokens (B, h·w, 4C) in raster order."""
+    """Pack latent pixels (B, C, 2h, 2w) to tokens (B, h·w, 4C) in raster order."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, grid: Grid) -> Tensor:
-    """Tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
+    """Unpack tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
     # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
 
@@ -112,14 +112,14 @@ def seeds_of(noise: Tensor) -> Tensor:
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64 bits that each depend on all: int64 of any shape."""
+    """Apply SplitMix64's finaliser, a bijection in which each bit depends on all 64: int64 of any shape."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         bits = (bits ^ _shifted_right(bits, shift)) * factor
     return bits ^ _shifted_right(bits, 31)
 
 
 def _shifted_right(bits: Tensor, count: int) -> Tensor:
-    """Zeros come in from the left, where >> would repeat the sign."""
+    """Shift right with zeros from the left, where >> would repeat the sign."""
     return bits >> count & (1 << 64 - count) - 1
 
 
@@ -137,7 +137,7 @@ def subsample_first(noise: Tensor, grid: Grid) -> Tensor:
 
 
 def renoise(tokens: Tensor, grid: Grid, transition: Transition, seeds: Tensor, stage: int, options: Options) -> Tensor:
-    """From a low stage to a full one: (B, n, C) on a grid (h, w) to (B, 4n, C), all upsampled and re-noised (Eq. S10).
+    """Go from a low stage to a full one: (B, n, C) on a grid (h, w) to (B, 4n, C), all upsampled, re-noised (Eq. S10).
 
     stage: the number of the stage that is entered, a word of the random numbers' counter.
     """
@@ -150,7 +150,7 @@ def renoise(tokens: Tensor, grid: Grid, transition: Transition, seeds: Tensor, s
 
 
 def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """From a low stage to a mixed one: (B, n, C) to packed (total, C), the plan's tokens upsampled, all re-noised."""
+    """Go from a low stage to a mixed one: (B, n, C) to packed (total, C), the selected upsampled, all re-noised."""
     if transition.interpolation != "nearest":
         from . import interpolation
 
@@ -160,7 +160,7 @@ def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tenso
 
 
 def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """From a mixed stage to a full one: packed (total, C) to raster (B, 4n, C), the rest upsampled, all re-noised."""
+    """Go from a mixed stage to a full one: packed (total, C) to (B, 4n, C), the rest upsampled, all re-noised."""
     if transition.interpolation != "nearest":
         from . import interpolation
 
@@ -170,7 +170,7 @@ def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Ten
 
 
 def resample(x0: Tensor, grids: tuple[Grid, Grid], transition: Transition, seeds: Tensor, stage: int, options: Options):
-    """From any whole stage to another: resize the clean estimate (B, n, C) from one grid to the other, add fresh noise.
+    """Go between whole stages: resize the clean estimate (B, n, C) from one grid to the other and add fresh noise.
 
     The noise is white: it depends on the seed, the stage that is entered and the place. Returns (B, m, C).
     """
@@ -261,7 +261,7 @@ class Run:
         self.layout = self._whole(1, len(noise), noise.device)
 
     def first(self, sample: Tensor) -> Tensor:
-        """The first step's sample at the first stage's resolution. Other steps' samples pass unchanged."""
+        """Bring the first step's sample to the first stage's resolution. Other steps' samples pass unchanged."""
         if self.index or self.schedule.stages[0].resolution != "low":
             return sample
         tokens = self.pack(sample)
@@ -294,7 +294,7 @@ class Run:
         return advanced, ended
 
     def _enter(self, stage: int, sample: Tensor, x0: Tensor) -> Tensor:
-        """The sample that the stage begins with, from the last one of the stage before and its clean estimate."""
+        """Make the sample that a stage begins with of the previous stage's last one and its clean estimate."""
         transition, layout = self.schedule.transitions[stage - 2], self.layout
         batch, device = len(sample), sample.device
         if transition.kind == "select":
@@ -350,7 +350,7 @@ class Run:
 
 
 def _odd(grid: Grid, token_pixels: int | None) -> str:
-    """Why a grid with an odd side cannot be used."""
+    """Say why a grid with an odd side cannot be used."""
     if token_pixels is None:
         return f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number"
     unit = 2 * token_pixels

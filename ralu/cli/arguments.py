@@ -32,6 +32,7 @@ class Version(argparse.Action):
     """Print the version, which is that of `ralu_kernels`: reading it imports PyTorch."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        """Print it and exit."""
         from .. import __version__
 
         print(f"ralu {__version__}")

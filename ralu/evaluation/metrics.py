@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Scorer = Callable[[Path, str], float]
 
 
-class MetricUnavailable(Exception):
+class MetricUnavailable(Exception):  # noqa: N818  a metric that is left out is no error
     """Say why a metric is left out."""
 
 
@@ -86,7 +86,7 @@ def _pyiqa(name: str, device: str, **options) -> Scorer:
 
 
 def _niqe(device: str) -> Scorer:
-    """With the parameters that iqa-torch carries, the official ones; without it pyiqa downloads the same."""
+    """Load NIQE with the official parameters from iqa-torch; without that package pyiqa downloads the same."""
     import scipy.io
 
     try:

@@ -34,6 +34,7 @@ class PerSample:
         return self.table.unsqueeze(2)
 
     def to(self, *args, **kwargs):
+        """Return the table on another device or in another dtype."""
         return PerSample(self.table.to(*args, **kwargs))
 
 
@@ -41,6 +42,7 @@ class BatchedPosEmbed(FluxPosEmbed):
     """`FluxPosEmbed` that also takes per-sample ids of shape (S, 1, B, 3)."""
 
     def forward(self, ids: Tensor):
+        """Make cosines and sines of ids (S, 3), (S, D) each, or of ids (S, 1, B, 3), `PerSample` of (B, S, D) each."""
         if ids.ndim == 2:
             return super().forward(ids)
         length, _, batch, axes = ids.shape
@@ -54,6 +56,7 @@ class Unpacking(StandIn):
     name = "_unpack_latents"
 
     def __call__(self, latents: Tensor, *size, **named):
+        """Unpack latents (B, L, C), brought to full resolution where an interrupted run left them."""
         pipe = self.owner
         layout = getattr(pipe.scheduler, "layout", None)
         # The pipeline sets its timestep to None after its loop, so no callback's call is taken for its own.
