@@ -7,7 +7,7 @@ of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +155,7 @@ class Mask:
             raise ValueError(f"regions has masks for {len(self.planes)} images, but the batch has {batch}")
 
 
-def _is(value, module: str, name: str) -> bool:
+def _is(value, module: str, name: str) -> TypeGuard[Any]:
     """Say whether a value is of a class whose module need not be installed: then no value is."""
     return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
 

@@ -185,7 +185,8 @@ class Schedule:
 
     def sigmas(self, stage: int) -> list[float]:
         """List the noise levels of a stage, counted from 1: steps + 1 values, even before the stage's shift."""
-        start, end, h, n = (values[stage - 1] for values in (self.starts, self.ends, self.shifts, self.steps))
+        k = stage - 1
+        start, end, h, n = self.starts[k], self.ends[k], self.shifts[k], self.steps[k]
         first, last = shifted(1 - start, 1 / h), shifted(1 - end, 1 / h)
         inner = [shifted(first + (last - first) * i / n, h) for i in range(1, n)]
         return [1 - start, *inner, 1 - end]  # the ends exactly, not shifted back and forth
