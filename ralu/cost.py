@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` returns; `str` makes a table of it.
+    """The cost of a run, as `estimate` returns it; `str` prints it as a table.
 
     parts:        in the order in which they run.
     weight_bytes: all parameters and buffers together.
@@ -88,12 +88,12 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The weights and the part that holds most beside them."""
+        """Bytes of the weights and of the part that holds most beside them."""
         return self.weight_bytes + max(part.peak_bytes for part in self.parts)
 
     @property
     def scratch_bytes(self) -> int:
-        """A bound of what a CPU's libraries hold besides."""
+        """Bound of the bytes that a CPU's libraries hold besides."""
         return max(part.scratch_bytes for part in self.parts)
 
     def to_dict(self) -> dict:

@@ -1,4 +1,4 @@
-"""What a model's configurations say, before anything heavy is imported and any weight is loaded."""
+"""Models as their configurations describe them, before anything heavy is imported or any weight is loaded."""
 
 import json
 import re
@@ -18,7 +18,7 @@ SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "RaluScheduler")
 class Model:
     """A pipeline that is not loaded yet.
 
-    name:      as it was asked for.
+    name:      as the user gave it.
     location:  its folder or hub id.
     pipeline:  the class, by name.
     family:    name of the model's family, see `ralu.families`.
@@ -48,7 +48,7 @@ class Model:
 
     @property
     def methods(self) -> list[Method]:
-        """What is compared by default, the stock pipeline first."""
+        """Methods that are compared by default, the stock pipeline first."""
         if self.distilled:
             names = ["stock-4", "stock-2", self.presets[0]]
         else:
@@ -57,7 +57,7 @@ class Model:
 
     @property
     def call_arguments(self) -> dict:
-        """What the pipeline is to be called with besides: the embedded models' captions are short."""
+        """Further keyword arguments of the pipeline's calls: the embedded models' captions are short."""
         return CALL_ARGUMENTS[self.family] if self.embedded else {}
 
     def check_methods(self, methods: Iterable[Method]):

@@ -1,4 +1,4 @@
-"""The options of a spatial method: what they are, which values they take, and their defaults. Imports nothing heavy."""
+"""The options of a spatial method, their values and their defaults. Imports nothing heavy."""
 
 import math
 from dataclasses import dataclass, fields
@@ -28,7 +28,7 @@ class Options:
     regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
                  mask (an image, or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
-    kept_noise: "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
+    kept_noise:  "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    of noise and timestep between stages: "covariance" (the paper's), "snr" or "off", see
                  `ralu.schedule.match_noise`.
     upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", see

@@ -1,4 +1,4 @@
-"""What `enable` puts into a pipeline: attributes, found by their type, that copy and pickle with what they are in."""
+"""The attributes that `enable` sets in a pipeline. They are found by their type, and copied and pickled with it."""
 
 import inspect
 import sys
@@ -58,7 +58,7 @@ def hooks_changed(transformer: nn.Module):
 
 
 class StandIn:
-    """A method of one object, replaced by an attribute until `remove`. Subclasses say which and what it does."""
+    """An attribute that replaces a method of one object until `remove`. Subclasses define which, and what it does."""
 
     name: str
 

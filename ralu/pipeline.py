@@ -98,7 +98,7 @@ def enable(
 
 @contextmanager
 def _argument(name: str):
-    """Say whose value it is that the grammar refuses."""
+    """Name the argument in the errors of its value."""
     try:
         yield
     except ValueError as error:
@@ -106,7 +106,7 @@ def _argument(name: str):
 
 
 def _combined(method: Method, options: dict, cache) -> tuple[str, dict, Any]:
-    """Join what a method says with keywords, which must not say it again."""
+    """Merge a method's options and cache with keywords. Raises ValueError for what is given twice."""
     given = method.options.given()
     if twice := given.keys() & options.keys():
         raise ValueError(f"{', '.join(sorted(twice))} given twice: in {str(method)!r} and as a keyword")
@@ -268,15 +268,15 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
             blocks.unfuse(transformer)
         if hook.fused_before is not None:
             blocks.fuse(transformer, **hook.fused_before)
-    for each in {pipe, *(hook.pipes if hook else ())}:
-        remove_stand_ins(each)
-        if getattr(each, "vae", None) is not None:
-            remove_stand_ins(each.vae)
-        scheduler = getattr(each, "scheduler", None)
+    for sharing in {pipe, *(hook.pipes if hook else ())}:
+        remove_stand_ins(sharing)
+        if getattr(sharing, "vae", None) is not None:
+            remove_stand_ins(sharing.vae)
+        scheduler = getattr(sharing, "scheduler", None)
         if hook is not None and scheduler is hook.scheduler:
-            each.scheduler = hook.stock
+            sharing.scheduler = hook.stock
         elif isinstance(scheduler, RaluScheduler):  # loaded from disk, or a copy of one that was disabled
-            each.scheduler = FlowMatchEulerDiscreteScheduler(**stock_arguments(scheduler.config))
+            sharing.scheduler = FlowMatchEulerDiscreteScheduler(**stock_arguments(scheduler.config))
     return pipe
 
 

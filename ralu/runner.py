@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass
 class Result:
-    """What one batch gave: its images, wall-clock seconds, and the transformer calls that were counted."""
+    """The outcome of one batch: its images, wall-clock seconds, and the number of transformer calls."""
 
     images: list[Image.Image]
     seconds: float

@@ -1,4 +1,4 @@
-"""When each stage starts and ends, and how the noise is matched in between. Numbers only.
+"""Schedules: when each stage starts and ends, and how noise is matched between stages. Numbers only.
 
 Time t runs from 0 (noise) to 1 (image); sigma = 1 - t. Equations: the paper's supplement (arXiv 2507.08422).
 """
@@ -56,7 +56,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Transition:
-    """What leads from one stage to the next.
+    """The transition from one stage to the next.
 
     kind:          "renoise" upsamples all tokens of a low stage, "select" the chosen ones, "complete" those that are
                    left of a mixed stage; "resample" resizes the clean estimate and adds fresh noise to it.

@@ -171,7 +171,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     @property
     def layout(self) -> Layout | None:
-        """What the model sees now; None before a run's first transformer call and after its end."""
+        """The tokens that the model sees now; None before a run's first transformer call and after its end."""
         return None if self._run is None else self._run.layout
 
     @property

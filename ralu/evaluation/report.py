@@ -27,7 +27,7 @@ SHOWN = 12  # prompts in the report's grid
 
 @dataclass
 class Table:
-    """What the report says of each method: a row a method, with cells under heads, and notes below."""
+    """The report's table: a row for each method, with cells under heads, and notes below."""
 
     heads: list[str]
     rows: dict[str, list[str]]

@@ -51,7 +51,7 @@ class BatchedPosEmbed(FluxPosEmbed):
 
 
 class Unpacking(StandIn):
-    """An interrupted run ends in any stage, and the pipeline decodes what it has; callbacks unpack what they like."""
+    """Bring the latents of an interrupted run, in any stage, to full resolution before they are decoded."""
 
     name = "_unpack_latents"
 

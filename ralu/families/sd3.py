@@ -92,13 +92,13 @@ class StripPatchEmbed(PatchEmbed):
         self.strip = rows.repeat(batch // len(rows), 1, 1)
 
     def clear(self) -> None:
-        """Forget everything that the stock class has not."""
+        """Remove every attribute that the stock class lacks."""
         for name in ("strip", "positions", "laid_out"):
             vars(self).pop(name, None)
 
 
 class WholeDecode(StandIn):
-    """An interrupted run ends in any stage, and the pipeline decodes what it has.
+    """Bring the latents of an interrupted run, which may end in any stage, to full resolution before they are decoded.
 
     The decoder alone sees those latents: nothing of the pipeline's own is called between its loop and the decoding. A
     preview in a callback is of the whole image already, and what the caller decodes afterwards is the caller's.

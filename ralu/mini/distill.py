@@ -1,4 +1,4 @@
-"""Distil the embedded FLUX model to four steps, as FLUX.1-schnell was from FLUX.1-dev's kin.
+"""Distil the embedded FLUX model to four steps, as FLUX.1-schnell was distilled from FLUX.1's base model.
 
 Nobody needs this to use RALU; it is how `ralu/mini/schnell` was made, for the preset `distilled-4`:
 
