@@ -7,6 +7,7 @@ Between them the stock blocks make a pass over memory for every product and sum;
 from functools import lru_cache, partial
 from inspect import signature
 from types import MethodType
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -109,7 +110,7 @@ def is_fused(transformer: nn.Module) -> bool:
     return fusion is not None
 
 
-def unwrapped(transformer: nn.Module) -> nn.Module:
+def unwrapped(transformer: nn.Module) -> Any:  # to PyTorch's annotations all that a module has is Tensor | Module
     """Return the model itself, where `torch.compile` has made a new module of it."""
     return getattr(transformer, "_orig_mod", transformer)
 
@@ -251,7 +252,7 @@ def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: t
 # ---- what the forwards of families' blocks share ----
 
 
-def vectors(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]:
+def vectors(norm, temb: Tensor, count: int) -> tuple[Tensor, ...]:
     """Compute the `count` modulation vectors of an adaptive norm from the timestep's embedding: (B, D) each."""
     return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
@@ -273,7 +274,7 @@ def clipped(x: Tensor) -> Tensor:
 # ---- in and out ----
 
 
-def _attentions(block) -> list[nn.Module]:
+def _attentions(block) -> list[Any]:
     return [attention for attention in (block.attn, getattr(block, "attn2", None)) if attention is not None]
 
 

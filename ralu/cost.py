@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -181,7 +181,7 @@ def estimate(
 
     height, width = height // shrink, width // shrink
     full = height * width // 4
-    if stock:
+    if isinstance(method, int):
         stages = [stage("full resolution", method, full)]
     else:
         low = full // 4
@@ -215,7 +215,7 @@ def _method(method: str | int | Method | Schedule | None, family: Family, ratio:
         if method.preset is None and method.steps is None:
             raise ValueError("method must say how many steps, as stock-50 does, got stock")
         ratio = method.options.ratio if ratio is None else ratio
-        method = method.steps or preset(method.preset)
+        method = method.steps or preset(method.spatial)
     if isinstance(method, Schedule):
         return method if ratio is None else method.replace(ratio=ratio)
     if isinstance(method, bool) or not isinstance(method, int):
@@ -231,7 +231,7 @@ def _method(method: str | int | Method | Schedule | None, family: Family, ratio:
 
 
 class _Model(NamedTuple):
-    kind: type
+    kind: Any  # its class
     config: str  # JSON, which can be hashed
 
 
@@ -248,13 +248,15 @@ class Description(NamedTuple):
 def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     """Find out what `estimate` needs to know of a model, which is as `estimate` takes it."""
     clip_tokens, published = 77, published_models()
+    family: Family | None
+    parts: dict[str, Any]
     if isinstance(model, DiffusionPipeline):
         modules = {name: unwrapped(part) for name, part in model.components.items() if isinstance(part, Module)}
         parts = {name: (type(part), part.config) for name, part in modules.items()}
         clip_tokens = model.tokenizer_max_length
     elif isinstance(model, dict):
         kind = getattr(diffusers, str(model.get("_class_name")), None)
-        parts = _published(_family(kind), model) if _family(kind) else {"transformer": (kind, model)}
+        parts = _published(family, model) if (family := _family(kind)) else {"transformer": (kind, model)}
     elif model in published:
         family = next(families.load(name) for name, entry in FAMILIES.items() if entry is published[model])
         parts = _published(family, family.published[model])
@@ -304,7 +306,7 @@ def _json(config) -> str:
 
 
 @lru_cache
-def _built(model: _Model, dtype: torch.dtype) -> Module:
+def _built(model: _Model, dtype: torch.dtype) -> Any:
     config = json.loads(model.config)
     with torch.device("meta"):
         if issubclass(model.kind, transformers.PreTrainedModel):
@@ -317,11 +319,11 @@ def _built(model: _Model, dtype: torch.dtype) -> Module:
 # ---- forward passes; what a sample looks like does not matter, only its size ----
 
 
-def _encode(module: Module, dtype: torch.dtype, batch: int, tokens: int):
+def _encode(module: Any, dtype: torch.dtype, batch: int, tokens: int):
     module(torch.empty(batch, tokens, dtype=torch.long))
 
 
-def _decode(module: Module, dtype: torch.dtype, batch: int, height: int, width: int):
+def _decode(module: Any, dtype: torch.dtype, batch: int, height: int, width: int):
     module.decode(torch.empty(batch, module.config.latent_channels, height, width, dtype=dtype))
 
 

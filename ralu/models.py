@@ -153,11 +153,11 @@ def _config(name: str, location: str, file: str) -> dict:
         import huggingface_hub as hub
 
         try:
-            path = hub.try_to_load_from_cache(location, file)
-            if not isinstance(path, str):
+            cached = hub.try_to_load_from_cache(location, file)
+            if not isinstance(cached, str):
                 hub.get_hf_file_metadata(hub.hf_hub_url(location, file))  # the download itself would retry for long
-                path = hub.hf_hub_download(location, file)
-            path = Path(path)
+                cached = hub.hf_hub_download(location, file)
+            path = Path(cached)
         except Exception as error:  # the hub and the network have errors of their own
             why = f"there is no such folder, and the hub did not give it: {shortened(error)}"
             raise UsageError(f"--model: cannot load {name}: {why}") from error

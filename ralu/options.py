@@ -85,7 +85,7 @@ class Options:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def chosen(self, *names: str) -> dict[str, str]:
+    def chosen(self, *names: str) -> dict[str, Any]:
         """Return the options of these names, with the defaults of those that are None."""
         return {name: getattr(self, name) or CHOICES[name][0] for name in names}
 

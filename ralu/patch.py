@@ -3,6 +3,8 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -17,12 +19,12 @@ from .families import Family
 from .scheduler import RaluScheduler
 
 
-def calling_pipeline() -> DiffusionPipeline | None:
+def calling_pipeline() -> Any:
     """Find the innermost pipeline that is being called, on the stack; None where there is none.
 
     `from_pipe` shares schedulers, transformers and VAEs between pipelines, and their calls do not say which one calls.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
@@ -106,7 +108,8 @@ class LayoutHook:
         self.pipes = WeakSet([pipe])
         self.token_pixels = pipe.vae_scale_factor * 2
         self.parameters = named_arguments(pipe.transformer)
-        self.fused, self.fused_before = False, None
+        self.fused = False
+        self.fused_before: dict[str, Any] | None = None
         unwrapped(pipe.transformer).pos_embed.__class__ = family.embedding[1]
         # On the outside: what torch.compile traces, and what offloading wraps anew on every call, lies within.
         self.handle = pipe.transformer.register_forward_pre_hook(self, with_kwargs=True)

@@ -202,7 +202,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index = run.index
         if ended:
             stage = run.steps[run.index][0]
-            self._stage_begins(stage, self.schedule.steps[stage - 1])
+            self._stage_begins(stage, run.schedule.steps[stage - 1])
         if run.over:
             self._run = None
         advanced = advanced.to(model_output.dtype)

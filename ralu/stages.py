@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -217,7 +218,7 @@ class Run:
             for levels in pairwise(schedule.sigmas(stage))
         ]
         self.index = 0
-        self.layout: Layout | None = None
+        self.layout: Any = None  # a Layout from `start` on
         self.full_grid: Grid = (0, 0)
         self._seeds = torch.empty(0)
 
@@ -254,7 +255,7 @@ class Run:
         tokens = grid[0] * grid[1]
         if noise.shape[1] != tokens:
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
-        resolve(*self.options.chosen("backend").values(), noise.device)
+        resolve(self.options.chosen("backend")["backend"], noise.device)
         if isinstance(self.scorer, regions.Mask):
             self.scorer.check_batch(images or len(noise))
         self.full_grid = grid
@@ -301,7 +302,7 @@ class Run:
             x0 = self.pack(x0)
             scores = regions.score(self.scorer, x0, self.grid, self._seeds)
             threshold = self.options.threshold
-            chosen = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
+            chosen: dict[str, Any] = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
             plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
             packed = select(self.pack(sample), plan, transition, self._seeds, self.options)
             self.layout = Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)

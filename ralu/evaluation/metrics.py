@@ -11,7 +11,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -61,7 +61,7 @@ def _torchvision_or_none() -> Iterator[None]:
     absent = [] if find_spec("torchvision") else [ModuleType(name) for name in names]
     try:
         for module in absent:
-            module.make_grid = None
+            vars(module)["make_grid"] = None
             sys.modules[module.__name__] = module
         yield
     finally:
@@ -93,7 +93,7 @@ def _niqe(device: str) -> Scorer:
         file = metadata.distribution("iqa-torch").locate_file("iqa/niqe/niqe_pris_params.npz")
     except metadata.PackageNotFoundError:
         return _pyiqa("niqe", device)
-    given, matlab = np.load(file), io.BytesIO()
+    given, matlab = np.load(str(file)), io.BytesIO()
     scipy.io.savemat(matlab, {f"{key}_prisparam": given[f"{key}_pris_param"] for key in ("mu", "cov")})
     return _pyiqa("niqe", device, pretrained_model_path=matlab)
 
@@ -133,7 +133,8 @@ def score(
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    metric, scores, scorer = METRICS[name], {}, None
+    metric, scores = METRICS[name], {}
+    scorer: Any = None
     for method in methods:
         file = _scores_file(folder, name, method)
         kept = read_scores(file)

@@ -6,14 +6,14 @@ the unpatching treat it as L tokens without knowing, and only the positions that
 """
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from_grid
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from ralu_kernels import gated_add, modulate
@@ -76,7 +76,7 @@ class StripPatchEmbed(PatchEmbed):
 
     strip: Tensor | None = None
     positions: Positions | None = None
-    laid_out: tuple[Layout | None, Tensor | None] = None, None
+    laid_out: tuple[Any, Any] = None, None  # the last layout, and its positions' embedding (B, L, D)
 
     def cropped_pos_embed(self, height: int, width: int) -> Tensor:
         """Crop as stock does, or return what `set_strip` was given."""
@@ -94,7 +94,7 @@ class StripPatchEmbed(PatchEmbed):
     def clear(self) -> None:
         """Remove every attribute that the stock class lacks."""
         for name in ("strip", "positions", "laid_out"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
 
 
 class WholeDecode(StandIn):
@@ -109,7 +109,7 @@ class WholeDecode(StandIn):
     def __call__(self, latents: Tensor, *args, **kwargs):
         """Decode latents (B, C, h, w), brought to full resolution where an interrupted run left them."""
         pipe = calling_pipeline()
-        scheduler = getattr(pipe, "scheduler", None)
+        scheduler: Any = getattr(pipe, "scheduler", None)
         layout = getattr(scheduler, "layout", None)
         if layout is not None and pipe.interrupt and latents.shape[-2:] == _size(layout, scheduler.grid):
             latents = scheduler.full_resolution(latents)
@@ -218,7 +218,7 @@ class SD3(Family):
         height, width = arguments["hidden_states"].shape[-2:]
         return height // 2, width // 2
 
-    def set_layout(self, module: nn.Module, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
+    def set_layout(self, module: Any, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
         """Give a strip the positions of its tokens."""
         if layout.mask is not None:
             if not is_fused(module):
@@ -234,11 +234,11 @@ class SD3(Family):
         else:
             embed.set_strip(layout, grid, len(arguments["hidden_states"]))
 
-    def clear_layout(self, module: nn.Module) -> None:
+    def clear_layout(self, module: Any) -> None:
         """Let the next call be of a whole image."""
         unwrapped(module).pos_embed.clear()
 
-    def image_tokens(self, module: nn.Module, arguments: dict) -> int:
+    def image_tokens(self, module: Any, arguments: dict) -> int:
         """Count the patches."""
         height, width = arguments["hidden_states"].shape[-2:]
         return height * width // module.config.patch_size**2
@@ -253,7 +253,7 @@ class SD3(Family):
         if pipe.vae is not None:
             WholeDecode.put_into(pipe.vae)
 
-    def dummy_call(self, module: nn.Module, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
+    def dummy_call(self, module: Any, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
         """Call the model with empty tensors, the image a strip: one token a patch, and positions of its own."""
         new, config = partial(torch.empty, dtype=dtype), module.config
         module.pos_embed.cropped_pos_embed = lambda height, width: new(1, tokens, module.inner_dim)

@@ -63,7 +63,8 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
         torch._foreach_copy_(ema, saved["ema"])
         start = saved["step"]
         torch.manual_seed(start), random.seed(start)
-    running, clock = {}, time.time()
+    running: dict[int, float] = {}
+    clock = time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="distil", mininterval=5)
 
     def predict(x, sigma, text):

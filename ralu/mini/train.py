@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ from ralu.schedule import shifted
 SOURCES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emojibase-data@17.0.0"}
 
 # The captions are the emoji's own names: animals, plants and food that look different from each other.
-CAPTIONS = """
+_LISTED = """
 monkey face; monkey; gorilla; orangutan; dog face; dog; poodle; wolf; fox; raccoon; cat face; cat; black cat; lion;
 tiger face; tiger; horse face; moose; unicorn; zebra; deer; cow face; cow; pig face; pig; ram; goat; camel; llama;
 giraffe; elephant; rhinoceros; hippopotamus; mouse face; mouse; hamster; rabbit face; rabbit; chipmunk; beaver;
@@ -73,8 +74,8 @@ cherries; strawberry; blueberries; kiwi fruit; tomato; coconut; avocado; eggplan
 broccoli; onion; bread; croissant; pretzel; bagel; pancakes; cheese wedge; bacon; hamburger; french fries; pizza; hot
 dog; sandwich; taco; popcorn; sushi; soft ice cream; doughnut; cookie; birthday cake; shortcake; cupcake; lollipop;
 teapot; wine glass; tropical drink; bubble tea
-""".replace("\n", " ")
-CAPTIONS = [name.strip() for name in CAPTIONS.split(";")]
+"""
+CAPTIONS = [name.strip() for name in _LISTED.replace("\n", " ").split(";")]
 TEMPLATES = ["{}", "{}", "a {}", "the {}", "a picture of a {}", "a 3d {}", "{} emoji"]
 TEMPLATES += ["a small {} on a white background"]
 
@@ -345,7 +346,7 @@ def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, st
         encoders.load_state_dict(torch.load(state, map_location=device))
         return encoders.eval()
     thumbnails = torch.cat([resize(images, 12).flatten(1), torch.zeros(1, 432)]).to(device)
-    clips = [m.config.projection_dim for m in encoders.values() if not isinstance(m, T5EncoderModel)]
+    clips = [m.config.projection_dim for m in map(pipe.components.get, names) if not isinstance(m, T5EncoderModel)]
 
     def features(label, length):
         tokens, pooled = encode(pipe, prompts(label.tolist()), length)
@@ -363,7 +364,7 @@ def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, st
         label = torch.randint(empty + 1, (96,))
         shown = features(label, text_length(family.longest_text))
         label = label.to(device)
-        loss = 0.0
+        loss: Any = 0.0
         for head, feature in zip(heads, shown, strict=True):
             name, thumbnail = head(feature).split((empty + 1, 432), dim=1)
             loss = loss + F.cross_entropy(name, label) + F.mse_loss(thumbnail, thumbnails[label])
@@ -398,7 +399,8 @@ def train_transformer(pipe, family: Family, latents, weight, steps, device, out:
         start = saved["step"]
         torch.manual_seed(start), random.seed(start)  # not the same captions and noise again
     latents = {size: x.to(device) for size, x in latents.items()}
-    running, clock, checkpoints = {}, time.time(), 0
+    running: dict[int, float] = {}
+    clock, checkpoints = time.time(), 0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=5)
     for step in bar:
         remaining = (steps - step) / (decay * steps)  # constant, then down to zero over the last `decay` of the steps
