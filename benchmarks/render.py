@@ -82,7 +82,7 @@ def kernels_on_cpu(rows: list[dict]) -> str:
             ])  # fmt: skip
     names = [f"{dtype}, {threads} thread{'s' if threads != '1' else ''}" for dtype, threads in columns]
     parts = [
-        f"Times faster than eager PyTorch, pictures of {' / '.join(sizes)} pixels:", table(["", *names], body),
+        f"Times faster than eager PyTorch, images of {' / '.join(sizes)} pixels:", table(["", *names], body),
         "Compiled, float32, one thread:",
         table(["", "time over that of its random numbers alone", "memory grown, over the output", "eager's",
                "the release's dense covariance, over it"], floors),
@@ -152,7 +152,7 @@ def draw_kernels(rows: list[dict], path: Path):
     figure.savefig(path, dpi=110)
 
 
-# ---- whole pictures ----
+# ---- whole images ----
 
 
 def pictures(rows: list[dict], path: Path) -> str:
@@ -175,7 +175,7 @@ def pictures(rows: list[dict], path: Path) -> str:
                 " / ".join(f"{float(one['images_per_s']):.2f}" for one in found if one), row["peak_mib"],
             ])  # fmt: skip
         head = ["", "calls", "seconds", "speed-up", "= less work × rate × share", "outside the models"]
-        head += [f"pictures/s in batches of {' / '.join(batches)}", "peak MiB"]
+        head += [f"images/s in batches of {' / '.join(batches)}", "peak MiB"]
         parts += [f"`{model}`, {first['pixels']} pixels, {first['dtype']}:", table(head, body)]
         profile = path.with_name(f"{path.stem}-{model}.json")
         if profile.exists():
@@ -230,7 +230,7 @@ def draw_pictures(rows: list[dict], path: Path):
     figure.savefig(path, dpi=110)
 
 
-# ---- what the pictures are worth ----
+# ---- what the images are worth ----
 
 
 def quality(path: Path) -> str:

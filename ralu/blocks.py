@@ -7,6 +7,7 @@ Between them the stock blocks make a pass over memory for every product and sum;
 from functools import lru_cache, partial
 from inspect import signature
 from types import MethodType
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -33,11 +34,11 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
 
     transformer: a `FluxTransformer2DModel` or `SD3Transformer2DModel` (SD3, SD3.5), compiled or not; for inference.
     trim_text:   leave text tokens whose embedding is all zeros out of the sequences: prompts of different lengths then
-                 share a batch, and none has padding in its attention. This changes the pictures: as they were trained,
+                 share a batch, and none has padding in its attention. This changes the images: as they were trained,
                  FLUX and SD3 attend to the padding of T5. `ralu.enable(pipe, trim_text=True)` makes padding zeros;
                  embeddings of your own need `prompt_embeds * mask.unsqueeze(-1)`.
 
-    Up to rounding the pictures are the stock ones. Every hook works on: caches (TaylorSeer, FirstBlockCache, ...),
+    Up to rounding the images are the stock ones. Every hook works on: caches (TaylorSeer, FirstBlockCache, ...),
     offloading and LoRA may come before or after. Attention goes by `ralu.attention_backend`, not by diffusers'
     `set_attention_backend`. Images of different lengths in one batch are padded at will and told apart by
     ``joint_attention_kwargs={"image_mask": mask}``, bool (B, image tokens), or (b, image tokens) where guidance repeats
@@ -109,7 +110,7 @@ def is_fused(transformer: nn.Module) -> bool:
     return fusion is not None
 
 
-def unwrapped(transformer: nn.Module) -> nn.Module:
+def unwrapped(transformer: nn.Module) -> Any:  # to PyTorch's annotations all that a module has is Tensor | Module
     """Return the model itself, where `torch.compile` has made a new module of it."""
     return getattr(transformer, "_orig_mod", transformer)
 
@@ -130,7 +131,7 @@ class Fusion:
 
     @property
     def processors(self) -> tuple[type, ...]:
-        """Classes of the attention processors that `fuse` puts in."""
+        """Classes of the attention processors that `fuse` sets."""
         return tuple(block.processor for block in self.family.fused_blocks.values())
 
     def _remember(self):
@@ -146,6 +147,7 @@ class Fusion:
 
     @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
+        """Put the packed layouts into a call's `joint_attention_kwargs`, under "sequences" and "image_sequences"."""
         if not is_fused(module):
             return args, kwargs
         family, kwargs = self.family, dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -168,7 +170,7 @@ class Fusion:
 
 
 def _text_mask(text: Tensor) -> tuple[int, Tensor]:
-    """Embeddings (B, T, D) -> the place of the last one that is not all zeros, t, and which of the first t are not."""
+    """Find the length t, up to the last of the embeddings (B, T, D) that is not 0, and which are not, bool (B, t)."""
     mask = text.any(-1)
     length = int((mask.any(0) * torch.arange(1, 1 + text.shape[1], device=text.device)).amax().clamp_min(1))
     return length, mask[:, :length]
@@ -185,7 +187,7 @@ def _layouts(
     text_first: bool,
     image_alone: bool,
 ) -> tuple[PackedLayout, PackedLayout | None]:
-    """The joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over.
+    """Lay out the joint sequences, and for SD3 the image's alone, which SD3.5-medium's second attention is over.
 
     image_total: the image tokens of all samples of the mask, where it is known: then nothing waits for the device.
     """
@@ -221,6 +223,7 @@ class Processor:
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
         sequences: PackedLayout | None = None,
     ):  # fmt: skip
+        """Attend: streams (B, L, D), the image's first, to results of the same shapes (stock signature)."""
         streams = [_project(attn, hidden_states, *_OWN)]
         if encoder_hidden_states is not None:
             streams.append(_project(attn, encoder_hidden_states, *_ADDED))
@@ -256,31 +259,34 @@ def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: t
 # ---- what the forwards of families' blocks share ----
 
 
-def vectors(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Compute what an adaptive norm makes of the timestep: (B, D) each."""
+def vectors(norm, temb: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Compute the `count` modulation vectors of an adaptive norm from the timestep's embedding: (B, D) each."""
     return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
 def feed_forward(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, ff) -> Tensor:
-    """Bring a stream x from its attention's output y to the end of the block."""
+    """Compute the rest of a block for a stream x, (B, L, D), from its attention's output y: the residual and the MLP.
+
+    gate, shift, scale, gate_mlp: (B, D), of the adaptive norm. ff: the block's MLP.
+    """
     x, normed = gated_add_modulate(x, gate, y, shift, scale)
     return gated_add(x, gate_mlp, ff(normed))
 
 
 def clipped(x: Tensor) -> Tensor:
-    """Clip float16 as the stock blocks do."""
+    """Clip float16 to its finite range, as the stock blocks do; other dtypes pass unchanged."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 # ---- in and out ----
 
 
-def _attentions(block) -> list[nn.Module]:
+def _attentions(block) -> list[Any]:
     return [attention for attention in (block.attn, getattr(block, "attn2", None)) if attention is not None]
 
 
 def _obstacle(blocks: list[nn.Module], processors: tuple[type, ...]) -> str | None:
-    """Why blocks whose attention processors should be of these classes cannot be fused."""
+    """Say why blocks whose attention processors should be of these classes cannot be fused; None if they can."""
     for attention in (attention for block in blocks for attention in _attentions(block)):
         processor, norm = attention.processor, attention.norm_q
         if type(processor) not in processors:
@@ -302,16 +308,16 @@ def _replace_forward(block: nn.Module, old, new, required: bool = True):
     innermost = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", [])[:1]
     places = [(block, "forward"), (block, "_old_forward")]
     places += [(reference, name) for reference in innermost for name in ("forward", "original_forward")]
-    found = [place for place in places if _function(getattr(*place, None)) is old]
-    if required and not found:
+    stale = [place for place in places if _function(getattr(*place, None)) is old]
+    if required and not stale:
         raise ValueError(f"the forward of {type(block).__name__} has been replaced: it cannot be fused")
     stock = new is type(block).forward
-    for place in found:
+    for place in stale:
         setattr(*place, MethodType(new, block) if stock else partial(new, block))
     if vars(block).get("forward") == MethodType(type(block).forward, block):
         del block.forward
 
 
 def _function(forward):
-    """Of a block's own method, or of a replaced one, which is no method, as those pickle by their name in the class."""
+    """Return the function of a block's own method, or of a partial: a bound method would be pickled by its name."""
     return forward.func if type(forward) is partial else getattr(forward, "__func__", None)

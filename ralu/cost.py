@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -43,7 +43,7 @@ class Part:
     """A stage, or what runs before and after the stages.
 
     calls:         forward passes, each over the whole batch.
-    tokens:        a sample's: of the picture for the transformer, of the prompt for an encoder, latent pixels for the
+    tokens:        a sample's: of the image for the transformer, of the prompt for an encoder, latent pixels for the
                    VAE.
     tflop:         10^12 operations of all calls together, without attention's two matrix products.
     attention:     10^12 operations of those.
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` returns; `str` makes a table of it.
+    """The cost of a run, as `estimate` returns it; `str` prints it as a table.
 
     parts:        in the order in which they run.
     weight_bytes: all parameters and buffers together.
@@ -88,16 +88,16 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The weights and the part that holds most beside them."""
+        """Bytes of the weights and of the part that holds most beside them."""
         return self.weight_bytes + max(part.peak_bytes for part in self.parts)
 
     @property
     def scratch_bytes(self) -> int:
-        """A bound of what a CPU's libraries hold besides."""
+        """Bound of the bytes that a CPU's libraries hold besides."""
         return max(part.scratch_bytes for part in self.parts)
 
     def to_dict(self) -> dict:
-        """Fields and sums, ready for JSON."""
+        """Return the fields and the sums, ready for JSON."""
         sums = "tflop", "attention", "total", "peak_bytes", "scratch_bytes"
         return asdict(self) | {key: getattr(self, key) for key in sums}
 
@@ -128,17 +128,17 @@ def estimate(
     preview: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Estimate:
-    """Floating-point operations and peak memory of a run, without running it.
+    """Estimate the floating-point operations and the peak memory of a run, without running it.
 
     model:         a published model's name ("flux-dev", "sd3-medium", ..., see `ralu.families`), a pipeline, its folder
                    or hub id (of which only configurations are read), or a transformer's configuration with
                    "_class_name", to which the published VAE and text encoders are added.
     method:        a method's name, see `ralu.method`, of which a cache counts nothing less; a `Schedule`, or the number
                    of steps of a stock run; None for the default preset.
-    height, width: of the pictures, in pixels.
+    height, width: of the images, in pixels.
     ratio:         share of the tokens to upsample early; None for the schedule's.
     text_tokens:   of T5 (`max_sequence_length`); None for the pipeline's default, 512 for FLUX and 256 for SD3.
-    batch:         pictures in one run. All figures are for the whole batch.
+    batch:         images in one run. All figures are for the whole batch.
     guided:        whether every step also has a pass for the negative prompt (FLUX: `true_cfg_scale`); None for SD3
                    alone.
     preview:       whether a preview is decoded to find edges, as regions="canny" does.
@@ -181,7 +181,7 @@ def estimate(
 
     height, width = height // shrink, width // shrink
     full = height * width // 4
-    if stock:
+    if isinstance(method, int):
         stages = [stage("full resolution", method, full)]
     else:
         low = full // 4
@@ -215,7 +215,7 @@ def _method(method: str | int | Method | Schedule | None, family: Family, ratio:
         if method.preset is None and method.steps is None:
             raise ValueError("method must say how many steps, as stock-50 does, got stock")
         ratio = method.options.ratio if ratio is None else ratio
-        method = method.steps or preset(method.preset)
+        method = method.steps or preset(method.spatial)
     if isinstance(method, Schedule):
         return method if ratio is None else method.replace(ratio=ratio)
     if isinstance(method, bool) or not isinstance(method, int):
@@ -231,7 +231,7 @@ def _method(method: str | int | Method | Schedule | None, family: Family, ratio:
 
 
 class _Model(NamedTuple):
-    kind: type
+    kind: Any  # its class
     config: str  # JSON, which can be hashed
 
 
@@ -248,13 +248,15 @@ class Description(NamedTuple):
 def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     """Find out what `estimate` needs to know of a model, which is as `estimate` takes it."""
     clip_tokens, published = 77, published_models()
+    family: Family | None
+    parts: dict[str, Any]
     if isinstance(model, DiffusionPipeline):
         modules = {name: unwrapped(part) for name, part in model.components.items() if isinstance(part, Module)}
         parts = {name: (type(part), part.config) for name, part in modules.items()}
         clip_tokens = model.tokenizer_max_length
     elif isinstance(model, dict):
         kind = getattr(diffusers, str(model.get("_class_name")), None)
-        parts = _published(_family(kind), model) if _family(kind) else {"transformer": (kind, model)}
+        parts = _published(family, model) if (family := _family(kind)) else {"transformer": (kind, model)}
     elif model in published:
         family = next(families.load(name) for name, entry in FAMILIES.items() if entry is published[model])
         parts = _published(family, family.published[model])
@@ -275,18 +277,18 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
 
 
 def _family(kind: type | None) -> Family | None:
-    """The family of a class of transformers."""
+    """Return the family of a class of transformers, or None."""
     names = (name for name, entry in FAMILIES.items() if entry.transformer == getattr(kind, "__name__", None))
     return next(map(families.load, names), None)
 
 
 def _published(family: Family, config: dict) -> dict[str, tuple[type, dict]]:
-    """A transformer beside the VAE and the text encoders that all published models of its family share."""
+    """Return a transformer beside the VAE and the text encoders that all published models of its family share."""
     return {"transformer": (family.transformer, config), "vae": (AutoencoderKL, _VAE)} | family.encoders
 
 
 def _stored(folder: str | Path) -> Iterator[tuple[str, tuple[type, dict]]]:
-    """By name the models of a pipeline on disk or on the hub. Weights are not read."""
+    """List by name the models of a pipeline on disk or on the hub. Weights are not read."""
     for name, entry in DiffusionPipeline.load_config(folder).items():
         if not name.startswith(("transformer", "vae", "text_encoder")) or entry[0] is None:
             continue
@@ -304,7 +306,7 @@ def _json(config) -> str:
 
 
 @lru_cache
-def _built(model: _Model, dtype: torch.dtype) -> Module:
+def _built(model: _Model, dtype: torch.dtype) -> Any:
     config = json.loads(model.config)
     with torch.device("meta"):
         if issubclass(model.kind, transformers.PreTrainedModel):
@@ -317,11 +319,11 @@ def _built(model: _Model, dtype: torch.dtype) -> Module:
 # ---- forward passes; what a sample looks like does not matter, only its size ----
 
 
-def _encode(module: Module, dtype: torch.dtype, batch: int, tokens: int):
+def _encode(module: Any, dtype: torch.dtype, batch: int, tokens: int):
     module(torch.empty(batch, tokens, dtype=torch.long))
 
 
-def _decode(module: Module, dtype: torch.dtype, batch: int, height: int, width: int):
+def _decode(module: Any, dtype: torch.dtype, batch: int, height: int, width: int):
     module.decode(torch.empty(batch, module.config.latent_channels, height, width, dtype=dtype))
 
 
@@ -329,7 +331,7 @@ def _decode(module: Module, dtype: torch.dtype, batch: int, height: int, width: 
 def _cost(
     threads: int, dtype: torch.dtype, model: _Model, call: Callable, shape: tuple[int, ...]
 ) -> tuple[float, float, int, int]:
-    """Of one forward pass: 10^12 operations without attention's, those of attention's, peak and scratch in bytes."""
+    """Measure a forward pass: 10^12 operations without attention's, those of attention's, peak and scratch in bytes."""
     module, counter, memory = _built(model, dtype), FlopCounterMode(display=False), LiveBytes(threads)
     with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory:
         call(module, dtype, *shape)

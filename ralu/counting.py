@@ -25,7 +25,7 @@ def _fused_attention(query, key, value, attn_mask=None, *_, **__):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made under it and are still in use: `now`, and at most `peak`.
+    """Count the bytes of the tensors that are made under it and are still in use: `now`, and at most `peak`.
 
     `scratch` is the largest of the operations' `cpu_scratch`.
     """
@@ -59,7 +59,7 @@ def _storages(tensors: list[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
 
 
 def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor], threads: int) -> int:
-    """A bound of the bytes that one operation on a CPU takes and gives back, beside its operands and results.
+    """Bound the bytes that one operation on a CPU allocates and frees, beside its operands and results.
 
     A library may copy any of these into a layout of its own. oneDNN's blocks of convolutions hold 16 channels. Where
     it does not serve (floats of 16 bits on most CPUs, and small inputs) PyTorch unfolds the input: every pixel of the

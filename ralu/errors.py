@@ -1,13 +1,13 @@
-"""What a command tells in one line, and not with a traceback."""
+"""Errors that a command reports in one line, without a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """What the user of a command can put right: an argument, or a file that was given or is damaged.
+    """An error that the user can correct: a wrong argument, or a file that is absent or damaged.
 
-    The command line tells it in one line. Every other error is a fault of the program and keeps its traceback.
+    The command line reports it in one line. Every other error is a fault of the program and keeps its traceback.
     """
 
 

@@ -33,7 +33,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) -> list[str]:
-    """Break into lines of at most `width` pixels, between words; the rest of a long text becomes an ellipsis."""
+    """Break a text between words into lines of at most `width` pixels; an ellipsis stands for the rest."""
     wrapped = [""]
     for word in text.split():
         longer = f"{wrapped[-1]} {word}".strip()
@@ -62,9 +62,9 @@ def fitted(image: Image.Image, shortest: int = 192, longest: int = 512) -> Image
     shortest, longest: bounds of the longer side, in pixels; small images are enlarged by whole factors.
     """
     width, height = image.size
-    factor = max(1, -(-shortest // max(width, height)))
-    if factor > 1:
-        return image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    whole = max(1, -(-shortest // max(width, height)))
+    if whole > 1:
+        return image.resize((width * whole, height * whole), Image.Resampling.NEAREST)
     factor = min(1, longest / max(width, height))
     return image.resize((round(width * factor), round(height * factor)), Image.Resampling.LANCZOS)
 
@@ -107,10 +107,10 @@ def grid(columns: list[str], rows: list[Row], note: str = "") -> Image.Image:
             draw.rectangle((x - 1, y - 1, x + width, y + height), outline="#d8dee4")  # white images need an edge
             paper.paste(image, (x, y))
         spaces = [round(font.size * 1.45) for _, font, _ in label]
-        y += (height - sum(spaces)) / 2
+        above = y + (height - sum(spaces)) / 2
         for (part, font, color), space in zip(label, spaces, strict=True):
-            draw.text((margin, y + space / 2), part, font=font, fill=color, anchor="lm")
-            y += space
+            draw.text((margin, above + space / 2), part, font=font, fill=color, anchor="lm")
+            above += space
     for i, part in enumerate(notes):
         draw.text((margin, bottom + line * (i + 0.5)), part, font=small, fill=MUTED, anchor="lm")
     return paper
@@ -139,9 +139,9 @@ def plot_schedule(schedule: Schedule, shift: float, path: str | Path, title: str
     path:  its suffix chooses the format (png, svg, pdf, jpg, webp).
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(9, 7.4), dpi=150, layout="constrained", facecolor=PAPER)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(9, 7.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor=PAPER)
     figure.suptitle(title, x=0.015, ha="left", color=INK, fontsize=14, fontweight="bold")
     above, below = figure.subplots(2, 1, height_ratios=(1.55, 1))
     _plot_time(above, schedule)

@@ -24,7 +24,10 @@ from .schedule import Transition
 
 @lru_cache
 def weights(kind: str, size: int, target: int) -> Tensor:
-    """U along one axis, float32 (target, size), as Pillow interpolates (bicubic with a = -1/2, three-lobed Lanczos)."""
+    """Compute U along one axis, float32 (target, size), as Pillow does (bicubic with a = -1/2, three-lobed Lanczos).
+
+    Raises ImportError without Pillow.
+    """
     try:
         import numpy as np
         from PIL import Image
@@ -43,13 +46,13 @@ def resized(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int], kind
 
 
 def _planes(tokens: Tensor, grid: tuple[int, int], granularity: str) -> Tensor:
-    """Tokens (B, h·w, C) as images: of latent pixels (B, C/4, 2h, 2w), or of whole tokens (B, C, h, w)."""
+    """View tokens (B, h·w, C) as images: of latent pixels (B, C/4, 2h, 2w), or of whole tokens (B, C, h, w)."""
     planes = tokens.transpose(1, 2).unflatten(2, grid)
     return F.pixel_shuffle(planes, 2) if granularity == "pixel" else planes
 
 
 def _tokens(planes: Tensor, granularity: str) -> Tensor:
-    """The inverse of `_planes`."""
+    """Undo `_planes`."""
     return (F.pixel_unshuffle(planes, 2) if granularity == "pixel" else planes).flatten(2).transpose(1, 2)
 
 
@@ -69,12 +72,12 @@ def _renoise(x: Tensor, v: Tensor | float, transition: Transition, white: Tensor
 
 
 def _selected(plan: TokenPlan) -> Tensor:
-    """Which high tokens had a selected parent, bool (B, 4n) in raster order."""
+    """Tell which high tokens had a selected parent: bool (B, 4n) in raster order."""
     return plan.child[plan.inverse.long()] >= 0
 
 
 def select(low: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """Low (B, n, C) to packed (total, C), as `ralu_kernels.upsample_selected` with another upsampler."""
+    """Upsample the selected of low (B, n, C) to packed (total, C): `ralu_kernels.upsample_selected`, interpolating."""
     high, v = upsampled(low, plan.grid, transition.interpolation, *options.chosen("granularity").values())
     whole = torch.arange(low.shape[1], device=low.device).view(plan.grid)
     parent = whole.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # of every high token, in raster order
@@ -88,7 +91,7 @@ def select(low: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, 
 
 
 def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """Packed (total, C) to raster (B, 4n, C), as `ralu_kernels.upsample_remaining` with another upsampler.
+    """Upsample the rest of packed (total, C) to raster (B, 4n, C): `ralu_kernels.upsample_remaining`, interpolating.
 
     Where a low token's neighbour is selected, one pixel of each 2x2 of the neighbour's stands for it: their mean would
     have less noise.
@@ -107,6 +110,6 @@ def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Ten
 
 
 def _white(fused: Callable, tokens: Tensor, plan: TokenPlan, seeds: Tensor, options: Options) -> Tensor:
-    """Standard normals from the same random numbers as the fused operation's: its noise without c and without x."""
+    """Draw standard normals from the fused operation's own random numbers: its noise without c and without x."""
     zeros = torch.zeros_like(tokens, dtype=torch.float32)
     return fused(zeros, plan, 0.0, 1.0, 0.0, seeds, **options.chosen("granularity", "backend"))

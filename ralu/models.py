@@ -1,4 +1,4 @@
-"""What a model's configurations say, before anything heavy is imported and any weight is loaded."""
+"""Models as their configurations describe them, before anything heavy is imported or any weight is loaded."""
 
 import json
 import re
@@ -18,7 +18,7 @@ SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "RaluScheduler")
 class Model:
     """A pipeline that is not loaded yet.
 
-    name:      as it was asked for.
+    name:      as the user gave it.
     location:  its folder or hub id.
     pipeline:  the class, by name.
     family:    name of the model's family, see `ralu.families`.
@@ -48,7 +48,7 @@ class Model:
 
     @property
     def methods(self) -> list[Method]:
-        """What is compared by default, the stock pipeline first."""
+        """Methods that are compared by default, the stock pipeline first."""
         if self.distilled:
             names = ["stock-4", "stock-2", self.presets[0]]
         else:
@@ -57,7 +57,7 @@ class Model:
 
     @property
     def call_arguments(self) -> dict:
-        """What the pipeline is to be called with besides: the embedded models' captions are short."""
+        """Further keyword arguments of the pipeline's calls: the embedded models' captions are short."""
         return CALL_ARGUMENTS[self.family] if self.embedded else {}
 
     def check_methods(self, methods: Iterable[Method]):
@@ -152,11 +152,11 @@ def _config(name: str, location: str, file: str) -> dict:
         import huggingface_hub as hub
 
         try:
-            path = hub.try_to_load_from_cache(location, file)
-            if not isinstance(path, str):
+            cached = hub.try_to_load_from_cache(location, file)
+            if not isinstance(cached, str):
                 hub.get_hf_file_metadata(hub.hf_hub_url(location, file))  # the download itself would retry for long
-                path = hub.hf_hub_download(location, file)
-            path = Path(path)
+                cached = hub.hf_hub_download(location, file)
+            path = Path(cached)
         except Exception as error:  # the hub and the network have errors of their own
             why = f"there is no such folder, and the hub did not give it: {shortened(error)}"
             raise UsageError(f"--model: cannot load {name}: {why}") from error

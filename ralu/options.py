@@ -1,4 +1,4 @@
-"""The options of a spatial method: what they are, which values they take, and their defaults. Imports nothing heavy."""
+"""The options of a spatial method, their values and their defaults. Imports nothing heavy."""
 
 import math
 from dataclasses import dataclass, fields
@@ -28,7 +28,7 @@ class Options:
     regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
                  mask (an image, or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
-    kept_noise: "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
+    kept_noise:  "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    of noise and timestep between stages: "covariance" (the paper's), "snr" or "off", see
                  `ralu.schedule.match_noise`.
     upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", see
@@ -85,7 +85,7 @@ class Options:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def chosen(self, *names: str) -> dict[str, str]:
+    def chosen(self, *names: str) -> dict[str, Any]:
         """Return the options of these names, with the defaults of those that are None."""
         return {name: getattr(self, name) or CHOICES[name][0] for name in names}
 

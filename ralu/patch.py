@@ -1,8 +1,10 @@
-"""What `enable` puts into a pipeline: attributes, found by their type, that copy and pickle with what they are in."""
+"""The attributes that `enable` sets in a pipeline. They are found by their type, and copied and pickled with it."""
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -17,12 +19,12 @@ from .families import Family
 from .scheduler import RaluScheduler
 
 
-def calling_pipeline() -> DiffusionPipeline | None:
-    """The pipeline that is being called, the innermost one.
+def calling_pipeline() -> Any:
+    """Find the innermost pipeline that is being called, on the stack; None where there is none.
 
-    `from_pipe` shares schedulers, transformers and VAEs between pipelines, and nobody tells them whose call it is.
+    `from_pipe` shares schedulers, transformers and VAEs between pipelines, and their calls do not say which one calls.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
@@ -58,7 +60,7 @@ def hooks_changed(transformer: nn.Module):
 
 
 class StandIn:
-    """A method of one object, replaced by an attribute until `remove`. Subclasses say which and what it does."""
+    """An attribute that replaces a method of one object until `remove`. Subclasses define which, and what it does."""
 
     name: str
 
@@ -68,7 +70,7 @@ class StandIn:
 
     @classmethod
     def put_into(cls, owner):
-        """Once is enough, though somebody may have wrapped it since."""
+        """Replace the owner's method, unless it is already, wrapped by somebody else or not."""
         if not any(isinstance(value, cls) for value in vars(owner).values()):
             cls(owner)
 
@@ -80,12 +82,14 @@ class StandIn:
         return inspect.getattr_static(type(self.owner), self.name).__get__(self.owner)
 
     def remove(self):
+        """Put back what was there before."""
         delattr(self.owner, self.name)
         if self.before is not None:
             setattr(self.owner, self.name, self.before)
 
 
 def remove_stand_ins(owner):
+    """Remove all of an object's stand-ins."""
     for value in list(vars(owner).values()):
         if isinstance(value, StandIn):
             value.remove()
@@ -94,7 +98,7 @@ def remove_stand_ins(owner):
 class LayoutHook:
     """A forward pre-hook that gives a transformer's calls the sample and positions of the scheduler's current layout.
 
-    It knows what `disable` needs besides: the stock scheduler, the pipelines that have run with this one, the cache,
+    It holds what `disable` needs besides: the stock scheduler, the pipelines that have run with this one, the cache,
     and how the transformer was fused.
     """
 
@@ -104,7 +108,8 @@ class LayoutHook:
         self.pipes = WeakSet([pipe])
         self.token_pixels = pipe.vae_scale_factor * 2
         self.parameters = named_arguments(pipe.transformer)
-        self.fused, self.fused_before = False, None
+        self.fused = False
+        self.fused_before: dict[str, Any] | None = None
         unwrapped(pipe.transformer).pos_embed.__class__ = family.embedding[1]
         # On the outside: what torch.compile traces, and what offloading wraps anew on every call, lies within.
         self.handle = pipe.transformer.register_forward_pre_hook(self, with_kwargs=True)
@@ -129,6 +134,7 @@ class LayoutHook:
 
     @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
+        """Begin the run at its first call, and set sample, positions and masks of the current layout."""
         scheduler, pipe = self.scheduler, calling_pipeline() if self.scheduler.running else None
         if self.cache is not None and not hasattr(unwrapped(module), "cache_context"):
             # Its pipeline sets no context, and calls for other layers have a history of their own.

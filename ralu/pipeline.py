@@ -72,7 +72,7 @@ def enable(
     if isinstance(cache, str):
         with _argument("cache"):
             cache = Method.parse(f"stock+{cache}").cache
-    _check_cache(pipe, family, cache)
+    cache = _checked_cache(pipe, family, cache)
     if isinstance(preset, str) and not preset.startswith("stock") and preset not in family.entry.presets:
         fitting = ", ".join(family.entry.presets)
         raise ValueError(f"{type(pipe).__name__}'s preset must be one of {fitting} or a Schedule, got {preset!r}")
@@ -98,7 +98,7 @@ def enable(
 
 @contextmanager
 def _argument(name: str):
-    """Say whose value it is that the grammar refuses."""
+    """Name the argument in the errors of its value."""
     try:
         yield
     except ValueError as error:
@@ -106,7 +106,7 @@ def _argument(name: str):
 
 
 def _combined(method: Method, options: dict, cache) -> tuple[str, dict, Any]:
-    """Join what a method says with keywords, which must not say it again."""
+    """Merge a method's options and cache with keywords. Raises ValueError for what is given twice."""
     given = method.options.given()
     if twice := given.keys() & options.keys():
         raise ValueError(f"{', '.join(sorted(twice))} given twice: in {str(method)!r} and as a keyword")
@@ -115,9 +115,9 @@ def _combined(method: Method, options: dict, cache) -> tuple[str, dict, Any]:
     return method.spatial, given | options, method.cache or cache
 
 
-def _check_cache(pipe: DiffusionPipeline, family: Family, cache):
+def _checked_cache(pipe: DiffusionPipeline, family: Family, cache) -> Cache | None:
     if cache is None:
-        return
+        return None
     if type(cache) not in CACHES.values():
         raise TypeError(f"cache must be one of {', '.join(CACHES)}, or an instance of its class, got {cache!r}")
     if family.name not in cache.families:
@@ -127,6 +127,7 @@ def _check_cache(pipe: DiffusionPipeline, family: Family, cache):
     ours = hook is not None and hook.cache is not None
     if not ours and any(stateful(blocks.unwrapped(pipe.transformer))):
         raise ValueError("cache must be None: the transformer has a cache of diffusers, disable_cache() takes it off")
+    return cache
 
 
 def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule | None, options: dict) -> RaluScheduler:
@@ -229,6 +230,7 @@ class PaddingOfZeros(StandIn):
     name = "_get_t5_prompt_embeds"
 
     def __call__(self, *args, **kwargs):
+        """Encode prompts (stock signature), with zeros for padding where the transformer is fused."""
         pipe = self.owner
         encoder = getattr(pipe, family_of(pipe).t5)
         # Without T5 SD3 has zeros anyway; the stock attention would attend to the zeros.
@@ -241,7 +243,7 @@ class PaddingOfZeros(StandIn):
             hook.remove()
 
 
-def _zero_padding(encoder: Module, args, output):
+def _zero_padding(encoder, args, output):
     output[0].masked_fill_((args[0] == encoder.config.pad_token_id).unsqueeze(-1), 0)
 
 
@@ -253,9 +255,8 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a DiffusionPipeline, got {type(pipe).__name__}")
-    transformer, hook = getattr(pipe, "transformer", None), None
-    if isinstance(transformer, Module):
-        hook = LayoutHook.find(transformer)
+    transformer: Any = getattr(pipe, "transformer", None)
+    hook = LayoutHook.find(transformer) if isinstance(transformer, Module) else None
     if hook is not None:
         if hook.cache is not None:
             hook.cache.remove(blocks.unwrapped(transformer))
@@ -267,15 +268,15 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
             blocks.unfuse(transformer)
         if hook.fused_before is not None:
             blocks.fuse(transformer, **hook.fused_before)
-    for each in {pipe, *(hook.pipes if hook else ())}:
-        remove_stand_ins(each)
-        if getattr(each, "vae", None) is not None:
-            remove_stand_ins(each.vae)
-        scheduler = getattr(each, "scheduler", None)
+    for sharing in {pipe, *(hook.pipes if hook else ())}:
+        remove_stand_ins(sharing)
+        if getattr(sharing, "vae", None) is not None:
+            remove_stand_ins(sharing.vae)
+        scheduler = getattr(sharing, "scheduler", None)
         if hook is not None and scheduler is hook.scheduler:
-            each.scheduler = hook.stock
+            sharing.scheduler = hook.stock
         elif isinstance(scheduler, RaluScheduler):  # loaded from disk, or a copy of one that was disabled
-            each.scheduler = FlowMatchEulerDiscreteScheduler(**stock_arguments(scheduler.config))
+            sharing.scheduler = FlowMatchEulerDiscreteScheduler(**stock_arguments(scheduler.config))
     return pipe
 
 

@@ -7,7 +7,7 @@ of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -59,13 +59,13 @@ def score(scorer: Scorer, x0: Tensor, grid: tuple[int, int], seeds: Tensor) -> T
 
 
 def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: int = 200) -> Tensor:
-    """Share of Canny edge pixels in each token's block of an image.
+    """Measure the share of Canny edge pixels in each token's block of an image.
 
     images: (B, 3, H, W) in [-1, 1], as a VAE decodes them; H and W are multiples of the grid's h and w.
     low, high: OpenCV's hysteresis thresholds on the L1 Sobel gradient of the 8-bit luma.
     Returns float32 (B, n) in [0, 1], on the images' device; on CUDA, with the compiled extension, nothing leaves it.
     Blocks with the same number of edge pixels are told apart by their contrast, in steps smaller than one edge pixel:
-    without it flat pictures would fill up from the top left.
+    without it flat images would fill up from the top left.
     """
     (h, w), (height, width) = grid, images.shape[-2:]
     if height % h or width % w:
@@ -79,7 +79,7 @@ def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: in
 
 
 def canny(decode: Callable[[Tensor, tuple[int, int]], Tensor], low: int = 100, high: int = 200) -> Scorer:
-    """The paper's scorer: decode the clean prediction, find Canny edges, count them in each token's block.
+    """Make the paper's scorer: decode the clean prediction, find Canny edges, count them in each token's block.
 
     decode: `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, usually the VAE.
     """
@@ -87,7 +87,7 @@ def canny(decode: Callable[[Tensor, tuple[int, int]], Tensor], low: int = 100, h
 
 
 def gradient(x0: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The scorer without a decoder (supplement C.1): steepness of the latent between neighbouring patches.
+    """Score without a decoder (supplement C.1): by the steepness of the latent between neighbouring patches.
 
     Root mean square over the channels of the central differences of x0 (B, n, C). Returns float32 (B, n).
     """
@@ -99,7 +99,7 @@ def gradient(x0: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def random(seeds: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Scores without meaning, even in [0, 1], for comparison: float32 (B, n) from each sample's seed, int64 (B,).
+    """Draw scores evenly from [0, 1), for comparison: float32 (B, n) from each sample's seed, int64 (B,).
 
     Philox with the counter (token, 1, 0, 0), which no noise uses: its second word is the stage, 2 or 3.
     """
@@ -107,23 +107,23 @@ def random(seeds: Tensor, grid: tuple[int, int]) -> Tensor:
     return philox(seeds[:, None], token, 1, 0, 0)[0] / 2**32
 
 
-def mask(picture: "Image.Image | np.ndarray | Tensor") -> "Mask":
-    """A scorer from a mask of your own: the brighter a token's block is on average, the sooner it goes.
+def mask(image: "Image.Image | np.ndarray | Tensor") -> "Mask":
+    """Make a scorer from a mask: the brighter a token's block is on average, the sooner it is upsampled.
 
-    picture: an image in any of PIL's modes, an array or a tensor, of any size: (H, W), (B, H, W) or (B, 1, H, W), with
-             a mask for each image of the batch. Scores are in [0, 1] whatever the format: 8-bit values are divided by
-             255 and 16-bit ones (PIL's "I" too) by 65535, colours are weighted as in luma, and an alpha channel
-             multiplies. Integers that are all 0 or 1 are taken as they are, and so are bools and floats.
+    image: an image in any of PIL's modes, an array or a tensor, of any size: (H, W), (B, H, W) or (B, 1, H, W), with
+           a mask for each image of the batch. Scores are in [0, 1] whatever the format: 8-bit values are divided by
+           255 and 16-bit ones (PIL's "I" too) by 65535, colours are weighted as in luma, and an alpha channel
+           multiplies. Integers that are all 0 or 1 are taken as they are, and so are bools and floats.
 
     Raises TypeError for what is no image, and ValueError for a mask that is empty, complex, NaN or infinite, of another
     shape, or of integers whose white is unknown.
     """
-    if _is(picture, "PIL.Image", "Image"):
-        planes = _brightness(picture)
-    elif isinstance(picture, Tensor) or _is(picture, "numpy", "ndarray"):
-        planes = _unit(picture)
+    if _is(image, "PIL.Image", "Image"):
+        planes = _brightness(image)
+    elif isinstance(image, Tensor) or _is(image, "numpy", "ndarray"):
+        planes = _unit(image)
     else:
-        raise TypeError(f"a mask must be an image, an array or a tensor, got {type(picture).__name__}")
+        raise TypeError(f"a mask must be an image, an array or a tensor, got {type(image).__name__}")
     if planes.dim() == 4 and planes.shape[1] == 1:
         planes = planes[:, 0]
     if planes.dim() not in (2, 3):
@@ -137,27 +137,34 @@ def mask(picture: "Image.Image | np.ndarray | Tensor") -> "Mask":
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The scorer that `mask` makes. planes: float32 (B, 1, H, W), or (1, 1, H, W) for all images of a batch."""
+    """The scorer that `mask` makes.
+
+    planes: float32 (B, 1, H, W), or (1, 1, H, W) for all images of a batch.
+    """
 
     planes: Tensor
 
     def __call__(self, x0: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Mean brightness of every token's block, float32 (B, n)."""
+        """Return the mean brightness of every token's block, float32 (B, n)."""
         self.check_batch(len(x0))
         return F.adaptive_avg_pool2d(self.planes.to(x0.device), grid).flatten(1).expand(len(x0), -1)
 
     def check_batch(self, batch: int):
+        """Raise ValueError where there are masks for another number of images than the batch has."""
         if len(self.planes) not in (1, batch):
             raise ValueError(f"regions has masks for {len(self.planes)} images, but the batch has {batch}")
 
 
-def _is(value, module: str, name: str) -> bool:
-    """Whether it is of a class of a module that need not be installed: then nothing is."""
+def _is(value, module: str, name: str) -> TypeGuard[Any]:
+    """Say whether a value is of a class whose module need not be installed: then no value is."""
     return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
 
 
 def _unit(values: "np.ndarray | Tensor", white: int | None = None) -> Tensor:
-    """Values of any real dtype as float32 that are 1 where they are white; by default the dtype says where."""
+    """Scale values of any real dtype to float32 with white at 1.
+
+    white: the value that means white; by default the dtype's largest.
+    """
     if not isinstance(values, Tensor):
         if values.dtype.kind not in "biufc":
             raise TypeError(f"a mask must be an array of numbers, got {values.dtype}")
@@ -179,19 +186,19 @@ def _unit(values: "np.ndarray | Tensor", white: int | None = None) -> Tensor:
     return wide.float() / white
 
 
-def _brightness(picture: "Image.Image") -> Tensor:
-    """An image in any mode as brightness times alpha, float32 (H, W)."""
+def _brightness(image: "Image.Image") -> Tensor:
+    """Return an image of any mode as brightness times alpha, float32 (H, W)."""
     import numpy as np
 
-    mode = picture.mode
+    mode = image.mode
     if mode == "F":
-        return _unit(np.asarray(picture))
+        return _unit(np.asarray(image))
     if mode.startswith("I"):  # of 32 bits, but PIL reads 16-bit files into it
-        return _unit(np.asarray(picture).astype(np.int64), white=65535)
-    if picture.has_transparency_data or mode == "La":
-        luma, alpha = picture.convert("RGBA" if mode not in ("LA", "La") else "LA").convert("LA").split()
+        return _unit(np.asarray(image).astype(np.int64), white=65535)
+    if image.has_transparency_data or mode == "La":
+        luma, alpha = image.convert("RGBA" if mode not in ("LA", "La") else "LA").convert("LA").split()
         return _unit(np.asarray(luma)) * _unit(np.asarray(alpha), white=255)
-    return _unit(np.asarray(picture.convert("L")))
+    return _unit(np.asarray(image.convert("L")))
 
 
 _NAMED: dict[str, Any] = {"gradient": gradient, "random": random}  # `score` gives random the seeds

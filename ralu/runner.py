@@ -19,7 +19,7 @@ from .schedule import Schedule
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' notices about optional packages, and without bars over files that load in a second."""
+    """Silence the libraries' notices about optional packages, and their bars over files that load in a second."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once, when transformers is imported
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass
 class Result:
-    """What one batch gave: its images, wall-clock seconds, and the transformer calls that were counted."""
+    """The outcome of one batch: its images, wall-clock seconds, and the number of transformer calls."""
 
     images: list[Image.Image]
     seconds: float

@@ -1,4 +1,4 @@
-"""When each stage starts and ends, and how the noise is matched in between. Numbers only.
+"""Schedules: when each stage starts and ends, and how noise is matched between stages. Numbers only.
 
 Time t runs from 0 (noise) to 1 (image); sigma = 1 - t. Equations: the paper's supplement (arXiv 2507.08422).
 """
@@ -56,7 +56,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Transition:
-    """What leads from one stage to the next.
+    """The transition from one stage to the next.
 
     kind:          "renoise" upsamples all tokens of a low stage, "select" the chosen ones, "complete" those that are
                    left of a mixed stage; "resample" resizes the clean estimate and adds fresh noise to it.
@@ -185,7 +185,8 @@ class Schedule:
 
     def sigmas(self, stage: int) -> list[float]:
         """List the noise levels of a stage, counted from 1: steps + 1 values, even before the stage's shift."""
-        start, end, h, n = (values[stage - 1] for values in (self.starts, self.ends, self.shifts, self.steps))
+        k = stage - 1
+        start, end, h, n = self.starts[k], self.ends[k], self.shifts[k], self.steps[k]
         first, last = shifted(1 - start, 1 / h), shifted(1 - end, 1 / h)
         inner = [shifted(first + (last - first) * i / n, h) for i in range(1, n)]
         return [1 - start, *inner, 1 - end]  # the ends exactly, not shifted back and forth
@@ -259,18 +260,18 @@ def _three(name: str, values) -> tuple:
 
 
 def densities(schedule: Schedule, shift: float, points: int = 1000):
-    """Times t, the density of denoising work the flow asks for (Eq. 11) and the one the schedule gives (Eq. 12).
+    """Return times t, the density of work that the flow asks for (Eq. 11), and the one the schedule gives (Eq. 12).
 
     Times that a transition goes back over are asked for twice. Returns three float64 arrays of shape (points,).
     """
     import numpy as np
 
     def pdf(h):
-        """Density of time when noise levels are drawn evenly and shifted by h."""
+        """Return the density of time when noise levels are drawn evenly and shifted by h."""
         return h / (1 + (h - 1) * t) ** 2
 
     def truncated(h, start, end):
-        """That density restricted to [start, end] and normalised; its integral is t / (1 + (h-1)·t) · h."""
+        """Restrict that density to [start, end] and normalise it; its integral is t / (1 + (h-1)·t) · h."""
         mass = h * (end / (1 + (h - 1) * end) - start / (1 + (h - 1) * start))
         return np.where((t >= start) & (t <= end), pdf(h) / mass, 0.0)
 

@@ -116,12 +116,16 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         return self._bound_scorer is not None
 
     def __getstate__(self):
-        """Copies are not bound: a scheduler that is copied or pickled must not take the model along."""
+        """Leave the model out: a scheduler that is copied or pickled must not take it along."""
         loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_run")
         return self.__dict__ | dict.fromkeys(loose)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        """Stock signature. Custom `sigmas` or `timesteps` are refused: they have no meaning across stages."""
+        """Set the preset's noise levels (stock signature).
+
+        Raises RuntimeError before `bind`, and ValueError for custom `sigmas` or `timesteps`, which mean nothing across
+        stages.
+        """
         if self.run_begins is not None:
             self.run_begins(self)
         if not self.bound:
@@ -136,13 +140,15 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
                 sigmas = None if sigmas is None else np.linspace(1, 1 / steps, steps)
                 num_inference_steps = None if sigmas is not None and num_inference_steps is None else steps
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-            return self._stage_begins(1, len(self.timesteps))
+            self._stage_begins(1, len(self.timesteps))
+            return
         given = sigmas if sigmas is not None else timesteps
         asked = num_inference_steps or (sum(self.schedule.steps) if given is None else len(given))
         self._stage_begins(1, self.schedule.steps[0])  # a run that failed may have left its caches behind
         if asked < 3:
             logger.warning_once(f"RALU needs at least 3 steps; {asked} steps run the stock schedule at full resolution")
-            return super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+            return
         if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / asked, asked))):
             raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps do not fit in")
         run = Run(self.schedule, self._bound_scorer, self.options, pack=self._pack, unpack=self._unpack)
@@ -153,7 +159,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index = self._begin_index = None
 
     def set_begin_index(self, begin_index=0):
-        """Stock signature. Raises ValueError for a start in the middle of a run with stages."""
+        """Set the first step (stock signature). Raises ValueError for a start in the middle of a run with stages."""
         if begin_index and self._run is not None:
             raise ValueError(f"RALU starts from pure noise, but the pipeline asks to start at step {begin_index}")
         super().set_begin_index(begin_index)
@@ -165,7 +171,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     @property
     def layout(self) -> Layout | None:
-        """What the model sees now; None before a run's first transformer call and after its end."""
+        """The tokens that the model sees now; None before a run's first transformer call and after its end."""
         return None if self._run is None else self._run.layout
 
     @property
@@ -196,7 +202,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index = run.index
         if ended:
             stage = run.steps[run.index][0]
-            self._stage_begins(stage, self.schedule.steps[stage - 1])
+            self._stage_begins(stage, run.schedule.steps[stage - 1])
         if run.over:
             self._run = None
         advanced = advanced.to(model_output.dtype)

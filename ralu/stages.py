@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class Layout:
 
 
 def _rows(plan: TokenPlan) -> tuple[Tensor, Tensor] | None:
-    """The packed row of every token, and which are no padding, (B, L) each; None where all samples have L tokens."""
+    """Return every token's packed row and which are no padding, (B, L) each; None where all samples have L tokens."""
     if plan.source.shape[0] == plan.batch_size * plan.max_seqlen:
         return None
     column = torch.arange(plan.max_seqlen, device=plan.source.device)
@@ -90,12 +91,12 @@ def raster(grid: Grid, batch: int, device: torch.device) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latent pixels (B, C, 2h, 2w) to tokens (B, h·w, 4C) in raster order."""
+    """Pack latent pixels (B, C, 2h, 2w) to tokens (B, h·w, 4C) in raster order."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, grid: Grid) -> Tensor:
-    """Tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
+    """Unpack tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
     # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
 
@@ -113,14 +114,14 @@ def seeds_of(noise: Tensor) -> Tensor:
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64 bits that each depend on all: int64 of any shape."""
+    """Apply SplitMix64's finaliser, a bijection in which each bit depends on all 64: int64 of any shape."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         bits = (bits ^ _shifted_right(bits, shift)) * factor
     return bits ^ _shifted_right(bits, 31)
 
 
 def _shifted_right(bits: Tensor, count: int) -> Tensor:
-    """Zeros come in from the left, where >> would repeat the sign."""
+    """Shift right with zeros from the left, where >> would repeat the sign."""
     return bits >> count & (1 << 64 - count) - 1
 
 
@@ -138,7 +139,7 @@ def subsample_first(noise: Tensor, grid: Grid) -> Tensor:
 
 
 def renoise(tokens: Tensor, grid: Grid, transition: Transition, seeds: Tensor, stage: int, options: Options) -> Tensor:
-    """From a low stage to a full one: (B, n, C) on a grid (h, w) to (B, 4n, C), all upsampled and re-noised (Eq. S10).
+    """Go from a low stage to a full one: (B, n, C) on a grid (h, w) to (B, 4n, C), all upsampled, re-noised (Eq. S10).
 
     stage: the number of the stage that is entered, a word of the random numbers' counter.
     """
@@ -151,7 +152,7 @@ def renoise(tokens: Tensor, grid: Grid, transition: Transition, seeds: Tensor, s
 
 
 def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """From a low stage to a mixed one: (B, n, C) to packed (total, C), the plan's tokens upsampled, all re-noised."""
+    """Go from a low stage to a mixed one: (B, n, C) to packed (total, C), the selected upsampled, all re-noised."""
     if transition.interpolation != "nearest":
         from . import interpolation
 
@@ -161,7 +162,7 @@ def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tenso
 
 
 def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
-    """From a mixed stage to a full one: packed (total, C) to raster (B, 4n, C), the rest upsampled, all re-noised."""
+    """Go from a mixed stage to a full one: packed (total, C) to (B, 4n, C), the rest upsampled, all re-noised."""
     if transition.interpolation != "nearest":
         from . import interpolation
 
@@ -171,7 +172,7 @@ def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Ten
 
 
 def resample(x0: Tensor, grids: tuple[Grid, Grid], transition: Transition, seeds: Tensor, stage: int, options: Options):
-    """From any whole stage to another: resize the clean estimate (B, n, C) from one grid to the other, add fresh noise.
+    """Go between whole stages: resize the clean estimate (B, n, C) from one grid to the other and add fresh noise.
 
     The noise is white: it depends on the seed, the stage that is entered and the place. Returns (B, m, C).
     """
@@ -218,7 +219,7 @@ class Run:
             for levels in pairwise(schedule.sigmas(stage))
         ]
         self.index = 0
-        self.layout: Layout | None = None
+        self.layout: Any = None  # a Layout from `start` on
         self.full_grid: Grid = (0, 0)
         self._seeds = torch.empty(0)
 
@@ -255,14 +256,14 @@ class Run:
         tokens = grid[0] * grid[1]
         if noise.shape[1] != tokens:
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
-        resolve(*self.options.chosen("backend").values(), noise.device)
+        resolve(self.options.chosen("backend")["backend"], noise.device)
         if isinstance(self.scorer, regions.Mask):
             self.scorer.check_batch(images or len(noise))
         self.full_grid = grid
         self.layout = self._whole(1, len(noise), noise.device)
 
     def first(self, sample: Tensor) -> Tensor:
-        """The first step's sample at the first stage's resolution. Other steps' samples pass unchanged."""
+        """Bring the first step's sample to the first stage's resolution. Other steps' samples pass unchanged."""
         if self.index or self.schedule.stages[0].resolution != "low":
             return sample
         tokens = self.pack(sample)
@@ -295,14 +296,14 @@ class Run:
         return advanced, ended
 
     def _enter(self, stage: int, sample: Tensor, x0: Tensor) -> Tensor:
-        """The sample that the stage begins with, from the last one of the stage before and its clean estimate."""
+        """Make the sample that a stage begins with of the previous stage's last one and its clean estimate."""
         transition, layout = self.schedule.transitions[stage - 2], self.layout
         batch, device = len(sample), sample.device
         if transition.kind == "select":
             x0 = self.pack(x0)
             scores = regions.score(self.scorer, x0, self.grid, self._seeds)
             threshold = self.options.threshold
-            chosen = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
+            chosen: dict[str, Any] = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
             plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
             packed = select(self.pack(sample), plan, transition, self._seeds, self.options)
             self.layout = Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)
@@ -351,7 +352,7 @@ class Run:
 
 
 def _odd(grid: Grid, token_pixels: int | None) -> str:
-    """Why a grid with an odd side cannot be used."""
+    """Say why a grid with an odd side cannot be used."""
     if token_pixels is None:
         return f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number"
     unit, (height, width) = 2 * token_pixels, (size * token_pixels for size in grid)

@@ -7,7 +7,7 @@ CACHES: dict[str, type] = {}
 
 
 class Cache(Protocol):
-    """What `ralu.enable` asks of a cache. It says when: a cache never registers, resets or undoes anything by itself.
+    """The interface of a cache. `ralu.enable` calls it: a cache never registers, resets or undoes anything by itself.
 
     families: names of the model families it serves, see `ralu.families`.
     """

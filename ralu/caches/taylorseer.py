@@ -42,7 +42,7 @@ class TaylorSeer:
                 raise ValueError(f"{name} must be {allowed}, got {value}")
 
     def is_full(self, step: int) -> bool:
-        """Whether a stage's step, from 0, is computed in full."""
+        """Say whether a stage's step, counted from 0, is computed in full."""
         return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
 
     def apply(self, transformer: Any) -> None:

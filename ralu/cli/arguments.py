@@ -1,4 +1,4 @@
-"""What several commands' arguments have in common: their types, their groups, and their checks."""
+"""Types, groups and checks of the arguments that several commands share."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """Raise `UsageError` where argparse would print its usage and exit."""
 
     def error(self, message):
-        """Tell a mistake in one line."""
+        """Raise UsageError with the message in one line."""
         raise UsageError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
@@ -32,6 +32,7 @@ class Version(argparse.Action):
     """Print the version, which is that of `ralu_kernels`: reading it imports PyTorch."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        """Print it and exit."""
         from .. import __version__
 
         print(f"ralu {__version__}")

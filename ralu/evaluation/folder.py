@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, usage
 from .prompts import Prompt, Sample
@@ -152,7 +152,8 @@ def _digest(pipe) -> str:
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
-            config = part.config if isinstance(part.config, dict) else part.config.to_dict()
+            config: Any = part.config
+            config = config if isinstance(config, dict) else config.to_dict()
             config = {key: value for key, value in config.items() if not key.startswith("_")}
             digest.update(json.dumps([name, config], sort_keys=True, default=str).encode())
             for key, weight in part.state_dict().items():

@@ -23,7 +23,7 @@ def processes(device: str) -> PartialState:
     device: "auto", or "cpu" to leave GPUs alone. Raises UsageError for another one and several processes.
     """
     cpu = device == "cpu" or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=timedelta(weeks=1))  # for one process may be done hours before another
+    state = PartialState(cpu=cpu, timeout=timedelta(weeks=1))  # one process may be done hours before another
     if state.num_processes > 1 and device not in ("auto", "cpu"):
         raise UsageError(f"--device: {state.num_processes} processes take a device each, leave {device} out")
     return state
@@ -51,7 +51,7 @@ def generate(
     lacking = {
         method: [part for part in batches if present(images, part) < len(part)] for method, images in folders.items()
     }
-    state.wait_for_everyone()  # nobody generates before everybody has looked
+    state.wait_for_everyone()  # an image that is generated now would count as present to a process that looks later
     device = runner.pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     place = {"device": name, "batch": batch, "processes": state.num_processes}

@@ -11,7 +11,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Scorer = Callable[[Path, str], float]
 
 
-class MetricUnavailable(Exception):
+class MetricUnavailable(Exception):  # noqa: N818  a metric that is left out is no error
     """Say why a metric is left out."""
 
 
@@ -60,7 +60,7 @@ def _torchvision_or_none() -> Iterator[None]:
     absent = [] if find_spec("torchvision") else [ModuleType(name) for name in names]
     try:
         for module in absent:
-            module.make_grid = None
+            vars(module)["make_grid"] = None
             sys.modules[module.__name__] = module
         yield
     finally:
@@ -87,14 +87,14 @@ def _pyiqa(name: str, device: str, **options) -> Scorer:
 
 
 def _niqe(device: str) -> Scorer:
-    """With the parameters that iqa-torch carries, the official ones; without it pyiqa downloads the same."""
+    """Load NIQE with the official parameters from iqa-torch; without that package pyiqa downloads the same."""
     import scipy.io
 
     try:
         file = metadata.distribution("iqa-torch").locate_file("iqa/niqe/niqe_pris_params.npz")
     except metadata.PackageNotFoundError:
         return _pyiqa("niqe", device)
-    given, matlab = np.load(file), io.BytesIO()
+    given, matlab = np.load(str(file)), io.BytesIO()
     scipy.io.savemat(matlab, {f"{key}_prisparam": given[f"{key}_pris_param"] for key in ("mu", "cov")})
     return _pyiqa("niqe", device, pretrained_model_path=matlab)
 
@@ -134,7 +134,8 @@ def score(
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    metric, scores, scorer = METRICS[name], {}, None
+    metric, scores = METRICS[name], {}
+    scorer: Any = None
     for method in methods:
         file = _scores_file(folder, name, method)
         kept = read_scores(file)

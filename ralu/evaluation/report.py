@@ -27,7 +27,7 @@ SHOWN = 12  # prompts in the report's grid
 
 @dataclass
 class Table:
-    """What the report says of each method: a row a method, with cells under heads, and notes below."""
+    """The report's table: a row for each method, with cells under heads, and notes below."""
 
     heads: list[str]
     rows: dict[str, list[str]]
@@ -70,7 +70,7 @@ def tabulate(
             elif state.is_main_process:
                 layouts = [str(LAYOUTS[name](folder, method, samples)) for method in methods]
                 table.notes.append(f"{name}: the images are laid out for its own scorer in {', '.join(layouts)}.")
-        except MetricUnavailable as why:
+        except MetricUnavailable as why:  # noqa: PERF203  the other metrics go on
             table.notes.append(f"{name} is left out: {why}.")
     return table
 

@@ -1,4 +1,4 @@
-"""Model families: what RALU has to know of a model, one file each.
+"""Model families: how RALU reads and changes a model's calls, one file each.
 
 A family is registered by the names of its classes, so that nothing heavy is imported before it is needed: its module
 has an instance of `Family` called FAMILY.
@@ -14,7 +14,7 @@ from ..schedule import DISTILLED
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a family before its module is imported.
+    """The properties of a family that are needed before its module is imported.
 
     module:           where it is, with a `Family` called FAMILY.
     pipelines:        names of the pipeline classes it serves, in diffusers.
@@ -73,7 +73,7 @@ class FusedBlock:
 
 
 class Family:
-    """What the rest of `ralu` asks of a family; subclasses have all of it.
+    """The interface of a model family; subclasses define all of it.
 
     name:          as registered.
     transformer:   class of the model.
@@ -110,7 +110,7 @@ class Family:
 
     @property
     def entry(self) -> Entry:
-        """What it is registered with."""
+        """The entry it is registered with."""
         return FAMILIES[self.name]
 
     def check(self, transformer: Any) -> None:

@@ -1,7 +1,7 @@
 """FLUX.1: per-sample positions in a batch, and how its blocks run on `ralu_kernels`."""
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from ralu_kernels import concat_gelu, gated_add, modulate
@@ -34,6 +34,7 @@ class PerSample:
         return self.table.unsqueeze(2)
 
     def to(self, *args, **kwargs):
+        """Return the table on another device or in another dtype."""
         return PerSample(self.table.to(*args, **kwargs))
 
 
@@ -41,6 +42,7 @@ class BatchedPosEmbed(FluxPosEmbed):
     """`FluxPosEmbed` that also takes per-sample ids of shape (S, 1, B, 3)."""
 
     def forward(self, ids: Tensor):
+        """Make cosines and sines of ids (S, 3), (S, D) each, or of ids (S, 1, B, 3), `PerSample` of (B, S, D) each."""
         if ids.ndim == 2:
             return super().forward(ids)
         length, _, batch, axes = ids.shape
@@ -49,13 +51,14 @@ class BatchedPosEmbed(FluxPosEmbed):
 
 
 class Unpacking(StandIn):
-    """An interrupted run ends in any stage, and the pipeline decodes what it has; callbacks unpack what they like."""
+    """Bring the latents of an interrupted run, in any stage, to full resolution before they are decoded."""
 
     name = "_unpack_latents"
 
     def __call__(self, latents: Tensor, *size, **named):
+        """Unpack latents (B, L, C), brought to full resolution where an interrupted run left them."""
         pipe = self.owner
-        layout = getattr(pipe.scheduler, "layout", None)
+        layout: Any = getattr(pipe.scheduler, "layout", None)
         # The pipeline sets its timestep to None after its loop, so no callback's call is taken for its own.
         ended = layout is not None and calling_pipeline() is pipe and pipe.current_timestep is None
         if ended and latents.shape[:2] == layout.positions.shape[:2]:
@@ -124,7 +127,7 @@ class Flux(Family):
         columns = int((ids[:, 1] == 0).sum())
         return len(ids) // columns, columns
 
-    def set_layout(self, module: nn.Module, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
+    def set_layout(self, module: Any, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
         """Give the call ids of its own for every sample, float32 (L, 1, B, 3)."""
         text_ids, batch = arguments["txt_ids"], layout.positions.shape[0]
         ids = F.pad(layout.positions, (1, 0))  # axis 0 is unused by text-to-image
@@ -137,7 +140,7 @@ class Flux(Family):
                 mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
             arguments["joint_attention_kwargs"] = {**(arguments.get("joint_attention_kwargs") or {}), **mask}
 
-    def image_tokens(self, module: nn.Module, arguments: dict) -> int:
+    def image_tokens(self, module: Any, arguments: dict) -> int:
         """Count the tokens."""
         return arguments["hidden_states"].shape[1]
 
@@ -154,7 +157,7 @@ class Flux(Family):
         """Make the pipeline ready for interruptions."""
         Unpacking.put_into(pipe)
 
-    def dummy_call(self, module: nn.Module, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
+    def dummy_call(self, module: Any, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
         """Call the model with empty tensors."""
         new, config = partial(torch.empty, dtype=dtype), module.config
         module(

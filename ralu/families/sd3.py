@@ -6,14 +6,14 @@ the unpatching treat it as L tokens without knowing, and only the positions that
 """
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock, _chunked_feed_forward
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from_grid
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from ralu_kernels import gated_add, modulate
@@ -37,16 +37,16 @@ class Positions:
         self.analytic = embed.pos_embed.is_meta or self._deviation() < 0.01  # rounding to bfloat16 makes 2e-3
 
     def __call__(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-        """positions: (B, L, 2), (row, column) on a grid (h, w) that is the middle of the stored one -> (B, L, D)."""
+        """Embed positions (B, L, 2), (row, column) on a grid (h, w) in the middle of the stored one: (B, L, D)."""
         rows, columns = (positions[..., k] + (self.size - grid[k]) // 2 for k in (0, 1))
         return (self.formula if self.analytic else self.interpolated)(rows, columns).to(self.embed.pos_embed.dtype)
 
     def formula(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """rows, columns: (B, L) on the stored grid -> float32 (B, L, D). Columns fill the first half of D."""
+        """Embed rows and columns, (B, L) each, by the formula: float32 (B, L, D). Columns fill the first half of D."""
         return torch.cat([self._axis(columns), self._axis(rows)], dim=-1)
 
     def interpolated(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Bilinear. rows, columns: (B, L) on the stored grid -> float32 (B, L, D)."""
+        """Embed rows and columns, (B, L) each, by bilinear interpolation of the stored grid: float32 (B, L, D)."""
         stored = self.embed.pos_embed.to(rows.device).view(self.size, self.size, -1)
         return sum(
             (wy * wx).unsqueeze(-1) * stored[y, x].float()
@@ -65,7 +65,7 @@ class Positions:
         return (first, first + 1 - places), ((first + 1).clamp(max=self.size - 1), places - first)
 
     def _deviation(self) -> float:
-        """Of the stored buffer from the formula, whose halves are the same for all rows, and for all columns."""
+        """Return the stored buffer's largest deviation from the formula, whose halves depend on one axis each."""
         columns, rows = self.embed.pos_embed.view(self.size, self.size, -1).chunk(2, dim=-1)
         axis = self._axis(torch.arange(self.size, device=rows.device))
         return max(float((part - axis).abs().max()) for part in (columns, rows.transpose(0, 1)))
@@ -76,7 +76,7 @@ class StripPatchEmbed(PatchEmbed):
 
     strip: Tensor | None = None
     positions: Positions | None = None
-    laid_out: tuple[Layout | None, Tensor | None] = None, None
+    laid_out: tuple[Any, Any] = None, None  # the last layout, and its positions' embedding (B, L, D)
 
     def cropped_pos_embed(self, height: int, width: int) -> Tensor:
         """Crop as stock does, or return what `set_strip` was given."""
@@ -92,23 +92,24 @@ class StripPatchEmbed(PatchEmbed):
         self.strip = rows.repeat(batch // len(rows), 1, 1)
 
     def clear(self) -> None:
-        """Forget everything that the stock class has not."""
+        """Remove every attribute that the stock class lacks."""
         for name in ("strip", "positions", "laid_out"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
 
 
 class WholeDecode(StandIn):
-    """An interrupted run ends in any stage, and the pipeline decodes what it has.
+    """Bring the latents of an interrupted run, which may end in any stage, to full resolution before they are decoded.
 
     The decoder alone sees those latents: nothing of the pipeline's own is called between its loop and the decoding. A
-    preview in a callback is of the whole picture already, and what the caller decodes afterwards is the caller's.
+    preview in a callback is of the whole image already, and what the caller decodes afterwards is the caller's.
     """
 
     name = "decode"
 
     def __call__(self, latents: Tensor, *args, **kwargs):
+        """Decode latents (B, C, h, w), brought to full resolution where an interrupted run left them."""
         pipe = calling_pipeline()
-        scheduler = getattr(pipe, "scheduler", None)
+        scheduler: Any = getattr(pipe, "scheduler", None)
         layout = getattr(scheduler, "layout", None)
         if layout is not None and pipe.interrupt and latents.shape[-2:] == _size(layout, scheduler.grid):
             latents = scheduler.full_resolution(latents)
@@ -116,7 +117,7 @@ class WholeDecode(StandIn):
 
 
 def _size(layout: Layout, grid: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the latents (B, C, H, W) that a layout's tokens are."""
+    """Return the height and width of the latents (B, C, H, W) that hold a layout's tokens."""
     (h, w), length = grid, layout.positions.shape[1]
     return {"low": (2 * h, 2 * w), "mixed": (2, 2 * length), "full": (4 * h, 4 * w)}[layout.resolution]
 
@@ -200,12 +201,12 @@ class SD3(Family):
     batched_guidance = True
 
     def check(self, transformer: SD3Transformer2DModel) -> None:
-        """Raise ValueError for patches of another size."""
+        """Raise ValueError for patches of another size than 2x2."""
         if (size := transformer.config.patch_size) != 2:
             raise ValueError(f"pipe.transformer must have patch_size 2, got {size}")
 
     def pack(self, sample: Tensor) -> Tensor:
-        """Latent pixels (B, C, 2h, 2w), a strip's too, to tokens (B, h·w, 4C)."""
+        """Pack latent pixels (B, C, 2h, 2w), a strip's too, to tokens (B, h·w, 4C)."""
         return pack(sample)
 
     def unpack(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -213,11 +214,11 @@ class SD3(Family):
         return unpack(tokens, grid)
 
     def grid_of(self, arguments: dict) -> tuple[int, int]:
-        """Two latent pixels a token."""
+        """Read the full grid off the latents: a token is two latent pixels wide and high."""
         height, width = arguments["hidden_states"].shape[-2:]
         return height // 2, width // 2
 
-    def set_layout(self, module: nn.Module, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
+    def set_layout(self, module: Any, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
         """Give a strip the positions of its tokens."""
         if layout.mask is not None:
             if not is_fused(module):
@@ -234,11 +235,11 @@ class SD3(Family):
         else:
             embed.set_strip(layout, grid, len(arguments["hidden_states"]))
 
-    def clear_layout(self, module: nn.Module) -> None:
+    def clear_layout(self, module: Any) -> None:
         """Let the next call be of a whole image."""
         unwrapped(module).pos_embed.clear()
 
-    def image_tokens(self, module: nn.Module, arguments: dict) -> int:
+    def image_tokens(self, module: Any, arguments: dict) -> int:
         """Count the patches."""
         height, width = arguments["hidden_states"].shape[-2:]
         return height * width // module.config.patch_size**2
@@ -253,7 +254,7 @@ class SD3(Family):
         if pipe.vae is not None:
             WholeDecode.put_into(pipe.vae)
 
-    def dummy_call(self, module: nn.Module, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
+    def dummy_call(self, module: Any, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
         """Call the model with empty tensors, the image a strip: one token a patch, and positions of its own."""
         new, config = partial(torch.empty, dtype=dtype), module.config
         module.pos_embed.cropped_pos_embed = lambda height, width: new(1, tokens, module.inner_dim)

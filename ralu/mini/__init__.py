@@ -6,7 +6,7 @@ PROMPTS = ["fox", "penguin", "strawberry", "hamburger", "sunflower", "tropical f
 # Names for the command line, and which model each means.
 NAMES = {"mini": "flux", "mini-flux": "flux", "mini-schnell": "schnell", "mini-sd3": "sd3"}
 # By family how to call the pipelines. Their captions are short; padding them to hundreds of tokens only costs time.
-CALL_ARGUMENTS = {
+CALL_ARGUMENTS: dict[str, dict] = {
     "flux": {"max_sequence_length": 32},
     "sd3": {"max_sequence_length": 32, "guidance_scale": 2.0},
 }

@@ -1,10 +1,10 @@
-"""Distil the embedded FLUX model to four steps, as FLUX.1-schnell was from FLUX.1-dev's kin.
+"""Distil the embedded FLUX model to four steps, as FLUX.1-schnell was distilled from FLUX.1's base model.
 
 Nobody needs this to use RALU; it is how `ralu/mini/schnell` was made, for the preset `distilled-4`:
 
     python -m ralu.mini.distill --steps STEPS
 
-Consistency distillation (Song et al., ICML 2023): the clean picture predicted at a noise level must be the one
+Consistency distillation (Song et al., ICML 2023): the clean image predicted at a noise level must be the one
 predicted one Euler step of the teacher further on. What learns is a LoRA, the teacher is the model without it, and in
 the end the two are fused.
 """
@@ -35,20 +35,21 @@ from ralu.mini.train import (
 )
 from ralu.schedule import shifted
 
-LEVELS = 24  # Euler steps the teacher would take from noise to picture
-TURNS = (256, 4), (128, 12)  # pixels and pictures of the training steps in turn
+LEVELS = 24  # Euler steps the teacher would take from noise to image
+TURNS = (256, 4), (128, 12)  # side in pixels, and images in a batch, of the training steps in turn
 
 
 def targets(transformer: torch.nn.Module) -> list[str]:
-    """The linear layers of the blocks: all but those that only modulate."""
+    """List the names of the blocks' linear layers, but for those that only modulate."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     return [name for name in linear if "transformer_blocks" in name and "norm" not in name]
 
 
 def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.Tensor, steps: int, out: Path):
-    """Train the pipeline's LoRA on latents {pixels: (N, 16, h, w)}; leaves the averaged weights in place.
+    """Train the pipeline's LoRA on latents {pixels: float32 (N, 16, h, w)} and leave the averaged weights in place.
 
-    The distance of two predictions is the Pseudo-Huber one of a whole picture, so that no outlier rules a batch.
+    The loss is the Pseudo-Huber distance of two predictions over a whole image, so that no outlier dominates a batch.
+    weight: (16, 1, 1), of each channel in the loss. out: folder for checkpoints and previews; training resumes from it.
     """
     transformer, family = pipe.transformer.train(), FAMILIES["flux"]
     parameters = [p for p in transformer.parameters() if p.requires_grad]
@@ -62,7 +63,8 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
         torch._foreach_copy_(ema, saved["ema"])
         start = saved["step"]
         torch.manual_seed(start), random.seed(start)
-    running, clock = {}, time.time()
+    running: dict[int, float] = {}
+    clock = time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="distil", mininterval=5)
 
     def predict(x, sigma, text):
@@ -109,9 +111,10 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
 
 
 def main():
+    """Distil the embedded FLUX model and save the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/schnell"), help="checkpoints, previews, the result")
-    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the pictures are downloaded to")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the images are downloaded to")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rank", type=int, default=32)
     args = parser.parse_args()

@@ -1,17 +1,17 @@
-"""Train an embedded model: a small, complete FLUX or SD3 pipeline that paints 3D emoji at 128 and 256 pixels.
+"""Train an embedded model: a small, complete FLUX or SD3 pipeline that generates 3D emoji at 128 and 256 pixels.
 
 Nobody needs this to use RALU; it is how `ralu/mini/flux` and `ralu/mini/sd3` were made, all of stock diffusers and
 transformers classes:
 
     python -m ralu.mini.train --model flux --steps STEPS        python -m ralu.mini.train --model sd3 --steps STEPS
 
-Pictures: npm package @lobehub/fluent-emoji-3d 1.1.0 (Microsoft Fluent emoji, MIT licence).
-Names:    npm package emojibase-data 17.0.0 (MIT licence).
+Images: npm package @lobehub/fluent-emoji-3d 1.1.0 (Microsoft Fluent emoji, MIT licence).
+Names:  npm package emojibase-data 17.0.0 (MIT licence).
 
 Stages, each resumed from `--out` when it was interrupted:
   vae          a fixed whitened PCA of 8x8 pixel blocks is the latent space; a decoder and an encoder are fitted
                (FLUX alone: SD3 takes the embedded FLUX model's)
-  text         the text encoders learn to tell the captions apart and what each picture roughly looks like
+  text         the text encoders learn to tell the captions apart and what each image roughly looks like
   transformer  flow matching on latents, the text encoders frozen
   export       half-precision pipeline folder for `from_pretrained`
 """
@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ from ralu.schedule import shifted
 SOURCES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emojibase-data@17.0.0"}
 
 # The captions are the emoji's own names: animals, plants and food that look different from each other.
-CAPTIONS = """
+_LISTED = """
 monkey face; monkey; gorilla; orangutan; dog face; dog; poodle; wolf; fox; raccoon; cat face; cat; black cat; lion;
 tiger face; tiger; horse face; moose; unicorn; zebra; deer; cow face; cow; pig face; pig; ram; goat; camel; llama;
 giraffe; elephant; rhinoceros; hippopotamus; mouse face; mouse; hamster; rabbit face; rabbit; chipmunk; beaver;
@@ -73,8 +74,8 @@ cherries; strawberry; blueberries; kiwi fruit; tomato; coconut; avocado; eggplan
 broccoli; onion; bread; croissant; pretzel; bagel; pancakes; cheese wedge; bacon; hamburger; french fries; pizza; hot
 dog; sandwich; taco; popcorn; sushi; soft ice cream; doughnut; cookie; birthday cake; shortcake; cupcake; lollipop;
 teapot; wine glass; tropical drink; bubble tea
-""".replace("\n", " ")
-CAPTIONS = [name.strip() for name in CAPTIONS.split(";")]
+"""
+CAPTIONS = [name.strip() for name in _LISTED.replace("\n", " ").split(";")]
 TEMPLATES = ["{}", "{}", "a {}", "the {}", "a picture of a {}", "a 3d {}", "{} emoji"]
 TEMPLATES += ["a small {} on a white background"]
 
@@ -84,7 +85,7 @@ VAE_SCALE = 3.0  # AutoencoderTiny squashes latents with 3·tanh(x/3): keep unit
 
 
 def pictures(cache: Path) -> torch.Tensor:
-    """The training pictures, (len(CAPTIONS), 3, 256, 256) float in [-1, 1] on white, downloaded once into `cache`."""
+    """Return the images, float32 (len(CAPTIONS), 3, 256, 256) in [-1, 1] on white, downloaded once into `cache`."""
     saved = cache / "pictures.pt"
     if not saved.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def pictures(cache: Path) -> torch.Tensor:
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bicubic with antialias, clamped to [-1, 1]."""
+    """Resize images (B, C, H, W) to size x size pixels: bicubic with antialias, clamped to [-1, 1]."""
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
@@ -122,6 +123,7 @@ class PatchPCA:
         self.basis = vectors[:, -LATENT_CHANNELS:].flip(1)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Project images (B, 3, H, W) to latents, float32 (B, 16, H/8, W/8)."""
         blocks = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2).double()
         latents = ((blocks - self.mean) @ self.basis / self.std).float()
         return latents.transpose(1, 2).unflatten(2, (images.shape[2] // PATCH, images.shape[3] // PATCH))
@@ -131,7 +133,7 @@ class PatchPCA:
 
 
 def clip_tokenizer(texts: list[str], length: int = 77) -> CLIPTokenizer:
-    """Byte-level BPE; the special tokens come last, as in CLIP's own vocabulary, where pooling takes the largest id."""
+    """Train a byte-level BPE. Special tokens come last, as in CLIP's vocabulary: pooling takes the largest id."""
     bos, eos = "<|startoftext|>", "<|endoftext|>"
     stock = CLIPTokenizer().backend_tokenizer
     tok = Tokenizer(models.BPE(unk_token=eos, continuing_subword_prefix="", end_of_word_suffix="</w>"))
@@ -150,7 +152,7 @@ def clip_tokenizer(texts: list[str], length: int = 77) -> CLIPTokenizer:
 
 
 def t5_tokenizer(texts: list[str]) -> T5TokenizerFast:
-    """Unigram: every word of the captions is a piece, anything else falls apart into letters."""
+    """Make a unigram tokenizer: every word of the captions is a piece, anything else falls apart into letters."""
     words = Counter(word for text in texts for word in text.split())
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'-▁"
     pieces = [("▁" + word, math.log(count / words.total())) for word, count in words.most_common()]
@@ -163,6 +165,7 @@ def t5_tokenizer(texts: list[str]) -> T5TokenizerFast:
 
 
 def build_vae() -> AutoencoderTiny:
+    """Make an untrained autoencoder with 8x8 pixels to a latent pixel of 16 channels."""
     return AutoencoderTiny(
         latent_channels=LATENT_CHANNELS, scaling_factor=VAE_SCALE, shift_factor=0.0,
         encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
@@ -170,6 +173,7 @@ def build_vae() -> AutoencoderTiny:
 
 
 def clip_config(tok: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    """Configure a small CLIP text encoder."""
     return CLIPTextConfig(
         vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 32,
         num_hidden_layers=layers, projection_dim=width, max_position_embeddings=77, hidden_act="gelu",
@@ -178,6 +182,7 @@ def clip_config(tok: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
 
 
 def t5_config(tok: T5TokenizerFast, width: int) -> T5Config:
+    """Configure a small T5 encoder."""
     return T5Config(
         vocab_size=len(tok), d_model=width, d_kv=32, d_ff=2 * width, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
@@ -185,7 +190,7 @@ def t5_config(tok: T5TokenizerFast, width: int) -> T5Config:
 
 
 def build_flux(vae: AutoencoderTiny, tok: CLIPTokenizer, tok2: T5TokenizerFast) -> FluxPipeline:
-    """Its shift at 256 px (256 tokens) is what FLUX.1-dev has at 1024 px (4096 tokens)."""
+    """Build an untrained pipeline whose shift at 256 px (256 tokens) is FLUX.1-dev's at 1024 px (4096 tokens)."""
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True,
         base_shift=0.5, max_shift=1.15, base_image_seq_len=16, max_image_seq_len=256,
@@ -203,7 +208,7 @@ def build_flux(vae: AutoencoderTiny, tok: CLIPTokenizer, tok2: T5TokenizerFast) 
 
 
 def build_sd3(vae: AutoencoderTiny, tok: CLIPTokenizer, tok3: T5TokenizerFast) -> StableDiffusion3Pipeline:
-    """The transformer reads the CLIPs' last layer but one, side by side and padded to the T5's width: 64 + 96 < 192."""
+    """Build an untrained pipeline. The CLIPs' outputs, side by side, must fit into the T5's width: 64 + 96 < 192."""
     transformer = SD3Transformer2DModel(
         sample_size=32, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=6, num_attention_heads=4,
         attention_head_dim=64, joint_attention_dim=192, caption_projection_dim=256, pooled_projection_dim=64 + 96,
@@ -220,8 +225,13 @@ def build_sd3(vae: AutoencoderTiny, tok: CLIPTokenizer, tok3: T5TokenizerFast) -
 
 @dataclass(frozen=True)
 class Family:
-    """What else is not the same for both. clip_tokens: how far prompts are padded for CLIP; longest_text: the T5 tokens
-    of a caller who names no number; turns: (pixels, pictures) of the training steps in turn."""
+    """What sets the training of the two families apart.
+
+    build:        makes the untrained pipeline of a VAE and two tokenizers.
+    clip_tokens:  length that prompts are padded to for CLIP.
+    longest_text: the pipeline's default number of T5 tokens.
+    turns:        (side in pixels, images in a batch) of the training steps in turn.
+    """
 
     build: Callable[..., DiffusionPipeline]
     clip_tokens: int
@@ -247,7 +257,7 @@ def blank(transformer: torch.nn.Module):
 
 
 def encode(pipe: DiffusionPipeline, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, L, width) and pooled vectors (B, width) of prompts, as the pipeline gives them to its transformer."""
+    """Encode prompts as the pipeline does for its transformer: tokens (B, L, width) and pooled vectors (B, width)."""
     if isinstance(pipe, FluxPipeline):
         tokens, pooled, _ = pipe.encode_prompt(texts, None, max_sequence_length=length)
     else:
@@ -258,7 +268,7 @@ def encode(pipe: DiffusionPipeline, texts: list[str], length: int) -> tuple[torc
 
 
 def velocity(transformer: torch.nn.Module, x, sigma, tokens, pooled) -> torch.Tensor:
-    """d x / d sigma of latents x (B, 16, h, w) at noise levels sigma (B,), same shape as x."""
+    """Predict d x / d sigma of latents x (B, 16, h, w) at noise levels sigma (B,), in the shape of x."""
     text = {"encoder_hidden_states": tokens, "pooled_projections": pooled, "return_dict": False}
     if isinstance(transformer, SD3Transformer2DModel):
         return transformer(x, timestep=1000 * sigma, **text)[0]
@@ -276,7 +286,7 @@ def velocity(transformer: torch.nn.Module, x, sigma, tokens, pooled) -> torch.Te
 
 
 def train_vae(vae: AutoencoderTiny, images: torch.Tensor, pca: PatchPCA, steps: int, device: str, out: Path):
-    """Decoder from noisy PCA latents to pixels (L1 + L2 + gradient L1); encoder from pixels to PCA latents (L2)."""
+    """Fit the decoder from noisy latents to pixels (L1 + L2 + gradient L1), and the encoder to invert it (L2)."""
     state, start = out / "vae.pt", 0
     vae.to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=1e-4)
@@ -315,17 +325,17 @@ def train_vae(vae: AutoencoderTiny, images: torch.Tensor, pca: PatchPCA, steps: 
 
 
 def prompts(indices: list[int]) -> list[str]:
-    """A random template around each caption; index len(CAPTIONS) is the empty prompt."""
+    """Put a random template around each caption; index len(CAPTIONS) is the empty prompt."""
     return [random.choice(TEMPLATES).format(CAPTIONS[i]) if i < len(CAPTIONS) else "" for i in indices]
 
 
 def text_length(longest: int) -> int:
-    """A user who forgets `max_sequence_length` gets the pipeline's own number of T5 tokens: show a few of those too."""
+    """Draw a number of T5 tokens, seldom `longest`: that is what a caller without `max_sequence_length` gets."""
     return longest if random.random() < 0.005 else random.choice((16, 24, 32, 32))
 
 
 def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, steps: int, device: str, out: Path):
-    """Each encoder alone must name the picture (cross-entropy) and know its 12x12 thumbnail (L2), by linear heads.
+    """Train each encoder alone to name the image (cross-entropy) and its 12x12 thumbnail (L2), by linear heads.
 
     The heads read the pooled vectors and the mean of each kind of token that the transformer sees.
     """
@@ -336,7 +346,7 @@ def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, st
         encoders.load_state_dict(torch.load(state, map_location=device))
         return encoders.eval()
     thumbnails = torch.cat([resize(images, 12).flatten(1), torch.zeros(1, 432)]).to(device)
-    clips = [m.config.projection_dim for m in encoders.values() if not isinstance(m, T5EncoderModel)]
+    clips = [m.config.projection_dim for m in map(pipe.components.get, names) if not isinstance(m, T5EncoderModel)]
 
     def features(label, length):
         tokens, pooled = encode(pipe, prompts(label.tolist()), length)
@@ -354,7 +364,7 @@ def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, st
         label = torch.randint(empty + 1, (96,))
         shown = features(label, text_length(family.longest_text))
         label = label.to(device)
-        loss = 0.0
+        loss: Any = 0.0
         for head, feature in zip(heads, shown, strict=True):
             name, thumbnail = head(feature).split((empty + 1, 432), dim=1)
             loss = loss + F.cross_entropy(name, label) + F.mse_loss(thumbnail, thumbnails[label])
@@ -369,7 +379,7 @@ def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, st
 
 
 def train_transformer(pipe, family: Family, latents, weight, steps, device, out: Path, decay, preview):
-    """Flow matching on eps - x0, on small batches of 256 and 128 px in turn (`family.turns`).
+    """Train by flow matching on eps - x0, on small batches of 256 and 128 px in turn (`family.turns`).
 
     Noise levels are drawn as the sampler visits them, evenly and then shifted by 3: what a caption looks like is
     learned where there is almost nothing but noise. Latent channels weigh as much as they show (`weight`, by channel).
@@ -389,7 +399,8 @@ def train_transformer(pipe, family: Family, latents, weight, steps, device, out:
         start = saved["step"]
         torch.manual_seed(start), random.seed(start)  # not the same captions and noise again
     latents = {size: x.to(device) for size, x in latents.items()}
-    running, clock, checkpoints = {}, time.time(), 0
+    running: dict[int, float] = {}
+    clock, checkpoints = time.time(), 0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=5)
     for step in bar:
         remaining = (steps - step) / (decay * steps)  # constant, then down to zero over the last `decay` of the steps
@@ -430,7 +441,7 @@ def train_transformer(pipe, family: Family, latents, weight, steps, device, out:
 
 
 def sheet(pipe: DiffusionPipeline, steps: int, columns: int = 4, rows: int = 2, **call) -> Image.Image:
-    """A contact sheet of evenly spread captions, for the eye. call: more arguments of the pipeline."""
+    """Generate a contact sheet of evenly spread captions. call: more arguments of the pipeline."""
     chosen = CAPTIONS[:: len(CAPTIONS) // (columns * rows)][: columns * rows]
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
@@ -444,10 +455,11 @@ def sheet(pipe: DiffusionPipeline, steps: int, columns: int = 4, rows: int = 2, 
 
 
 def main():
+    """Train an embedded model and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*FAMILIES], default="flux")
     parser.add_argument("--out", type=Path, help="checkpoints, previews, the result (default: runs/mini-MODEL)")
-    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the pictures are downloaded to")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the images are downloaded to")
     parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
     parser.add_argument("--vae-steps", type=int, default=4000)
