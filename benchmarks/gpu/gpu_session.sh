@@ -10,7 +10,8 @@ set -u
 HERE=benchmarks/gpu
 KIT=${KIT:-$PWD/build/gpu}                # what was prepared, if anything
 OUT=${OUT:-$PWD/outputs/gpu/$(date +%Y%m%d-%H%M%S)}
-PY=$(command -v "${PY:-python3}")
+PY=${PY:-python3}
+[[ $PY == */* && $PY != /* ]] && PY=$PWD/$PY
 DRY=${DRY:-}
 LIMIT=${LIMIT:-${DRY:+3}570}              # seconds for all of it
 STEPS=${STEPS:-"env build smoke roof steps tests e2e compiled bench ncu sanitize"}
@@ -68,7 +69,7 @@ top=$(nvcc --dryrun -c x.cu 2>&1 | sed -n 's/^#\$ TOP=//p' | head -1)
 # built here is tried in the background, on cores that are idle.
 build() {
   cp -r setup.py pyproject.toml README.md LICENSE csrc ralu_kernels "$WORK/build" && cd "$WORK/build" && rm -f ralu_kernels/*.so &&
-    RALU_NATIVE=1 RALU_CUDA=$([ -n "$DRY" ]; echo $?) timeout ${DRY:+6}150 $PY setup.py build_ext --inplace >"$LOGS/build.log" 2>&1
+    RALU_NATIVE=1 RALU_CUDA=$([ -n "$DRY" ]; echo $?) timeout ${DRY:+1}150 $PY setup.py build_ext --inplace >"$LOGS/build.log" 2>&1
   echo "rc=$? after $SECONDS s" >>"$LOGS/build.log"
 }
 BUILDING=

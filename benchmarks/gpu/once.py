@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/once.py [--small] [--native] [--device cpu]
 
---small: what a sanitizer can do in a minute, odd sizes among it. --native: CUDA C++ alone. With neither, sizes that fill
-the chip, after matrix products that bring its clocks up.
+--small   what a sanitizer can do in a minute, odd sizes among it; else sizes that fill the chip, after matrix products
+          that bring its clocks up
+--native  CUDA C++ alone, without Triton
 """
 
 import argparse

@@ -30,6 +30,8 @@ CUDA = DEVICE.type == "cuda"
 BF16 = torch.bfloat16
 NOISE = 0.9, 0.4, 0.02  # scale, noise_scale, c
 UNIT = {torch.float32: 4e-6, torch.float16: 2e-3, BF16: 1.6e-2}  # what one unit of a value may be off by
+# A picture of 1024 pixels; of a few on a CPU, where an interpreted kernel takes its time.
+GRID, LATENT = ((32, 32), (2, 16, 64, 64)) if CUDA else ((2, 2), (2, 4, 4, 6))
 FAILED = []
 torch.manual_seed(0)
 
@@ -84,16 +86,16 @@ def scores_of(batch, n):
 # ---- the transitions ----
 
 
-def upsample(backend, dtype, shape=(2, 16, 24, 32), layout=lambda x: x):
+def upsample(backend, dtype, shape=LATENT, layout=lambda x: x):
     seed = torch.arange(shape[0], device=DEVICE)
     return compare(rk.upsample_renoise, layout(rand(*shape, dtype=dtype)), *NOISE, seed, backend=backend)
 
 
-def tokens(backend, dtype, batch=2, side=(8, 12), channels=64, **rules):
+def tokens(backend, dtype, batch=2, side=GRID, channels=64, **rules):
     scores = scores_of(batch, side[0] * side[1])
     compare(rk.plan_tokens, scores, side, threshold=0.7, backend=backend)
-    compare(rk.plan_tokens, scores, side, ratio=0.2, backend=backend)
-    plan = rk.plan_tokens(scores, side, ratio=0.2, backend="reference")
+    compare(rk.plan_tokens, scores, side, ratio=0.25, backend=backend)
+    plan = rk.plan_tokens(scores, side, ratio=0.25, backend="reference")
     low, seed = rand(*scores.shape, channels, dtype=dtype), torch.tensor([7, -(2**63)], device=DEVICE)[:batch]
     compare(rk.upsample_selected, low, plan, *NOISE, seed, backend=backend, **rules)
     mixed = rk.upsample_selected(low, plan, *NOISE, seed, backend="reference", **rules)
@@ -123,9 +125,9 @@ def edges():
 for backend in available("triton", "native"):
     for dtype in DTYPES:
         check(f"upsample {backend} {dtype}", upsample, backend, dtype)
-        check(f"plan and tokens {backend} {dtype}", tokens, backend, dtype, side=(32, 32) if CUDA else (4, 8))
+        check(f"plan and tokens {backend} {dtype}", tokens, backend, dtype)
     check(f"upsample odd {backend}", upsample, backend, BF16, (3, 3, 5, 7))
-    check(f"upsample transposed {backend}", upsample, backend, BF16, (2, 4, 8, 16), lambda x: x.transpose(2, 3))
+    check(f"upsample transposed {backend}", upsample, backend, BF16, (2, 4, 4, 6), lambda x: x.transpose(2, 3))
     check(f"upsample nothing {backend}", upsample, backend, BF16, (0, 4, 8, 8))
     check(f"many samples {backend}", upsample, backend, torch.float32, (70_000 if CUDA else 70, 1, 1, 2))
     check(f"tokens copied whole {backend}", tokens, backend, BF16, granularity="token")
@@ -142,7 +144,7 @@ if available("native"):
 
 
 def block_operations(dtype, backend):
-    batch, image, text, heads, size = (2, 200, 40, 24, 128) if CUDA else (2, 10, 4, 2, 16)
+    batch, image, text, heads, size = (2, 200, 40, 24, 128) if CUDA else (2, 4, 2, 2, 16)
     width = heads * size
     x, y = rand(2, batch, image, width, dtype=dtype)
     gate, shift, scale = rand(batch, 3 * width, dtype=dtype).chunk(3, 1)
@@ -198,7 +200,7 @@ def on_a_stream():
 
 
 def transitions(scores: Tensor, low: Tensor, seed: Tensor | int, backend: str):
-    plan = rk.plan_tokens(scores, (32, 32), ratio=0.2, backend=backend)
+    plan = rk.plan_tokens(scores, (32, 32), ratio=0.25, backend=backend)
     mixed = rk.upsample_selected(low, plan, *NOISE, seed, backend=backend)
     return plan.inverse, mixed, rk.upsample_remaining(mixed, plan, *NOISE, seed, backend=backend)
 
