@@ -30,8 +30,9 @@ CUDA = DEVICE.type == "cuda"
 BF16 = torch.bfloat16
 NOISE = 0.9, 0.4, 0.02  # scale, noise_scale, c
 UNIT = {torch.float32: 4e-6, torch.float16: 2e-3, BF16: 1.6e-2}  # what one unit of a value may be off by
-# A picture of 1024 pixels; of a few on a CPU, where an interpreted kernel takes its time.
+# A picture of 1024 pixels; less on a CPU, where an interpreted kernel takes its time.
 GRID, LATENT = ((32, 32), (2, 16, 64, 64)) if CUDA else ((2, 2), (2, 4, 4, 6))
+KINDS = DTYPES if CUDA else DTYPES[::2]
 FAILED = []
 torch.manual_seed(0)
 
@@ -123,15 +124,14 @@ def edges():
 
 
 for backend in available("triton", "native"):
-    for dtype in DTYPES:
+    for dtype in KINDS:
         check(f"upsample {backend} {dtype}", upsample, backend, dtype)
         check(f"plan and tokens {backend} {dtype}", tokens, backend, dtype)
     check(f"upsample odd {backend}", upsample, backend, BF16, (3, 3, 5, 7))
     check(f"upsample transposed {backend}", upsample, backend, BF16, (2, 4, 4, 6), lambda x: x.transpose(2, 3))
     check(f"upsample nothing {backend}", upsample, backend, BF16, (0, 4, 8, 8))
     check(f"many samples {backend}", upsample, backend, torch.float32, (70_000 if CUDA else 70, 1, 1, 2))
-    check(f"tokens copied whole {backend}", tokens, backend, BF16, granularity="token")
-    check(f"kept noise as released {backend}", tokens, backend, BF16, kept_noise="release")
+    check(f"tokens by the other rules {backend}", tokens, backend, BF16, granularity="token", kept_noise="release")
     check(f"tokens of 12 channels {backend}", tokens, backend, BF16, channels=12)
     check(f"one token {backend}", tokens, backend, torch.float32, batch=1, side=(1, 1), channels=4)
     if CUDA:
@@ -179,9 +179,9 @@ def attend(dtype, lengths):
     return f"auto is {attention._pick(q, k, v, *layout, None, 'auto')}, of {names}"
 
 
-for backend, dtype in product(available("triton"), DTYPES):
+for backend, dtype in product(available("triton"), KINDS):
     check(f"block operations {backend} {dtype}", block_operations, dtype, backend)
-for dtype, lengths in product(DTYPES, ([300, 300, 300], [300, 17, 1])):
+for dtype, lengths in product(KINDS, ([300, 300, 300], [300, 17, 1])):
     check(f"attention {dtype} {lengths}", attend, dtype, lengths)
 
 
