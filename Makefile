@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Of tests: one process a core; whoever is done takes over from another, so nothing waits for the longest file.
 WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench e2e bench-report bench-compare train-mini evaluate-mini aot clean
+.PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench gpu-check e2e bench-report bench-compare train-mini evaluate-mini aot clean
 
 install: $(VENV)/installed
 
@@ -52,6 +52,10 @@ bench: install
 gpu-bench: install
 	$(BIN)/python benchmarks/bench.py --device cuda
 	$(BIN)/python benchmarks/blocks.py
+
+# A rented GPU's first minutes: benchmarks/gpu/README.md. DRY=1 runs it on a CPU, in tiny shapes.
+gpu-check: install
+	PY=$(BIN)/python bash benchmarks/gpu/gpu_session.sh
 
 e2e: install
 	$(BIN)/python benchmarks/e2e.py
