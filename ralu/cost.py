@@ -192,7 +192,7 @@ def estimate(
             stages += [selects] if preview and each.resolution == "mixed" else []
             stages.append(stage(f"stage {k + 1}, {RESOLUTIONS[each.resolution]}", each.steps, tokens[each.resolution]))
     rows = []
-    for name, calls, tokens, *run in [*map(encoder, parts.encoders), *stages, decoder("picture", height, width)]:
+    for name, calls, tokens, *run in [*map(encoder, parts.encoders), *stages, decoder("image", height, width)]:
         tflop, attention, *memory = _cost(torch.get_num_threads(), dtype, *run)
         rows.append(Part(name, calls, tokens, calls * tflop, calls * attention, *memory))
     modules = [_built(part, dtype) for part in (*parts.encoders, parts.transformer, parts.vae)]
