@@ -54,9 +54,10 @@ class Layout:
         return None if rows is None else rows[1]
 
     @property
-    def lengths(self) -> Tensor | None:
-        """Tokens of every sample, int32 (B,), where the shorter samples are padded; else None."""
-        return None if self.mask is None or self.plan is None else self.plan.lengths
+    def total(self) -> int:
+        """Tokens of all samples together, without padding."""
+        batch, length = self.positions.shape[:2]
+        return batch * length if self.plan is None else self.plan.source.shape[0]
 
 
 def _rows(plan: TokenPlan) -> tuple[Tensor, Tensor] | None:

@@ -310,7 +310,7 @@ def test_a_layout_tells_what_chose_its_tokens():
     noise = torch.randn(2, 8 * 12, 16, generator=torch.Generator().manual_seed(1))
     ralu.sample(lambda x, s, layout: (layouts.append(layout), x)[1], noise, (8, 12), regions=lambda x0, grid: scores)
     first = layouts[0]
-    assert first.scores is None and first.plan is None and first.mask is None and first.lengths is None
+    assert first.scores is None and first.plan is None and first.mask is None
     mixed = next(layout for layout in layouts if layout.plan is not None)
     assert torch.equal(mixed.scores, scores) and mixed.x0.shape == (2, 24, 16) and mixed.mask is None
     expected = {tuple(row.topk(4).indices.sort().values.tolist()) for row in scores}

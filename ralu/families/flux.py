@@ -135,7 +135,7 @@ class Flux(Family):
         arguments["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
         if layout.mask is not None:
             if is_fused(module):
-                mask = {"image_mask": layout.mask, "image_total": layout.plan.source.shape[0]}
+                mask = {"image_mask": layout.mask, "image_total": layout.total}
             else:
                 mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
             arguments["joint_attention_kwargs"] = {**(arguments.get("joint_attention_kwargs") or {}), **mask}

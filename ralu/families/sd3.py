@@ -227,7 +227,7 @@ class SD3(Family):
                     "threshold= generate one at a time or enable with fused=True, or give ratio="
                 )
             joint = arguments.get("joint_attention_kwargs") or {}
-            padding = {"image_mask": layout.mask, "image_total": layout.plan.source.shape[0]}
+            padding = {"image_mask": layout.mask, "image_total": layout.total}
             arguments["joint_attention_kwargs"] = {**joint, **padding}
         embed = unwrapped(module).pos_embed
         if layout.plan is None:
