@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None):
     add("--grow", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.grow:
-        return grow(*args.grow)
+        grow(*args.grow)
+        return
     device = record.pick_device(args.device)
     output = args.output or record.RESULTS / f"{record.slug(device)}.csv"
     common = record.provenance(device)
