@@ -4,6 +4,7 @@ A family is registered by the names of its classes, so that nothing heavy is imp
 has an instance of `Family` called FAMILY.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -72,7 +73,7 @@ class FusedBlock:
     processor: type
 
 
-class Family:
+class Family(ABC):
     """The interface of a model family; subclasses define all of it.
 
     name:          as registered.
@@ -124,38 +125,38 @@ class Family:
         """Undo `pack`."""
         return tokens
 
+    @abstractmethod
     def grid_of(self, arguments: dict) -> tuple[int, int]:
         """Read the full token grid (rows, columns) off the arguments of the model's first call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_layout(self, module: Any, arguments: dict, layout: Any, grid: tuple[int, int]) -> None:
         """Give a call, whose arguments are changed in place, the positions and masks of a layout.
 
         grid: the low grid (h, w).
         """
-        raise NotImplementedError
 
     def clear_layout(self, module: Any) -> None:
         """Undo what `set_layout` left in the model."""
 
+    @abstractmethod
     def image_tokens(self, module: Any, arguments: dict) -> int:
         """Count the image's tokens of a call."""
-        raise NotImplementedError
 
     def trim_text(self, arguments: dict, length: int) -> None:
         """Leave a call's text tokens from `length` on out of its arguments, which are changed in place."""
         arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:, :length]
 
+    @abstractmethod
     def decode(self, pipe: Any, tokens, grid: tuple[int, int]):
         """Decode tokens (B, h·w, C) to images (B, 3, H, W) in [-1, 1]."""
-        raise NotImplementedError
 
     def patch(self, pipe: Any) -> None:
         """Put stand-ins into a pipeline, see `ralu.patch.StandIn`; they are removed by their type."""
 
+    @abstractmethod
     def dummy_call(self, module: Any, dtype: Any, batch: int, tokens: int, text_tokens: int) -> None:
         """Call the model with anything of the right size. Only sizes matter: it may be on the meta device."""
-        raise NotImplementedError
 
 
 def register(name: str, entry: Entry) -> None:
