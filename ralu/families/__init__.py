@@ -114,7 +114,7 @@ class Family(ABC):
         """The entry it is registered with."""
         return FAMILIES[self.name]
 
-    def check(self, transformer: Any) -> None:
+    def check(self, transformer: Any) -> None:  # noqa: B027, most families serve all
         """Raise ValueError for a transformer that cannot be served."""
 
     def pack(self, sample):
@@ -136,7 +136,7 @@ class Family(ABC):
         grid: the low grid (h, w).
         """
 
-    def clear_layout(self, module: Any) -> None:
+    def clear_layout(self, module: Any) -> None:  # noqa: B027, there is nothing to undo in most
         """Undo what `set_layout` left in the model."""
 
     @abstractmethod
@@ -151,7 +151,7 @@ class Family(ABC):
     def decode(self, pipe: Any, tokens, grid: tuple[int, int]):
         """Decode tokens (B, h·w, C) to images (B, 3, H, W) in [-1, 1]."""
 
-    def patch(self, pipe: Any) -> None:
+    def patch(self, pipe: Any) -> None:  # noqa: B027, most pipelines need none
         """Put stand-ins into a pipeline, see `ralu.patch.StandIn`; they are removed by their type."""
 
     @abstractmethod
