@@ -1,6 +1,9 @@
 """RALU: training-free region-adaptive latent upsampling for FLUX and SD3 (arXiv 2507.08422)."""
 
+import re
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .mini import mini_path
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
     from .pipeline import disable, enable
     from .scheduler import Layout, RaluScheduler, sample
 
-__version__ = "0.1.0"
+# The one version is ralu_kernels'; read, since importing it would import torch.
+__version__ = re.search(r'^__version__ = "(.+)"', Path(find_spec("ralu_kernels").origin).read_text(), re.M)[1]
 __all__ = [
     "PRESETS",
     "Layout",
