@@ -354,9 +354,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(-2) + torch.stack([-odd, even], dim=-1).flatten(-2) * sin.unsqueeze(-2)
 
 
+def _on_host(x: Tensor) -> bool:
+    """Tell whether the indices of a layout could be looked at when it was made."""
+    return x.device.type == "cpu"
+
+
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Return rows of x, and NaN for those that do not exist. On a CPU the layout was checked when it was made."""
-    if x.device.type == "cpu":
+    """Return rows of x, and NaN for those that do not exist."""
+    if _on_host(x):
         return x[rows]
     exists = (rows >= 0) & (rows < x.shape[0])
     return torch.where(exists.view(-1, *[1] * (x.dim() - 1)), x[rows.where(exists, 0)], math.nan)
@@ -384,6 +389,9 @@ def pack_qkv(
 
 def unpack(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
     """Return `ralu_kernels.unpack` of x (total, H, D) as streams of ``first`` and ``second`` tokens."""
-    zero_last = F.pad(x.flatten(1), (0, 0, 0, 1))  # the row of padding
-    out = _take(zero_last, torch.where(inverse == -1, x.shape[0], inverse)).view(-1, first + second, zero_last.shape[1])
+    total = x.shape[0]
+    zero_last = F.pad(x.flatten(1), (0, 0, 0, 1))  # the row that -1 finds
+    if not _on_host(x):
+        inverse = inverse.where(inverse < total, -2).where(inverse != -1, total)
+    out = _take(zero_last, inverse).view(-1, first + second, zero_last.shape[1])
     return out[:, :first].contiguous(), out[:, first:].contiguous()

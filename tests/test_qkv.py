@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import assert_as_exact_as, far_apart
@@ -6,8 +8,8 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from ralu_kernels import QKV, pack_qkv, packed_layout, unpack
-from ralu_kernels._checks import DTYPES
+from ralu_kernels import QKV, pack_qkv, packed_layout, reference, unpack
+from ralu_kernels._checks import DTYPES, unchecked
 
 AXES = {16: [4, 6, 6], 64: [16, 24, 24], 128: [16, 56, 56]}
 
@@ -341,3 +343,58 @@ def test_a_total_that_is_known_gives_the_same_layout_without_waiting(device):
     assert packed_layout(torch.ones(2, 3, dtype=torch.bool), 2, 3, device, total=6).rows is None
     with pytest.raises(ValueError, match="total must be at most batch"):
         packed_layout(mask, 5, 17, device, total=86)
+
+
+# ---- layouts made by hand ----
+
+
+def small_layout():
+    return packed_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]).bool(), 2, 3, "cpu")
+
+
+def test_a_layout_made_by_hand_is_as_good(device):
+    layout = small_layout()
+    # Inside a sample any order will do: attention does not see it.
+    rows, inverse = torch.tensor([1, 0, 4, 5]), torch.tensor([1, 0, -1, -1, 2, 3])
+    made = replace(layout, rows=rows.int(), inverse=inverse.int())
+    x = torch.randn(4, 3, 16)
+    (other,), (out,) = unpack(x, made, (3,)), unpack(x, layout, (3,))
+    assert torch.equal(other[1], out[1]) and torch.equal(other[0, [1, 0, 2]], out[0])
+    empty = packed_layout(None, 0, 3, "cpu")
+    assert replace(empty, max_seqlen=0).total == 0
+
+
+UNFIT = {
+    "a row of another sample": (dict(rows=[0, 1, 2, 5]), "rows must be the indices of one layout with the others"),
+    "a row outside": (dict(rows=[0, 1, 4, 6]), "rows must be the indices"),
+    "padding that has a row": (dict(inverse=[0, 1, 2, -1, 2, 3]), "inverse must be the indices"),
+    "a row outside for a token": (dict(inverse=[0, 1, -1, -1, 2, 4]), "inverse must be the indices"),
+    "other lengths": (dict(cu_seqlens=[0, 1, 4], max_seqlen=3), "rows must be the indices"),
+    "too short a maximum": (dict(max_seqlen=1), "max_seqlen must be the indices"),
+}
+
+
+@pytest.mark.parametrize("change, message", UNFIT.values(), ids=UNFIT.keys())
+def test_a_layout_that_does_not_hold_is_refused_when_it_is_made(change, message):
+    change = {name: torch.tensor(x).int() if isinstance(x, list) else x for name, x in change.items()}
+    with pytest.raises(ValueError, match=message):
+        replace(small_layout(), **change)
+    with pytest.raises(ValueError, match="cu_seqlens must be the indices"):
+        replace(packed_layout(None, 2, 3, "cpu"), cu_seqlens=torch.tensor([0, 2, 6]).int())
+
+
+@pytest.mark.parametrize("row", [-2, 4, 6, 2**31 - 1, -(2**31)])
+def test_kernels_stay_inside_their_tensors(block_backend, device, monkeypatch, row):
+    """On a GPU nobody looks at rows: those that name nothing are NaN."""
+    monkeypatch.setattr(reference, "_on_host", lambda x: False)
+    layout = small_layout()
+    layout.inverse[5] = row
+    layout.rows[1] = row if row != 4 else 6
+    layout = unchecked(
+        type(layout), *(x.to(device) if isinstance(x, torch.Tensor) else x for x in vars(layout).values())
+    )
+    stream = make_stream(2, 3, 3, 16, torch.float32, device)
+    for x in pack_qkv([stream], layout, 3, rotary=make_rotary(2, 3, 16, device, True), backend=block_backend):
+        assert x[1].isnan().all() and x[[0, 2, 3]].isfinite().all()
+    (out,) = unpack(torch.ones(4, 3, 16, device=device), layout, (3,), backend=block_backend)
+    assert out[1, 2].isnan().all() and out.nansum() == 3 * 48 and out.isnan().sum() == 48
