@@ -511,12 +511,12 @@ def test_info(capsys, monkeypatch):
     assert sorted(blocks["embedded models"]) == ["mini", "mini-flux", "mini-schnell", "mini-sd3"]
     assert all(Path(path, "model_index.json").exists() for path in blocks["embedded models"].values())
     if ralu_kernels._backend._extension:
-        where, _ = blocks["compiled extension"]["ralu_kernels._C"].split(", ")
+        where, _ = blocks["compiled extension"]["ralu_kernels_C"].split(", ")
         assert Path(where).exists()
     monkeypatch.setattr(ralu_kernels._backend, "_extension", None)
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    assert "ralu_kernels._C  not there" in text and "the extension was not compiled" in text
+    assert "ralu_kernels_C  not there" in text and "the extension was not compiled" in text
     monkeypatch.setitem(sys.modules, "ralu_kernels", None)  # a broken installation is what one wants to read about
     assert main(["info"]) == 0
     assert "ralu_kernels\n  broken  " in capsys.readouterr().out
