@@ -32,12 +32,14 @@ RALU_INLINE void fill_row(const Picture& picture, int64_t y, GradientRow& row) {
   const uint8_t* lines[3];  // the borders are replicated
   for (int64_t i = 0; i < 3; ++i)
     lines[i] = picture.image + std::clamp<int64_t>(y + i - 1, 0, picture.height - 1) * width;
-  int16_t *gx = row.x.data(), *gy = row.y.data(), *steepness = row.steepness.data() + 1;
+  // Bytes may alias anything, which would keep the loop from being vectorised.
+  int16_t* __restrict__ gx = row.x.data(), * __restrict__ gy = row.y.data();
+  int16_t* __restrict__ steepness = row.steepness.data() + 1;
   const auto store = [&](int64_t x, Gradient g) {
     gx[x] = static_cast<int16_t>(g.x), gy[x] = static_cast<int16_t>(g.y);
     steepness[x] = static_cast<int16_t>(steepness_of(g));
   };
-  const uint8_t *above = lines[0], *here = lines[1], *below = lines[2];
+  const uint8_t* __restrict__ above = lines[0], * __restrict__ here = lines[1], * __restrict__ below = lines[2];
   for (int64_t x = 1; x < width - 1; ++x) {
     const uint8_t* around[3] = {above + x - 1, here + x - 1, below + x - 1};
     store(x, sobel(around, 0, 0));
@@ -62,12 +64,12 @@ RALU_INLINE void classify_rows(const Picture& picture, int64_t begin, int64_t en
     fill_row(picture, y + 1, rows[(y + 1) % 3]);
     const int16_t* steepness[3] = {rows[(y + 2) % 3].steepness.data(), row.steepness.data(),
                                    rows[(y + 1) % 3].steepness.data()};
-    uint8_t* edges = picture.edges + y * width;
+    const int16_t *gx = row.x.data(), *gy = row.y.data(), *here = steepness[1] + 1;
+    uint8_t* __restrict__ edges = picture.edges + y * width;
+    memset(edges, NONE, width);
     for (int64_t x = 0; x < width; ++x) {
-      const int m = steepness[1][x + 1];
-      edges[x] = NONE;
-      if (m > low && is_ridge({row.x[x], row.y[x]}, steepness, 1, static_cast<int>(x + 1)))
-        edges[x] = m > high ? STRONG : WEAK;
+      if (here[x] > low && is_ridge({gx[x], gy[x]}, steepness, 1, static_cast<int>(x + 1)))
+        edges[x] = here[x] > high ? STRONG : WEAK;
     }
   }
 }
@@ -75,23 +77,23 @@ RALU_INLINE void classify_rows(const Picture& picture, int64_t begin, int64_t en
 // Hysteresis: what is connected to a strong pixel is strong, the other weak pixels are none.
 inline void connect(const Picture& picture) {
   const int64_t height = picture.height, width = picture.width, size = height * width;
+  uint8_t *edges = picture.edges, *end = edges + size;
   std::vector<int64_t> open;
-  for (int64_t first = 0; first < size; ++first) {
-    if (picture.edges[first] != STRONG) continue;
-    open.push_back(first);
+  for (uint8_t* p = edges; (p = static_cast<uint8_t*>(memchr(p, STRONG, end - p))); ++p) {
+    open.push_back(p - edges);
     while (!open.empty()) {
       const int64_t place = open.back(), y = place / width, x = place % width;
       open.pop_back();
       for (int64_t v = std::max<int64_t>(y - 1, 0); v <= std::min(y + 1, height - 1); ++v) {
         for (int64_t u = std::max<int64_t>(x - 1, 0); u <= std::min(x + 1, width - 1); ++u) {
-          if (picture.edges[v * width + u] != WEAK) continue;
-          picture.edges[v * width + u] = STRONG;
+          if (edges[v * width + u] != WEAK) continue;
+          edges[v * width + u] = STRONG;
           open.push_back(v * width + u);
         }
       }
     }
   }
-  for (int64_t i = 0; i < size; ++i) picture.edges[i] = picture.edges[i] == STRONG ? STRONG : NONE;
+  for (int64_t i = 0; i < size; ++i) edges[i] = edges[i] == STRONG ? STRONG : NONE;
 }
 
 }  // namespace ralu::cpu
