@@ -116,6 +116,11 @@ def upsample_renoise(x: Tensor, scale: float, noise_scale: float, c: float, seed
 # ---- tokens ----
 
 
+def _on_host(x: Tensor) -> bool:
+    """Tell whether indices can be looked at without waiting."""
+    return x.device.type == "cpu"
+
+
 def children(high: Tensor, width: int) -> Tensor:
     """Return (B, 4n, ...) in raster order over the high grid as (B, n, 4, ...), the children of every low token."""
     b, high_tokens, *rest = high.shape
@@ -146,8 +151,10 @@ def selected_of(rows: Tensor) -> Tensor:
 
 
 def check_rows(inverse: Tensor, width: int, total: int) -> None:
-    """Check on a CPU, where it waits for nobody, that the plan's rows are all of one layout, each once."""
-    if inverse.device.type != "cpu" or inverse.numel() == 0:
+    """Check that there are enough rows and, on a CPU, where that does not wait, that they are of one layout."""
+    if total < inverse.numel() // 4:
+        raise ValueError(f"plan.inverse must be rows [0, {total}), got {inverse.numel() // 4} low tokens")
+    if not _on_host(inverse) or inverse.numel() == 0:
         return
     rows = children(inverse, width)
     expected, ends = layout(selected_of(rows))
@@ -352,11 +359,6 @@ def _heads(x: Tensor, weight: Tensor | None, heads: int, eps: float) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x[..., 0::2], x[..., 1::2]
     return x * cos.unsqueeze(-2) + torch.stack([-odd, even], dim=-1).flatten(-2) * sin.unsqueeze(-2)
-
-
-def _on_host(x: Tensor) -> bool:
-    """Tell whether the indices of a layout could be looked at when it was made."""
-    return x.device.type == "cpu"
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def _element(y, x, channel, height, width, channels, PIXEL: tl.constexpr):
 def _tile(blocks, channel_blocks, n, width, total, inverse_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Find a program's tile of low tokens (BLOCK_N, 1) by channels (1, BLOCK_C) of one sample.
 
-    ``four`` counts the channels by fours, (1, BLOCK_C / 4). ``exists``: all of a token's rows are among the ``total``.
+    ``four`` counts the channels by fours, (1, BLOCK_C / 4). ``exists``: all of a token's rows
+    are among the ``total``; if not, ``first`` is 0.
     """
     pid = tl.program_id(0)
     b = (pid // (blocks * channel_blocks)).to(tl.int64)
@@ -53,7 +54,8 @@ def _tile(blocks, channel_blocks, n, width, total, inverse_ptr, BLOCK_N: tl.cons
     first = tl.load(inverse_ptr + high, mask=token < n, other=0)
     selected = tl.load(inverse_ptr + high + 1, mask=token < n, other=0) != first
     exists = (first >= 0) & (first < total - tl.where(selected, 3, 0))
-    return b, token, channel, four, y, x, first.to(tl.int64), selected, exists
+    first = tl.where(exists, first, 0).to(tl.int64)
+    return b, token, channel, four, y, x, first, selected, exists
 
 
 @jit
@@ -117,7 +119,7 @@ def _upsample_remaining_kernel(
 ):  # fmt: skip
     n = height * width
     tile = _tile(blocks, channel_blocks, n, width, total, inverse_ptr, BLOCK_N, BLOCK_C)
-    b, token, channel, four, y, x, first, selected, exists = tile
+    b, token, channel, four, y, x, first, selected, _ = tile
     mask = (token < n) & (channel < channels)
     source = packed_ptr + first * stride_n + channel.to(tl.int64) * stride_c
     out = out_ptr + (b * 4 * n + 4 * y * width + 2 * x) * channels + channel
@@ -125,7 +127,7 @@ def _upsample_remaining_kernel(
 
     if tl.min(selected.to(tl.int32)) == 0:
         upsampled = mask & (selected == 0)
-        value = tl.load(source, mask=upsampled & exists, other=float("nan")).to(tl.float32)
+        value = tl.load(source, mask=upsampled).to(tl.float32)
         n0, n1, n2, n3 = normals(seed, _element(y, x, channel, height, width, channels, PIXEL), STAGE, 0)
         o0, o1, o2, o3 = _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL)
         tl.store(out, o0, mask=upsampled)
@@ -135,7 +137,7 @@ def _upsample_remaining_kernel(
     if tl.max(selected.to(tl.int32)) > 0:
         kept = mask & selected
         for child in tl.static_range(4):
-            value = tl.load(source + child * stride_n, mask=kept & exists, other=float("nan")).to(tl.float32)
+            value = tl.load(source + child * stride_n, mask=kept).to(tl.float32)
             right_and_down = child // 2 * 2 * width + child % 2
             high = 4 * y * width + 2 * x + right_and_down
             noise = _kept_noise(seed, high, four, channels, STAGE, BLOCK_N, BLOCK_C)

@@ -33,13 +33,16 @@ RALU_INLINE void fill_row(const Picture& picture, int64_t y, GradientRow& row) {
   for (int64_t i = 0; i < 3; ++i)
     lines[i] = picture.image + std::clamp<int64_t>(y + i - 1, 0, picture.height - 1) * width;
   // Bytes may alias anything, which would keep the loop from being vectorised.
-  int16_t* __restrict__ gx = row.x.data(), * __restrict__ gy = row.y.data();
+  int16_t* __restrict__ gx = row.x.data();
+  int16_t* __restrict__ gy = row.y.data();
   int16_t* __restrict__ steepness = row.steepness.data() + 1;
   const auto store = [&](int64_t x, Gradient g) {
     gx[x] = static_cast<int16_t>(g.x), gy[x] = static_cast<int16_t>(g.y);
     steepness[x] = static_cast<int16_t>(steepness_of(g));
   };
-  const uint8_t* __restrict__ above = lines[0], * __restrict__ here = lines[1], * __restrict__ below = lines[2];
+  const uint8_t* __restrict__ above = lines[0];
+  const uint8_t* __restrict__ here = lines[1];
+  const uint8_t* __restrict__ below = lines[2];
   for (int64_t x = 1; x < width - 1; ++x) {
     const uint8_t* around[3] = {above + x - 1, here + x - 1, below + x - 1};
     store(x, sobel(around, 0, 0));
