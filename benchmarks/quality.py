@@ -39,22 +39,33 @@ from ralu.figures import Row, grid
 from ralu.method import Method
 from ralu.mini import PROMPTS
 from ralu.mini.train import CAPTIONS, GUIDANCE, PatchPCA, pictures
+from ralu.options import CHOICES
 
 SIZE, TEXT_TOKENS = 256, 32
+
+
+def scorers(preset: str) -> list[str]:
+    """The preset with every way to choose regions, all at its own ratio; the first is the preset as it is."""
+    return [str(Method.parse(f"{preset}(regions={name})")) for name in CHOICES["regions"]]
+
+
 # Methods as `ralu.method` has them, or a name of SCHEDULES. The threshold selects a fifth of the tokens on average.
 METHODS = {
     "flux": [
-        "stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x", "flux-7x(granularity=token)",
+        "stock-50", "stock-10", "stock-7", *scorers("flux-5x"), *scorers("flux-7x"), "flux-7x(granularity=token)",
         *(f"flux-5x({options})" for options in (
             "granularity=token", "granularity=token,kept_noise=release", "kept_noise=release",
-            "regions=gradient", "regions=random", "ratio=0", "ratio=0.1", "ratio=0.3", "ratio=0.5", "ratio=1",
+            "ratio=0", "ratio=0.1", "ratio=0.3", "ratio=0.5", "ratio=1",
             "threshold=0.075", "matching=snr,upsampler=bilinear", "matching=snr,upsampler=bicubic",
             "matching=snr,upsampler=lanczos", "matching=snr", "matching=off",
         )),
         "flux-5x-shifts-3",
     ],
     "schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
-    "sd3": ["stock-28", "stock-10", "sd3-2x", "sd3-3x", "sd3-2x(granularity=token)", "sd3-3x(granularity=token)"],
+    "sd3": [
+        "stock-28", "stock-10", *scorers("sd3-2x"), *scorers("sd3-3x"), "sd3-2x(granularity=token)",
+        "sd3-3x(granularity=token)",
+    ],
 }  # fmt: skip
 
 SCHEDULES = {"flux-5x-shifts-3": ralu.PRESETS["flux-5x"].replace(shifts=(3.0,) * 3)}

@@ -30,7 +30,8 @@ class Method:
              sample has one name.
     cache:   an instance of a class in `ralu.caches.CACHES`, or None.
 
-    Raises ValueError for an unknown spatial method, an option that it does not have, or an unregistered cache.
+    Raises ValueError for an unknown spatial method, an option that it does not have or cannot follow, or an
+    unregistered cache.
     """
 
     spatial: str
@@ -47,6 +48,8 @@ class Method:
         given = self.options.given()
         if self.preset is None and (odd := given.keys() - set(_STOCK_OPTIONS)):
             raise ValueError(f"{self.spatial} upsamples nothing and has no {', '.join(sorted(odd))}")
+        if self.spatial in DISTILLED:
+            self.options.check_steps(DISTILLED[self.spatial][0][0], self.spatial)
         defaults, printable = _defaults(self.spatial), str | float | int
         plain = [name for name, value in given.items() if isinstance(value, printable) and value == defaults[name]]
         object.__setattr__(self, "options", replace(self.options, **dict.fromkeys(plain)))

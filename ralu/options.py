@@ -8,7 +8,7 @@ from .schedule import INTERPOLATIONS, MATCHINGS, Schedule, preset, single
 
 # What the options that are words can be; the first is the default.
 CHOICES = {
-    "regions": ("canny", "gradient", "random"),
+    "regions": ("canny", "gradient", "change", "grid", "random"),
     "granularity": ("pixel", "token"),
     "kept_noise": ("exact", "release"),
     "matching": MATCHINGS,
@@ -25,8 +25,9 @@ class Options:
 
     ratio:       share of the low-resolution tokens to upsample early, in [0, 1].
     threshold:   upsample early what scores at least this much instead; counts then differ between images.
-    regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences), "random" (for comparison), a
-                 mask (an image, or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
+    regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences from place to place), "change"
+                 (from step to step), "grid" or "random" (evenly spaced or at random, for comparison), a mask (an image,
+                 or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
     kept_noise:  "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    of noise and timestep between stages: "covariance" (the paper's), "snr" or "off", see
@@ -74,11 +75,22 @@ class Options:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.upsampler not in (None, "nearest") and self.matching != "snr":
             raise ValueError(f"upsampler={self.upsampler!r} needs matching='snr', got {self.matching!r}")
-        # Beyond [0, 1] all or nothing would be selected; steepness and a scorer's scores have no such range.
-        bounded = not (callable(self.regions) or (isinstance(self.regions, str) and self.regions == "gradient"))
+        # Beyond [0, 1] all or nothing would be selected; differences and a scorer's scores have no such range.
+        differences = isinstance(self.regions, str) and self.regions in ("gradient", "change")
+        bounded = not (callable(self.regions) or differences)
         if self.threshold is not None and bounded and not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in [0, 1], in which edges and masks score, got {self.threshold}")
         object.__setattr__(self, "seeds", _seeds(self.seeds))
+
+    @property
+    def fewest_steps(self) -> int:
+        """How many steps there must be in a stage before a selection: "change" compares two."""
+        return 2 if isinstance(self.regions, str) and self.regions == "change" else 1
+
+    def check_steps(self, steps: int, name: str):
+        """Raise ValueError where a schedule, called `name`, has too few steps before a selection."""
+        if steps < (fewest := self.fewest_steps):
+            raise ValueError(f"regions={self.regions!r} needs {fewest} steps before the selection, {name} has {steps}")
 
     def given(self) -> dict[str, Any]:
         """Return the options that are not None, by name."""
@@ -107,9 +119,17 @@ def _seeds(given) -> int | list[int] | None:
 def schedule_of(name: str | dict | Schedule, options: Options, shift: float = 1.0) -> Schedule:
     """Return the schedule that a preset's name, a saved schedule or a schedule means under these options.
 
-    shift: the model's own timestep shift, for distilled presets. Raises ValueError for an unknown name, and for options
-    that only a name can be given with.
+    shift: the model's own timestep shift, for distilled presets. Raises ValueError for an unknown name, for options
+    that only a name can be given with, and for a schedule with too few steps for regions="change".
     """
+    schedule, title = _schedule_of(name, options, shift), name if isinstance(name, str) else "the schedule"
+    for stage, transition in zip(schedule.stages, schedule.transitions, strict=False):
+        if transition.kind == "select":
+            options.check_steps(stage.steps, title)
+    return schedule
+
+
+def _schedule_of(name: str | dict | Schedule, options: Options, shift: float) -> Schedule:
     if isinstance(name, str) and name.startswith("stock-") and name[6:].isdecimal() and int(name[6:]):
         return single(int(name[6:]), shift)
     if isinstance(name, str):

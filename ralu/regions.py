@@ -1,7 +1,19 @@
-"""Which tokens go to full resolution first: scores for the low-resolution tokens, from edges.
+"""Which tokens go to full resolution first: scores for the low-resolution tokens.
 
 A scorer is any callable `(x0_tokens, grid) -> scores` with x0_tokens (B, n, C), the clean latent predicted at the end
-of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first.
+of stage 1, grid (h, w) with h·w = n, and scores (B, n): the highest go first. So scorers are combined by adding them,
+each brought to a common size first:
+
+    face = ralu.regions.mask(Image.open("face-mask.png"))
+
+    def edges_and_face(x0, grid):
+        edges = ralu.regions.gradient(x0, grid)
+        return edges / edges.amax(dim=1, keepdim=True) + 0.5 * face(x0, grid)
+
+    ralu.enable(pipe, regions=edges_and_face)
+
+There is no scorer by attention maps, though they are popular elsewhere: fused attention, PyTorch's as well as that of
+`ralu_kernels`, never has the weights in memory, and computing them beside it would cost what it saves.
 """
 
 import sys
@@ -96,6 +108,45 @@ def gradient(x0: Tensor, grid: tuple[int, int]) -> Tensor:
     dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
     dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     return (dx.square() + dy.square()).mean(dim=1).sqrt().flatten(1)
+
+
+class Change:
+    """Score without a decoder: by how much the clean estimate of each token changed in the stage before the selection.
+
+    That is Σ_k mean_c (x0_k - x0_(k-1))² over the stage's steps k and a token's values c, in float32. It costs no
+    call of the model, and memory for one estimate more. A run makes a scorer of its own, which sees all of its steps.
+    """
+
+    def __init__(self):
+        self._before: Tensor | None = None
+        self._total: Tensor | None = None
+
+    def observe(self, x0: Tensor):
+        """Add what changed since the step before. x0: the clean estimate (B, n, C) of this one, float32."""
+        if self._before is not None:
+            changed = (x0 - self._before).square().mean(dim=-1)
+            self._total = changed if self._total is None else self._total + changed
+        self._before = x0
+
+    def __call__(self, x0: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """Return the sum, float32 (B, n), and begin anew; None after fewer than two steps."""
+        total, self._before, self._total = self._total, None, None
+        return total
+
+
+def evenly_spaced(x0: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Score by the place alone, for comparison: at every ratio the tokens that go first are spread evenly.
+
+    The order of Bayer's dither matrix (1973): first one token of each 2^k x 2^k block, then the one in the block's
+    middle, then those in between. Returns float32 (B, n) in (0, 1]: a threshold t selects about the share 1 - t.
+    """
+    rows, columns = (torch.arange(size, device=x0.device) for size in grid)
+    bits = (max(grid) - 1).bit_length()
+    rank = torch.zeros(grid, dtype=torch.int64, device=x0.device)
+    for bit in range(bits):  # the lowest bit of a place decides first
+        y, x = rows[:, None] >> bit & 1, columns >> bit & 1
+        rank = 4 * rank + 2 * (y ^ x) + y
+    return (1 - rank / 4**bits).flatten().expand(len(x0), -1)
 
 
 def random(seeds: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -201,4 +252,5 @@ def _brightness(image: "Image.Image") -> Tensor:
     return _unit(np.asarray(image.convert("L")))
 
 
-_NAMED: dict[str, Any] = {"gradient": gradient, "random": random}  # `score` gives random the seeds
+# `score` gives random the seeds, and a run makes a Change of its own.
+_NAMED: dict[str, Any] = {"gradient": gradient, "change": Change, "grid": evenly_spaced, "random": random}

@@ -97,7 +97,7 @@ class Runner:
         self.use(method)
         if method.preset:
             schedule = self.pipe.scheduler.schedule
-            self.use(method, schedule.replace(steps=[1] * len(schedule.stages)))
+            self.use(method, schedule.replace(steps=[method.options.fewest_steps] * len(schedule.stages)))
         else:
             self.method = replace(method, spatial="stock-1")
         self.generate(prompts, f"{method}, warm-up", leave=False)

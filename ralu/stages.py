@@ -212,13 +212,15 @@ class Run:
         pack: Callable[[Tensor], Tensor] = _same,
         unpack: Callable[[Tensor, Grid], Tensor] = _same,
     ):
-        self.schedule, self.scorer, self.options = schedule, scorer, options
+        self.schedule, self.options = schedule, options
+        self.scorer = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
         self.steps = [  # (stage, sigma, next sigma)
             (stage, *levels)
             for stage in range(1, 1 + len(schedule.stages))
             for levels in pairwise(schedule.sigmas(stage))
         ]
+        self._selecting = {k for k, transition in enumerate(schedule.transitions, 1) if transition.kind == "select"}
         self.index = 0
         self.layout: Any = None  # a Layout from `start` on
         self.full_grid: Grid = (0, 0)
@@ -254,8 +256,7 @@ class Run:
         noise = self.pack(noise)
         if noise.shape[2] % 4:
             raise ValueError(f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]}")
-        tokens = grid[0] * grid[1]
-        if noise.shape[1] != tokens:
+        if noise.shape[1] != (tokens := grid[0] * grid[1]):
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
         resolve(self.options.chosen("backend")["backend"], noise.device)
         if isinstance(self.scorer, regions.Mask):
@@ -289,6 +290,8 @@ class Run:
                 f"got {tuple(velocity.shape)} in {velocity.dtype}"
             )
         x, v = x.float(), velocity.float()
+        if stage in self._selecting and isinstance(self.scorer, regions.Change):
+            self.scorer.observe(self.pack(x - sigma * v))
         advanced = x + (following - sigma) * v
         self.index += 1
         ended = not self.over and self.steps[self.index][0] != stage

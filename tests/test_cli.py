@@ -257,6 +257,8 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("generate fox --steps 4", "have their own steps"),
         ("generate fox --preset stock --ratio .3", "no regions"),
         ("generate fox --preset stock --regions random", "no regions"),
+        ("generate fox --preset distilled-4 --regions change", "needs 2 steps before the selection, distilled-4 has 1"),
+        ("regions --preset distilled-4 --regions change", "needs 2 steps before the selection, distilled-4 has 1"),
         ("generate fox --regions {tmp}/nothing.png", "nor an image that can be read"),
         ("generate fox --ratio 1.5", "between 0 and 1"),
         ("generate fox --size 64by64", "WIDTHxHEIGHT"),

@@ -56,6 +56,11 @@ def toy(monkeypatch):
             "stock-28+toy(interval=-2,decay=1e+20,warm=false,kind=first)",
             lambda: Method("stock-28", cache=Toy(-2, 1e20, False, "first")),
         ),
+        (
+            "flux-5x(threshold=2,regions=change)",
+            None,
+            lambda: Method("flux-5x", Options(threshold=2, regions="change")),
+        ),
         ("flux-5x+toy(interval=1,decay=0.5)", "flux-5x+toy(interval=1)", lambda: Method("flux-5x", cache=Toy(1))),
     ],
 )
@@ -74,7 +79,8 @@ def test_random_methods_parse_back():
         if options.get("upsampler", "nearest") != "nearest":
             options["matching"] = "snr"
         cache = Toy(int(room.integers(-9, 99)), float(room.normal()), bool(room.integers(2)))
-        made = Method(str(room.choice(method.SPATIAL)), Options(**options), cache if room.random() < 0.5 else None)
+        fitting = method.PRESETS if options.get("regions") == "change" else method.SPATIAL  # distilled-4's step is one
+        made = Method(str(room.choice(list(fitting))), Options(**options), cache if room.random() < 0.5 else None)
         assert Method.parse(str(made)) == made
         assert all(getattr(made.options, name) in (value, None) for name, value in options.items())
 
@@ -86,7 +92,7 @@ def test_what_it_stands_for():
     mask = np.zeros((2, 2))
     custom = Method("flux-5x", Options(regions=mask))
     assert custom.options.given()["regions"] is mask
-    with pytest.raises(ValueError, match="regions must be one of canny, gradient, random, got 'custom'"):
+    with pytest.raises(ValueError, match="regions must be one of canny, gradient, change, grid, random, got 'custom'"):
         Method.parse(str(custom))
 
 
@@ -110,6 +116,8 @@ def test_what_it_stands_for():
         ("flux-5x(ratio=1.5)", r"ratio must lie in \[0, 1\]"),
         ("flux-5x(threshold=nan)", "threshold must be finite"),
         ("flux-5x(ratio=.1,threshold=.1)", "not both"),
+        ("flux-5x(threshold=2,regions=grid)", r"threshold must lie in \[0, 1\]"),
+        ("distilled-4(regions=change)", "regions='change' needs 2 steps before the selection, distilled-4 has 1"),
         ("flux-5x(granularity=pixels)", "granularity must be one of pixel, token"),
         ("flux-5x(upsampler=bicubic)", "needs matching='snr'"),
         ("flux-5x+sloth", "'sloth' is no cache; choose of .*toy"),

@@ -8,6 +8,9 @@ import pytest
 import scipy.stats
 import torch
 
+from ralu.families import FAMILIES
+from ralu.method import Method
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
 
@@ -61,3 +64,15 @@ def test_features_are_moments_of_the_channels():
     got = quality.features(z)
     np.testing.assert_allclose(got[:, :16], z.numpy().mean((2, 3)))
     np.testing.assert_allclose(got[:, 16:], z.numpy().std((2, 3), ddof=1))
+
+
+def test_the_table_has_every_scorer_at_equal_ratio():
+    """Beside each preset that is the default of a family, and what the rows name can be parsed."""
+    for family in ("flux", "sd3"):
+        rows = quality.METHODS[family]
+        parsed = {row: Method.parse(row) for row in rows if row not in quality.SCHEDULES}
+        assert len(set(rows)) == len(rows) and all(str(method) == row for row, method in parsed.items())
+        for preset in FAMILIES[family].presets[:2]:
+            plain = [method for method in parsed.values() if method.spatial == preset]
+            names = {method.options.regions for method in plain if method.options.given().keys() <= {"regions"}}
+            assert names == {None, "gradient", "change", "grid", "random"}

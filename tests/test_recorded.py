@@ -137,7 +137,8 @@ def configurations():
         *({"upsampler": u, "matching": "snr", "granularity": g}
           for u in ("bilinear", "bicubic", "lanczos") for g in ("pixel", "token")),
         *({"ratio": ratio} for ratio in (0.0, 0.1, 0.5, 1.0)),
-        {"regions": "gradient"}, {"regions": "random"}, {"regions": MASK}, {"seeds": [3, 4]}, {"seeds": 5},
+        {"regions": "gradient"}, {"regions": "change"}, {"regions": "grid"}, {"regions": "random"},
+        {"regions": MASK}, {"seeds": [3, 4]}, {"seeds": 5},
         {"regions": ragged, "threshold": 0.5}, {"regions": ragged, "threshold": 0.5, "granularity": "token"},
         {"regions": "canny", "decode": decode}, {"regions": "canny", "decode": decode, "threshold": 0.05},
     ]  # fmt: skip
@@ -154,6 +155,8 @@ def configurations():
             runs[f"flux {title}"] = lambda b=batch, g=guidance, f=fused: run(flux(), "flux-5x", b, g, f)
             runs[f"sd3 {title}"] = lambda b=batch, g=guidance, f=fused: run(sd3(True), "sd3-2x", b, g, f)
     wanted = {"regions": ragged, "threshold": 0.5}
+    runs["flux regions=change"] = lambda: run(flux(), "flux-5x", regions="change")
+    runs["sd3 regions=change"] = lambda: run(sd3(True), "sd3-2x", 2, 3.0, regions="change")
     runs["flux ragged"] = lambda: run(flux(), "flux-5x", 2, **wanted)
     runs["flux ragged fused"] = lambda: run(flux(), "flux-5x", 2, fused=True, **wanted)
     runs["sd3 ragged fused"] = lambda: run(sd3(True), "sd3-2x", 2, 3.0, fused=True, **wanted)

@@ -1,5 +1,6 @@
 """Scores against OpenCV on the same picture, and pictures whose edges are known."""
 
+import functools
 import io
 from itertools import pairwise
 
@@ -9,10 +10,13 @@ import pytest
 import scipy.stats
 import tiny
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import ralu
-from ralu.regions import canny, edge_density, gradient, mask, random
+from ralu import regions
+from ralu.regions import canny, edge_density, evenly_spaced, gradient, mask, random
+from ralu.schedule import PRESETS, Schedule, Stage, match_noise, resample_noise, two_resolutions
 from ralu_kernels import plan_tokens
 
 
@@ -242,3 +246,211 @@ def test_pipelines_choose_at_random_but_every_picture_always_the_same():
     images, promoted = chosen(pipe, regions="random", ratio=0.25)
     assert len({tuple(tokens) for tokens in promoted}) == 3 and {len(tokens) for tokens in promoted} == {16}
     torch.testing.assert_close(tiny.paint(pipe, tiny.PROMPTS[1], seeds=(6,)), images[1:2], rtol=0, atol=1e-4)
+
+
+# ---- change, even spacing, combinations ----
+
+TWO_BEFORE = Schedule(  # a low stage that no selection follows, and one that it does
+    (Stage("low", 3, 0.2, 1.0), Stage("full", 2, 0.4, 1.0), Stage("low", 3, 0.5, 1.0), Stage("mixed", 1, 0.6, 1.0),
+     Stage("full", 1, 1.0, 1.0)),
+    (match_noise("renoise", 0.2, 0.05), resample_noise(0.1), match_noise("select", 0.5, 0.05),
+     match_noise("complete", 0.6, 0.05)),
+)  # fmt: skip
+
+
+def summed_change(estimates):
+    """Of clean estimates (steps, B, n, C), a value at a time."""
+    _, batch, tokens, values = estimates.shape
+    path, scores = estimates.double().tolist(), torch.zeros(batch, tokens, dtype=torch.float64)
+    for before, after in pairwise(path):
+        for b in range(batch):
+            for token in range(tokens):
+                differences = [after[b][token][value] - before[b][token][value] for value in range(values)]
+                scores[b, token] += sum(d * d for d in differences) / values
+    return scores
+
+
+@pytest.mark.parametrize("schedule, first, steps", [(PRESETS["flux-7x"], 0, 2), ("flux-5x", 0, 4), (TWO_BEFORE, 5, 3)])
+def test_change_equals_plain_loops_on_a_known_path(schedule, first, steps):
+    """The velocity points at an estimate of our own choosing in every step; only those before the selection count."""
+    room = torch.Generator().manual_seed(0)
+    path = torch.randn(20, 2, 24, 8, generator=room)
+    expected = summed_change(path[first : first + steps])
+
+    def scores(rows):
+        call, seen = iter(range(20)), []
+
+        def velocity(x, sigma, layout):
+            seen.append(layout)
+            step = next(call)
+            return (x - path[step, rows]) / sigma if layout.positions.shape[1] == 24 else torch.zeros_like(x)
+
+        noise = torch.randn(2, 96, 8, generator=torch.Generator().manual_seed(1))[rows]
+        ralu.sample(velocity, noise, (8, 12), schedule, regions="change", ratio=0.25)
+        layout = next(layout for layout in seen if layout.resolution == "mixed")
+        chosen = layout.plan.source[layout.plan.child == 0].view(len(noise), -1)
+        return layout.scores, chosen % 24
+
+    both, chosen = scores(slice(0, 2))
+    torch.testing.assert_close(both.double(), expected, rtol=1e-4, atol=0)
+    for b in range(2):
+        assert sorted(chosen[b].tolist()) == sorted(expected[b].argsort(descending=True)[:6].tolist())
+        torch.testing.assert_close(scores(slice(b, b + 1))[0], both[b : b + 1], rtol=1e-4, atol=0)
+
+
+def test_change_is_added_up_in_float32():
+    """Of a model in bfloat16, whose eight bits would be lost in differences of differences."""
+    estimates, layouts = [], []
+
+    def velocity(x, sigma, layout):
+        v = torch.randn(x.shape, generator=room).bfloat16()
+        if layout.resolution == "low":
+            assert x.dtype == torch.bfloat16 or not estimates
+            estimates.append(x.double() - sigma * v.double())
+        layouts.append(layout)
+        return v
+
+    room = torch.Generator().manual_seed(0)
+    ralu.sample(velocity, torch.randn(1, 96, 4, generator=room), (8, 12), "flux-5x", regions="change")
+    scores = layouts[4].scores
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), summed_change(torch.stack(estimates)), rtol=1e-5, atol=0)
+
+
+def estimates_of_a_run(pipe, prompts, seeds, **call):
+    """The clean estimates before the selection, (steps, B, n, C), and the scores it went by."""
+    made, layouts = [], []
+    scheduler, step = pipe.scheduler, pipe.scheduler.step
+
+    def noted(velocity, timestep, sample, *args, **kwargs):
+        if scheduler.layout.resolution == "low":
+            x = sample.float()
+            if x.shape != velocity.shape:  # the full-size noise
+                x = scheduler.subsample_first(x)
+            x0 = x - timestep / 1000 * velocity.float()
+            made.append(x0 if x0.dim() == 3 else F.unfold(x0, 2, stride=2).mT)
+        return step(velocity, timestep, sample, *args, **kwargs)
+
+    def note(pipe, step, timestep, tensors):
+        layouts.append(pipe.scheduler.layout)
+        return tensors | {"latents": tensors["latents"] * 1.01}  # a callback's own latents are what the model sees
+
+    scheduler.step = noted
+    try:
+        tiny.paint(pipe, prompts, seeds, callback_on_step_end=note, output_type="latent", **call)
+    finally:
+        del scheduler.step
+    return torch.stack(made), next(layout.scores for layout in layouts if layout is not None and layout.plan)
+
+
+GUIDED = {"flux": {"true_cfg_scale": 2.0, "negative_prompt": "grey"}, "sd3": {"guidance_scale": 3.0}}
+
+
+@pytest.fixture(scope="module", params=["flux", "sd3"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stock(family):
+    return tiny.FAMILIES[family].make()
+
+
+@pytest.fixture
+def watched(family, stock):
+    """A pipeline that goes by change, in four steps before the selection and two after it."""
+    return functools.partial(ralu.enable, stock, tiny.FAMILIES[family].short.replace(steps=(4, 1, 1)), regions="change")
+
+
+@pytest.mark.parametrize("cache", [None, "taylorseer(interval=2,warmup=1)"])
+def test_change_in_pipelines(family, watched, cache):
+    """With guidance it is of the guided velocity, with a cache of the predicted one; each image as if it were alone."""
+    pipe = watched(cache=cache)
+    estimates, scores = estimates_of_a_run(pipe, tiny.PROMPTS[:2], (5, 6), **GUIDED[family])
+    assert len(estimates) == 4
+    torch.testing.assert_close(scores.double(), summed_change(estimates), rtol=1e-4, atol=0)
+    _, alone = estimates_of_a_run(pipe, tiny.PROMPTS[1], (6,), **GUIDED[family])
+    torch.testing.assert_close(alone, scores[1:], rtol=1e-3, atol=0)
+
+
+def test_an_interrupted_run_leaves_no_change_behind(watched):
+    pipe = watched()
+    _, scores = estimates_of_a_run(pipe, tiny.PROMPTS[0], (5,))
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 2
+        return tensors
+
+    def fail(pipe, step, timestep, tensors):
+        raise RuntimeError("on purpose")
+
+    tiny.paint(pipe, tiny.PROMPTS[1], (7,), callback_on_step_end=stop)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tiny.paint(pipe, tiny.PROMPTS[1], (7,), callback_on_step_end=fail)
+    _, again = estimates_of_a_run(pipe, tiny.PROMPTS[0], (5,))
+    assert torch.equal(again, scores)
+
+
+def test_change_is_refused_where_the_selection_follows_a_single_step(stock):
+    words = r"regions='change' needs 2 steps before the selection, {} has 1"
+    single = PRESETS["flux-5x"].replace(steps=(1, 4, 4))
+    for preset, name in ((single, "the schedule"), ("distilled-4", "distilled-4")):
+        with pytest.raises(ValueError, match=words.format(name)):
+            ralu.enable(stock, preset, regions="change")
+        with pytest.raises(ValueError, match=words.format(name)):
+            ralu.sample(lambda *_: pytest.fail("called"), torch.zeros(1, 64, 4), (8, 8), preset, regions="change")
+    ralu.enable(stock, two_resolutions((1, 2), 0.5, (1.0, 1.0), 0.1), regions="change")  # nothing is selected
+    assert tiny.paint(stock, output_type="latent").isfinite().all()
+
+
+def bayer(size):
+    """Bayer's recursion: M of twice the size is [[4M, 4M + 2], [4M + 3, 4M + 1]]."""
+    if size == 1:
+        return np.zeros((1, 1), int)
+    m = 4 * bayer(size // 2)
+    return np.block([[m, m + 2], [m + 3, m + 1]])
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (8, 8), (9, 14), (1, 6), (5, 1), (1, 1), (17, 3)])
+def test_even_spacing_follows_bayers_matrix(grid):
+    scores = evenly_spaced(torch.randn(3, grid[0] * grid[1], 8), grid)
+    order = bayer(32)[: grid[0], : grid[1]].flatten().argsort()
+    assert scores.shape == (3, len(order)) and scores.min() > 0 and scores.max() <= 1
+    for row in scores:
+        assert row.argsort(descending=True).tolist() == order.tolist()
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (12, 20), (9, 13)])
+def test_even_spacing_at_every_ratio(grid):
+    """No two tokens touch while a quarter is enough, and every block has one as soon as there are enough of them."""
+    h, w = grid
+    for count in range(1, h * w + 1):
+        plan = plan_tokens(evenly_spaced(torch.zeros(1, h * w, 4), grid), grid, ratio=count / (h * w))
+        taken = torch.zeros(h, w)
+        taken.view(-1)[plan.source[plan.child == 0]] = 1
+        assert taken.sum() == count
+        around = F.conv2d(taken[None, None], torch.ones(1, 1, 3, 3), padding=1)[0, 0] * taken
+        if count <= h * w / 4:
+            assert around.max() == 1
+        for side in (2, 4, 8):
+            blocks = F.max_pool2d(taken[None, None], side, ceil_mode=True)
+            if count >= blocks.numel():
+                assert blocks.min() == 1
+
+
+def test_the_combination_of_scorers_in_the_documentation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.repeat([[255, 0]], 2, axis=0).repeat(32, axis=1).astype(np.uint8)).save("face-mask.png")
+    pipe, layouts = tiny.flux(), []
+    lines = [line[4:] for line in regions.__doc__.splitlines() if line.startswith("    ") or not line]
+    exec("\n".join(lines), {"pipe": pipe, "ralu": ralu, "Image": Image})
+
+    def note(pipe, step, timestep, tensors):
+        layouts.append(pipe.scheduler.layout)
+        return tensors
+
+    tiny.paint(pipe, callback_on_step_end=note)
+    layout = next(layout for layout in layouts if layout is not None and layout.plan)
+    edges = gradient(layout.x0, (8, 8)).view(8, 8)
+    expected = (edges / edges.max()).numpy() + 0.5 * (np.arange(8) < 4)
+    np.testing.assert_allclose(layout.scores.view(8, 8).numpy(), expected, rtol=1e-5)

@@ -156,8 +156,8 @@ def add_regions(parser: argparse.ArgumentParser):
     """Add --regions."""
     parser.add_argument(
         "--regions", type=region_source, metavar="SOURCE",
-        help="what goes first: canny (edges of a preview), gradient (of the latent), random, or an image as a mask, "
-        "bright places first (default: canny)",
+        help="what goes first: canny (edges of a preview), gradient (of the latent), change (of the latent from step "
+        "to step), grid (evenly spaced), random, or an image as a mask, bright places first (default: canny)",
     )  # fmt: skip
 
 

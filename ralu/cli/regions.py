@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import replace
 
-from ..errors import UsageError
+from ..errors import UsageError, usage
 from ..method import Method
 from ..mini import PROMPTS
 from ..models import find_model
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace):
         raise UsageError(f"--preset: {method} has no regions, choose one of {arguments.PRESET_NAMES}")
     method = method or Method(find_model(args.model).presets[0])
     if args.regions is not None:
-        method = replace(method, options=replace(method.options, regions=args.regions))
+        with usage("--regions"):
+            method = replace(method, options=replace(method.options, regions=args.regions))
     model, size = arguments.checked_model(args, [method])
     arguments.check_output(args.output)
     runner = arguments.make_runner(args, model, size)
