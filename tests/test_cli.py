@@ -531,3 +531,16 @@ def test_nothing_below_the_command_line_imports_it():
     assert len(files) > 20
     for path in files:
         assert not re.search(r"^\s*(from|import) .*\bcli\b", path.read_text(), re.MULTILINE), path
+
+
+def test_regions_by_name(folder, pipe, rows, tmp_path, capsys):
+    """Evenly spaced ones over the preview, and change, for which the warm-up needs two steps a stage."""
+    call = ["--model", folder, "--size", "64", "-o", str(tmp_path / "x.png")]
+    assert main(["regions", PROMPTS[0], *call, "--regions", "grid", "--ratios", ".25"]) == 0
+    assert marked(rows[0].images[0], (8, 8)) == [
+        8 * row + column for row in range(0, 8, 2) for column in range(0, 8, 2)
+    ]
+    rows.clear()
+    assert main(["compare", PROMPTS[0], *call, "--methods", "flux-7x(regions=change)"]) == 0
+    assert "10" in rows[0].details[1]
+    assert same(rows[0].images, generate(ralu.enable(pipe, "flux-7x", regions="change"), PROMPTS[:1], (0,)))

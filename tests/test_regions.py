@@ -250,11 +250,21 @@ def test_pipelines_choose_at_random_but_every_picture_always_the_same():
 
 # ---- change, even spacing, combinations ----
 
-TWO_BEFORE = Schedule(  # a low stage that no selection follows, and one that it does
-    (Stage("low", 3, 0.2, 1.0), Stage("full", 2, 0.4, 1.0), Stage("low", 3, 0.5, 1.0), Stage("mixed", 1, 0.6, 1.0),
-     Stage("full", 1, 1.0, 1.0)),
-    (match_noise("renoise", 0.2, 0.05), resample_noise(0.1), match_noise("select", 0.5, 0.05),
-     match_noise("complete", 0.6, 0.05)),
+
+def shuttle(*stages):
+    """A schedule of (resolution, steps, end), which goes back to low after every full stage."""
+    kinds = {("low", "full"): "renoise", ("low", "mixed"): "select", ("mixed", "full"): "complete"}
+    transitions = [
+        resample_noise(0.1) if before == "full" else match_noise(kinds[before, after], end, 0.05)
+        for (before, _, end), (after, *_) in pairwise(stages)
+    ]
+    return Schedule(tuple(Stage(*stage, 1.0) for stage in stages), tuple(transitions))
+
+
+# The first low stage comes before no selection, the other two before one each.
+TWO_SELECTIONS = shuttle(
+    ("low", 3, 0.2), ("full", 1, 0.4), ("low", 2, 0.5), ("mixed", 1, 0.6), ("full", 1, 0.7), ("low", 3, 0.8),
+    ("mixed", 1, 0.9), ("full", 1, 1.0),
 )  # fmt: skip
 
 
@@ -270,32 +280,37 @@ def summed_change(estimates):
     return scores
 
 
-@pytest.mark.parametrize("schedule, first, steps", [(PRESETS["flux-7x"], 0, 2), ("flux-5x", 0, 4), (TWO_BEFORE, 5, 3)])
-def test_change_equals_plain_loops_on_a_known_path(schedule, first, steps):
-    """The velocity points at an estimate of our own choosing in every step; only those before the selection count."""
-    room = torch.Generator().manual_seed(0)
-    path = torch.randn(20, 2, 24, 8, generator=room)
-    expected = summed_change(path[first : first + steps])
+@pytest.mark.parametrize(
+    "schedule, counted",
+    [(PRESETS["flux-7x"], [range(2)]), ("flux-5x", [range(4)]), (TWO_SELECTIONS, [range(4, 6), range(8, 11)])],
+)
+def test_change_equals_plain_loops_on_a_known_path(schedule, counted):
+    """The velocity points at an estimate of our own choosing in every step; only those before a selection count."""
+    path = torch.randn(20, 2, 24, 8, generator=torch.Generator().manual_seed(0))
 
-    def scores(rows):
-        call, seen = iter(range(20)), []
+    def scores_of(rows):
+        call, layouts = iter(range(20)), {}
 
         def velocity(x, sigma, layout):
-            seen.append(layout)
             step = next(call)
-            return (x - path[step, rows]) / sigma if layout.positions.shape[1] == 24 else torch.zeros_like(x)
+            if layout.plan is not None:
+                layouts[layout.stage] = layout
+            return (x - path[step, rows]) / sigma if layout.resolution == "low" else torch.zeros_like(x)
 
         noise = torch.randn(2, 96, 8, generator=torch.Generator().manual_seed(1))[rows]
         ralu.sample(velocity, noise, (8, 12), schedule, regions="change", ratio=0.25)
-        layout = next(layout for layout in seen if layout.resolution == "mixed")
-        chosen = layout.plan.source[layout.plan.child == 0].view(len(noise), -1)
-        return layout.scores, chosen % 24
+        return list(layouts.values())
 
-    both, chosen = scores(slice(0, 2))
-    torch.testing.assert_close(both.double(), expected, rtol=1e-4, atol=0)
+    both = scores_of(slice(0, 2))
+    assert len(both) == len(counted)
+    for layout, steps in zip(both, counted, strict=True):
+        expected = summed_change(path[steps.start : steps.stop])
+        torch.testing.assert_close(layout.scores.double(), expected, rtol=1e-4, atol=0)
+        chosen = layout.plan.source[layout.plan.child == 0].view(2, 6) % 24
+        assert chosen.sort().values.tolist() == expected.topk(6).indices.sort().values.tolist()
     for b in range(2):
-        assert sorted(chosen[b].tolist()) == sorted(expected[b].argsort(descending=True)[:6].tolist())
-        torch.testing.assert_close(scores(slice(b, b + 1))[0], both[b : b + 1], rtol=1e-4, atol=0)
+        for layout, alone in zip(both, scores_of(slice(b, b + 1)), strict=True):
+            torch.testing.assert_close(alone.scores, layout.scores[b : b + 1], rtol=1e-4, atol=0)
 
 
 def test_change_is_added_up_in_float32():
