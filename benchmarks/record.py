@@ -18,7 +18,8 @@ from ralu_kernels._backend import triton
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-CASE = ("op", "provider", "model", "method", "pixels", "batch", "dtype", "threads")  # what tells a row's subject
+SWITCHES = ("fused", "compile", "attention", "diffusers_cache")  # of e2e.py's rows, empty where one is off
+CASE = ("op", "provider", "model", "method", *SWITCHES, "pixels", "batch", "dtype", "threads")  # what tells a subject
 
 
 def pick_device(name: str) -> torch.device:
@@ -70,6 +71,12 @@ def read(path: Path) -> list[dict]:
 def case(row: dict) -> tuple:
     """What a row measured: two with the same are of the same thing."""
     return *(row.get(name, "") for name in CASE), "time" if row["p50_ms"] else "memory"
+
+
+def label(row: dict) -> str:
+    """Name the method of one of e2e.py's rows with its switches: "flux-5x, fused, attention sdpa"."""
+    switches = [key.replace("_", " ") + ("" if row[key] == "yes" else f" {row[key]}") for key in SWITCHES if row[key]]
+    return ", ".join([row["method"], *switches])
 
 
 def append(path: Path, rows: list[dict]):

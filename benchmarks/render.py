@@ -36,6 +36,12 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def quoted(label: str) -> str:
+    """Quote the method in a label of `record.label`, not its switches."""
+    method, *switches = label.split(", ")
+    return ", ".join([f"`{method}`", *switches])
+
+
 def find(rows: list[dict], **wanted) -> dict | None:
     return next((row for row in rows if all(row[key] in value for key, value in wanted.items())), None)
 
@@ -155,14 +161,14 @@ def draw_kernels(rows: list[dict], path: Path):
 # ---- whole images ----
 
 
-def pictures(rows: list[dict], path: Path) -> str:
+def images(rows: list[dict], path: Path) -> str:
     parts = []
     for model in values(rows, "model"):
         of = [row for row in rows if row["model"] == model]
         batches, (first, *_) = values(of, "batch"), of
         body = []
-        for method in values(of, "method"):
-            found = [find(of, method=(method,), batch=(batch,)) for batch in batches]
+        for label in dict.fromkeys(map(record.label, of)):
+            found = [find((row for row in of if record.label(row) == label), batch=(batch,)) for batch in batches]
             row = found[0]
             factors = ""
             if row["tflop"]:
@@ -170,7 +176,7 @@ def pictures(rows: list[dict], path: Path) -> str:
                 share = float(row["transformer_share"]) / float(first["transformer_share"])
                 factors = f"{float(row['flop_ratio']):.2f} × {rate:.2f} × {share:.2f}"
             body.append([
-                f"`{method}`", row["calls"], f"{float(row['p50_ms']) / 1e3:.2f}", f"{float(row['speedup']):.2f}",
+                quoted(label), row["calls"], f"{float(row['p50_ms']) / 1e3:.2f}", f"{float(row['speedup']):.2f}",
                 factors, f"{float(row['outside_share']):.1%}",
                 " / ".join(f"{float(one['images_per_s']):.2f}" for one in found if one), row["peak_mib"],
             ])  # fmt: skip
@@ -193,18 +199,18 @@ def why(profile: dict) -> list[str]:
     fixed, rate = profile["fixed_ms_per_call"], 1e3 * profile["tflop_per_s_beyond"]
     line = f"A transformer call: {fixed:.3g} ms however few its tokens, beyond that {rate:.3g} GFLOP/s (a line's fit)."
     parts = [line, table(["", "GFLOP", "ms", "GFLOP/s", *kinds], body)]
-    switched = {method: of for method, of in profile["ms_per_call"].items() if "+" in method}
-    if switched:
-        tokens = sorted({count for of in profile["ms_per_call"].values() for count in of}, key=int)
+    calls = profile["ms_per_call"]
+    if switched := [label for label in calls if ", " in label]:
+        tokens = sorted({count for by_count in calls.values() for count in by_count}, key=int)
         times = [
-            [f"`{method}`", *(f"{of[count]:.3g}" if count in of else "" for count in tokens)]
-            for method, of in switched.items()
+            [quoted(label), *(f"{calls[label][count]:.3g}" if count in calls[label] else "" for count in tokens)]
+            for label in switched
         ]
         parts.append(table(["ms a call", *(f"{count} tokens" for count in tokens)], times))
     return parts
 
 
-def draw_pictures(rows: list[dict], path: Path):
+def draw_images(rows: list[dict], path: Path):
     """A panel for a model: the smallest batch's runs, cut into their parts."""
     from matplotlib.figure import Figure
 
@@ -215,7 +221,7 @@ def draw_pictures(rows: list[dict], path: Path):
     figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.9 * len(models)), layout="constrained")
     grid = figure.subplots(len(models), squeeze=False, height_ratios=heights).flatten()
     for axes, (model, of) in zip(grid, first.items(), strict=True):
-        names, left = [row["method"] for row in of], [0.0] * len(of)
+        names, left = [record.label(row) for row in of], [0.0] * len(of)
         for part in parts:
             seconds = [float(row[f"{part}_ms"]) / 1e3 for row in of]
             axes.barh(names, seconds, left=left, label=part)
@@ -263,7 +269,7 @@ def block(path: Path) -> str | None:
     if "provider" in rows[0]:
         body = (kernels_on_gpu if rows[0]["cuda"] else kernels_on_cpu)(rows)
     else:
-        body = pictures(rows, path)
+        body = images(rows, path)
     return f"{origin(rows)} ([{path.name}]({name})).\n\n{body}\n\n![{path.stem}](docs/{path.stem}.png)"
 
 
@@ -283,7 +289,7 @@ def main():
     readme.write_text(rendered(text))
     for path in sorted(RESULTS.glob("*.csv")):
         if rows := latest(path):
-            (draw_kernels if "provider" in rows[0] else draw_pictures)(rows, DOCS / f"{path.stem}.png")
+            (draw_kernels if "provider" in rows[0] else draw_images)(rows, DOCS / f"{path.stem}.png")
             if f"<!-- begin benchmarks/results/{path.name} -->" not in text:
                 print(f"{path.name}: the README has no place for it; see the top of {Path(__file__).name}")
 

@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import OPERATIONS, TRANSITIONS
 from block_cases import OPERATIONS as BLOCK_OPERATIONS
 from cases import Shape, tensors
+from models import TINY, flux_call, transformer
 
 BF16 = torch.bfloat16
-TINY = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
-        "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 32, "pooled_projection_dim": 32}  # fmt: skip
 
 
 def synchronize():
@@ -154,36 +153,6 @@ def host():
 # ---- a step of FLUX.1-dev ----
 
 
-def flux():
-    """The published model, with random weights."""
-    from ralu import families
-
-    family = families.load("flux")
-    torch.set_default_dtype(BF16)  # float32 weights would take twice the memory, if for a moment
-    try:
-        with torch.device(DEVICE):
-            model = family.transformer(**family.published["flux-dev"] | (TINY if args.tiny else {})).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model, 3 if args.tiny else family.text_tokens
-
-
-def arguments(model, text: int, length: int) -> dict:
-    config = model.config
-    call = {
-        "hidden_states": torch.randn(1, length, config.in_channels),
-        "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
-        "timestep": torch.tensor([0.5]),
-        "guidance": torch.tensor([3.5]),
-    }
-    call = {name: value.to(DEVICE, BF16) for name, value in call.items()}
-    return call | {
-        "img_ids": torch.rand(length, 3, device=DEVICE).mul(64).round(),
-        "txt_ids": torch.zeros(text, 3, device=DEVICE),
-    }
-
-
 def timed(call: Callable, graph: bool) -> dict:
     """Milliseconds of a call: as Python drives it, until all is queued, and of the GPU alone; seconds of the first."""
     start = time.perf_counter()
@@ -210,9 +179,9 @@ def steps(ways: list[str]):
     import ralu
 
     torch._dynamo.config.recompile_limit = 64  # beyond it a graph would silently run uncompiled
-    model, text = flux()
-    lengths = [6] if args.tiny else args.tokens
-    calls = {length: partial(model, **arguments(model, text, length)) for length in lengths}
+    model = transformer("flux-dev", DEVICE, **(TINY if args.tiny else {}))
+    text, lengths = (3, [6]) if args.tiny else (512, args.tokens)
+    calls = {length: partial(model, **flux_call(model, text, length, DEVICE)) for length in lengths}
     stock = {length: call().sample.float() for length, call in calls.items()}
     for way in ways:
         for fused in (False, True):
