@@ -16,6 +16,7 @@ import statistics
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import record
 import torch
@@ -38,6 +39,7 @@ def size(x: Tensor) -> int:
 
 
 def tensors(tree) -> list[Tensor]:
+    """List the tensors of nested arguments."""
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
@@ -70,6 +72,7 @@ class Traffic:
         self._modes = OneKernel, Dispatch
 
     def add(self, name: str, *moved):
+        """Note a launch, and the bytes of the tensors it reads and writes."""
         self.launches.append((name, sum(map(size, tensors(moved)))))
 
     def __enter__(self):
@@ -114,6 +117,7 @@ def block_traffic(kind: str, fused: bool, tokens: int = 4096, batch: int = 1) ->
 
 
 def traffic_rows() -> list[dict]:
+    """Count what both kinds of blocks move, stock and fused."""
     rows = []
     for kind in ("double", "single"):
         for fused in (False, True):
@@ -134,13 +138,13 @@ def step_rows(
         expected = model(**call).sample
         for fused, compiled, backend in variants():
             torch.compiler.reset()
-            run = torch.compile(model, backend=compiler, dynamic=False) if compiled else model
+            run: Any = torch.compile(model, backend=compiler, dynamic=False) if compiled else model
             if fused:
                 ralu.fuse(run)
             try:
                 with ralu.attention_backend(backend) if fused else nullcontext():
-                    found = run(**call).sample
-                    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
+                    sample = run(**call).sample
+                    torch.testing.assert_close(sample.float(), expected.float(), rtol=0.05, atol=0.05)
                     times = record.in_turn({"step": lambda: run(**call)}, device, budget)["step"]  # noqa: B023
             finally:
                 ralu.unfuse(run)
@@ -160,6 +164,7 @@ def variants():
 
 
 def main(arguments=None) -> list[dict]:
+    """Count, and on a GPU time, what the command line asks for; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 1636, 4096], help="image tokens")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds to measure each step for")

@@ -44,7 +44,7 @@ import numpy as np
 import record
 import torch
 from models import Model, token_count
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 
 import ralu
 from ralu import families
@@ -258,17 +258,18 @@ def explanation(model: Model, runs: dict[Case, list[dict]]) -> dict[str, Any]:
             stages[f"{record.label(case.columns)}, {tokens} tokens"] = stage
     slope, fixed = np.polyfit([one["tflop"] for one in stages.values()], [one["ms"] for one in stages.values()], 1)
     line = {"fixed_ms_per_call": round(fixed, 4), "tflop_per_s_beyond": round(1e3 / slope, 5)}
-    calls = {
+    by_case = {
         record.label(case.columns): {count: round(ms, 4) for count, ms in by_count.items()}
         for case, by_count in spent.items()
     }
-    return line | {"ms_per_call": calls, "stages": stages}
+    return line | {"ms_per_call": by_case, "stages": stages}
 
 
 def main(argv: list[str] | None = None):
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, known, switch = parser.add_argument, ["mini-flux", "mini-sd3", *FULL], {"nargs": "+", "metavar": "SWITCH"}
+    add, known = parser.add_argument, ["mini-flux", "mini-sd3", *FULL]
+    switch: dict[str, Any] = {"nargs": "+", "metavar": "SWITCH"}
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--models", nargs="+", choices=known, metavar="MODEL", help=f"{', '.join(known)} (default: the device's)")
     add("--methods", nargs="+", type=Method.parse, metavar="METHOD", help="(default: a ladder of all switches)")
@@ -306,9 +307,11 @@ def main(argv: list[str] | None = None):
                 keys = ("batch", "p50_ms", "outside_share", "images_per_s", "speedup", "flop_ratio")
                 print(name, record.label(row), *(row.get(key, "") for key in keys), flush=True)
             if batch == 1 and any(case.is_plain for case in cases):
-                found = {"model": name, "pixels": model.pixels} | common | explanation(model, runs)
-                output.with_name(f"{output.stem}-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-                print(name, *(f"{key}={found[key]}" for key in ("fixed_ms_per_call", "tflop_per_s_beyond")), flush=True)
+                reasons = {"model": name, "pixels": model.pixels} | common | explanation(model, runs)
+                output.with_name(f"{output.stem}-{name}.json").write_text(json.dumps(reasons, indent=1) + "\n")
+                print(
+                    name, *(f"{key}={reasons[key]}" for key in ("fixed_ms_per_call", "tflop_per_s_beyond")), flush=True
+                )
         del model  # all of it, before the next one is made
         torch.compiler.reset()
         gc.collect()

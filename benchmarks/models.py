@@ -22,7 +22,7 @@ TINY = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "atte
         "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 32, "pooled_projection_dim": 32}  # fmt: skip
 
 
-def _built(kind: type, config: dict, device: torch.device | str, dtype: torch.dtype) -> Any:
+def _built(kind: Any, config: dict, device: torch.device | str, dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # built in float32 FLUX.1-dev would not fit beside its copy
     try:
@@ -81,7 +81,7 @@ class Model:
         self.pipe.set_progress_bar_config(disable=True)
 
     @cached_property
-    def compiled(self) -> torch.nn.Module:
+    def compiled(self) -> Any:
         """One for all cases, so that they share their graphs."""
         return torch.compile(self.pipe.transformer)
 

@@ -3,7 +3,7 @@
     python benchmarks/gpu/probe.py PART ... [--device cpu] [--tiny] [--csv FILE]
 
 roof      the device's own copy (bytes read and written), a bfloat16 matrix product, and PyTorch's random normals
-kernels   every operation at a picture of 1024 pixels and at a size that fills the chip: many calls over different
+kernels   every operation at an image of 1024 pixels and at a size that fills the chip: many calls over different
           inputs in one CUDA graph, so that neither gaps between launches nor a warm L2 cache count
 host      microseconds of the host for a call of every operation
 step      FLUX.1-dev with random weights: milliseconds of a step as Python drives it, of the host until all is queued,
@@ -34,11 +34,13 @@ BF16 = torch.bfloat16
 
 
 def synchronize():
+    """Wait for the GPU, if there is one."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def note(part: str, what: str, **numbers):
+    """Print a row, and write it with all before it to the file that was asked for."""
     row = {"part": part, "what": what}
     row |= {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in numbers.items()}
     ROWS.append(row)
@@ -51,7 +53,7 @@ def note(part: str, what: str, **numbers):
 
 
 def seconds(call: Callable, repeats: int) -> float:
-    """The median, between two events on a GPU."""
+    """Measure the median time of a call, between two events on a GPU."""
     times = []
     for _ in range(repeats):
         if CUDA:
@@ -69,7 +71,7 @@ def seconds(call: Callable, repeats: int) -> float:
 
 
 def captured(calls: list[Callable]) -> Callable:
-    """All calls as one CUDA graph, to be replayed; on a CPU just all calls."""
+    """Capture all calls in one CUDA graph, to be replayed; on a CPU just make them."""
     for call in calls[:2]:
         call()
     synchronize()
@@ -84,12 +86,13 @@ def captured(calls: list[Callable]) -> Callable:
 
 
 def copy_speed() -> float:
-    """Bytes read and written in a second."""
+    """Measure the bytes that a copy reads and writes in a second."""
     a, b = torch.zeros(2, 2**24 if args.tiny else 2**31, dtype=torch.uint8, device=DEVICE)
     return 2 * a.nbytes / seconds(lambda: b.copy_(a), 20)
 
 
 def roof():
+    """Measure what bounds every kernel: copies, matrix products and random numbers."""
     note("roof", "copy", tb_s=copy_speed() / 1e12)
     n = 256 if args.tiny else 8192
     a, b = torch.randn(2, n, n, device=DEVICE).to(BF16)
@@ -100,11 +103,12 @@ def roof():
 
 
 def operations():
-    """(name, its Operation) for all that can run here."""
+    """List (name, its Operation) for all that can run here."""
     return [(name, operation) for name, operation in OPERATIONS.items() if DEVICE.type in operation.devices]
 
 
 def kernels():
+    """Measure every operation over inputs that the L2 cache does not hold, in one CUDA graph."""
     copy = copy_speed()
     for name, operation in operations():
         in_block = name in BLOCK_OPERATIONS
@@ -131,7 +135,7 @@ def kernels():
 
 
 def host():
-    """Small tensors, so that the GPU is never behind."""
+    """Measure the host's time for a call, with tensors so small that the GPU is never behind."""
     x, weight = torch.randn(2, 128, 128, device=DEVICE).to(BF16)
     calls = {"torch.add": lambda: x + x, "F.linear": lambda: F.linear(x, weight), "new_empty": lambda: x.new_empty(128)}
     for name, operation in operations():
@@ -154,7 +158,7 @@ def host():
 
 
 def timed(call: Callable, graph: bool) -> dict:
-    """Milliseconds of a call: as Python drives it, until all is queued, and of the GPU alone; seconds of the first."""
+    """Measure milliseconds of a call as Python drives it, until all is queued, and of the GPU alone."""
     start = time.perf_counter()
     call()
     synchronize()
@@ -176,6 +180,7 @@ def timed(call: Callable, graph: bool) -> dict:
 
 @torch.no_grad()
 def steps(ways: list[str]):
+    """Measure a step of FLUX.1-dev, stock and fused."""
     import ralu
 
     torch._dynamo.config.recompile_limit = 64  # beyond it a graph would silently run uncompiled
