@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -32,6 +33,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Report:
+    """A row: a kernel, its variant and architecture, and what the compiler made of them."""
+
     kernel: str
     variant: str
     arch: str
@@ -75,70 +78,71 @@ def _meta(*shape: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def variants() -> list[tuple[str, str, Callable[[], object]]]:
-    """(kernel, variant, a call of its launcher) at the sizes of a 1024x1024 FLUX image."""
+    """List (kernel, variant, a call of its launcher) at the sizes of a 1024x1024 FLUX image."""
     seed, inverse = _meta(1, dtype=torch.int64), _meta(1, 4096, dtype=torch.int32)
     noise = (0.9, 0.4, 0.02, seed)
-    found = []
+    listed: list[tuple[str, str, Callable[[], object]]] = []
     for name, dtype in DTYPES.items():
         latent, low, packed, scores = (
             _meta(*shape, dtype=dtype) for shape in ((1, 16, 64, 64), (1, 1024, 64), (1636, 64), (1, 1024))
         )
-        found.append(("upsample", name, partial(upsample._upsample_triton, latent, *noise, 2)))
+        listed.append(("upsample", name, partial(upsample._upsample_triton, latent, *noise, 2)))
         for granularity in tokens.GRANULARITIES:
             variant, transition = f"{name} {granularity}", (*noise, granularity, "exact")
-            found.append(
+            listed.append(
                 ("upsample_selected", variant, partial(tokens._selected_triton, low, inverse, 32, 1636, *transition))
             )
-            found.append(
+            listed.append(
                 ("upsample_remaining", variant, partial(tokens._remaining_triton, packed, inverse, 32, *transition))
             )
-        found.append(("plan", f"{name} ratio", partial(plan._plan_triton, scores, 32, 32, 204, None, 1636)))
-    found.append(("plan", f"{name} threshold", partial(plan._plan_triton, scores, 32, 32, 0, 0.5, 1636)))
+        listed.append(("plan", f"{name} ratio", partial(plan._plan_triton, scores, 32, 32, 204, None, 1636)))
+    listed.append(("plan", f"{name} threshold", partial(plan._plan_triton, scores, 32, 32, 0, 0.5, 1636)))
     # 72 columns divide by 8 but not by the 16 that Triton looks for: what the launcher's ALIGN is for.
     latent = _meta(1, 16, 70, 72, dtype=torch.bfloat16)
-    found.append(("upsample", "bfloat16 72 columns", partial(upsample._upsample_triton, latent, *noise, 2)))
-    return found + _block_variants()
+    listed.append(("upsample", "bfloat16 72 columns", partial(upsample._upsample_triton, latent, *noise, 2)))
+    return listed + _block_variants()
 
 
 def _block_variants() -> list[tuple[str, str, Callable[[], object]]]:
-    """What runs inside a block: FLUX at 1024x1024 (512 + 4096 tokens, 24 heads of 128), and SD3's other shapes."""
+    """List what runs inside a block: FLUX at 1024x1024 (512 + 4096 tokens, 24 heads of 128), and SD3's other shapes."""
 
-    def stream(tokens, heads, size, norm=True):
+    def stream(tokens, heads, size, norm=True) -> list[Any]:
         return [meta(2, tokens, heads * size)] * 3 + [meta(size) if norm else None] * 2
 
-    found = []
+    listed: list[tuple[str, str, Callable[[], object]]] = []
+    pack: Callable = qkv._pack_triton
     cu_seqlens, rows, tables = _meta(3, dtype=torch.int32), _meta(8000, dtype=torch.int32), [_meta(2, 4608, 128)] * 2
     for name, dtype in DTYPES.items():
         meta = partial(_meta, dtype=dtype)
         x, vector = meta(8000, 3072), meta(2, 6 * 3072)[:, :3072]
         streams = stream(512, 24, 128) + stream(4096, 24, 128)
-        found += [
+        listed += [
             ("adaln", f"{name} ragged", partial(adaln._launch, x, vector, x, vector, vector, cu_seqlens, 1e-6)),
-            ("pack", f"{name} ragged", partial(qkv._pack_triton, *streams, rows, *tables, 24, 1e-6)),
+            ("pack", f"{name} ragged", partial(pack, *streams, rows, *tables, 24, 1e-6)),
             ("unpack", name, partial(qkv._unpack_triton, meta(8000, 24, 128), rows, 512, 4096)),
             ("concat_gelu", name, partial(adaln._concat_gelu_triton, meta(2, 4608, 3072), meta(2, 4608, 12288))),
         ]
     x = meta(2, 4096, 3072)
     single, tables = stream(4608, 24, 128), [table[0] for table in tables]
-    found += [
+    listed += [
         ("adaln", f"{name} modulate", partial(adaln._modulate_triton, x, vector, vector, None, 1e-6)),
         ("adaln", f"{name} gated_add", partial(adaln._gated_add_triton, x, vector, x, None)),
         ("adaln", f"{name} both", partial(adaln._launch, x, vector, x, vector, vector, None, 1e-6)),
-        ("pack", f"{name} single", partial(qkv._pack_triton, *single, *[None] * 6, *tables, 24, 1e-6)),
+        ("pack", f"{name} single", partial(pack, *single, *[None] * 6, *tables, 24, 1e-6)),
     ]
     # SD3-medium has no norm; SD3.5-large 38 heads of 64, a width that is no power of two. Neither has a rotation.
     for model, heads, norm in (("SD3", 24, False), ("SD3.5-large", 38, True)):
         streams = stream(4096, heads, 64, norm) + stream(333, heads, 64, norm)
         x, vector = meta(2, 4096, heads * 64), meta(2, heads * 64)
-        found += [
+        listed += [
             ("adaln", f"{name} {model}", partial(adaln._launch, x, vector, x, vector, vector, None, 1e-6)),
-            ("pack", f"{name} {model}", partial(qkv._pack_triton, *streams, None, None, None, heads, 1e-6)),
+            ("pack", f"{name} {model}", partial(pack, *streams, None, None, None, heads, 1e-6)),
         ]
-    return found
+    return listed
 
 
 def compile_variant(kernel: str, launch: Callable[[], object], arch: int):
-    """The compiled kernel that ``launch`` would run on ``sm_<arch>``."""
+    """Compile the kernel that ``launch`` would run on ``sm_<arch>``."""
     module = next(module for module in MODULES if hasattr(module, f"_{kernel}_kernel"))
     recorder = _Recorder(getattr(module, f"_{kernel}_kernel"))
     triton.runtime.driver.set_active(_Driver(arch))
@@ -149,12 +153,13 @@ def compile_variant(kernel: str, launch: Callable[[], object], arch: int):
 
 
 def _bits(ptx: str, operation: str) -> str:
-    """Widths of all accesses of global memory, as in ``st.global.v4.b32`` (128)."""
-    found = re.findall(rf"\b{operation}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
-    return "+".join(map(str, sorted({int(vector or 1) * int(width) for vector, width in found})))
+    """List the widths of all accesses of global memory, as in ``st.global.v4.b32`` (128)."""
+    accesses = re.findall(rf"\b{operation}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    return "+".join(map(str, sorted({int(vector or 1) * int(width) for vector, width in accesses})))
 
 
 def report(kernel: str, variant: str, launch: Callable[[], object], arch: int) -> Report:
+    """Compile and assemble a kernel, and read what the assembler says of it."""
     compiled = compile_variant(kernel, launch, arch)
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)[1]
@@ -174,6 +179,7 @@ def report(kernel: str, variant: str, launch: Callable[[], object], arch: int) -
 
 
 def main() -> None:
+    """Compile what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "aot.csv")

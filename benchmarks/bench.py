@@ -19,7 +19,7 @@ p20, p50, p80  milliseconds, quantiles over the repeats; on a GPU with a cold L2
 gbps           10^9 bytes that must be moved (inputs once, output once) a second
 copy_fraction, fill_fraction, eager_ratio  the p50 of copy, fill and eager over this p50
 memory         how far memory grew at the peak of a call, over the bytes of the output; on a CPU in rows of their own,
-               at 16 pictures of 2048 pixels, where allocators' caches do not hide it
+               at 16 images of 2048 pixels, where allocators' caches do not hide it
 """
 
 import argparse
@@ -43,54 +43,55 @@ OPERATIONS = cases.OPERATIONS | block_cases.OPERATIONS
 
 
 def checked(case: Case, shape: Shape, expected, chosen: list[str] | None) -> dict[str, Callable]:
-    """All (or the chosen) that can do a case's work here, once each has passed its check against the reference."""
+    """List all (or the chosen) that can do a case's work here, once each has passed its check against the reference."""
     same, eager = partial(agree, expected=expected), case.eager or partial(case.ours, "reference")
-    found = {"eager": (eager, case.check or same)}
+    providers = {"eager": (eager, case.check or same)}
     if case.eager and shape.batch == 1 and (shape.device.type == "cuda" or shape.pixels == 1024):
         torch.compiler.reset()
-        found["compile"] = torch.compile(eager, fullgraph=True, dynamic=False), case.check or same
-    found |= {name: (partial(case.ours, name), same) for name in case.backends}
-    found |= case.floors
+        providers["compile"] = torch.compile(eager, fullgraph=True, dynamic=False), case.check or same
+    providers |= {name: (partial(case.ours, name), same) for name in case.backends}
+    providers |= case.floors
     if case.eager and shape.batch == 1:
-        found["reference"] = partial(case.ours, "reference"), same
-    found = {name: call for name, call in found.items() if chosen is None or name in chosen}
-    for name, (call, check) in found.items():
+        providers["reference"] = partial(case.ours, "reference"), same
+    providers = {name: call for name, call in providers.items() if chosen is None or name in chosen}
+    for name, (call, check) in providers.items():
         check(expected if name == "reference" else call())
-    return {name: call for name, (call, _) in found.items()}
+    return {name: call for name, (call, _) in providers.items()}
 
 
 def nbytes(result) -> int:
+    """Count the bytes of all tensors of a result."""
     return sum(x.nbytes for x in tensors(result))
 
 
 def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
-    """The rows of an operation at one shape."""
+    """Measure an operation at one shape; returns its rows."""
     case = OPERATIONS[name].case(shape)
     expected = case.ours("reference")
     calls, moved = checked(case, shape, expected, args.providers), nbytes(case.inputs) + nbytes(expected)
     source = torch.empty(moved // 2, dtype=torch.uint8, device=shape.device)
     calls["copy"] = partial(torch.empty_like(source).copy_, source)
     cpu, rows = shape.device.type == "cpu", []
-    for threads in args.threads if cpu else [""]:
+    for threads in args.threads if cpu else [None]:
         if cpu:
             torch.set_num_threads(threads)
-        turns = {who: call for who, call in calls.items() if who != "fill" or not cpu or threads == 1}
+        turns = {one: call for one, call in calls.items() if one != "fill" or not cpu or threads == 1}
         times = record.in_turn(turns, shape.device, args.budget)
-        p20, p50, p80 = ({who: np.quantile(ms, q) for who, ms in times.items()} for q in (0.2, 0.5, 0.8))
-        for who in times:
+        p20, p50, p80 = ({one: np.quantile(ms, q) for one, ms in times.items()} for q in (0.2, 0.5, 0.8))
+        for provider in times:
             row = {
-                "op": name, "provider": who, "model": shape.model, "pixels": shape.pixels, "batch": shape.batch,
+                "op": name, "provider": provider, "model": shape.model, "pixels": shape.pixels, "batch": shape.batch,
                 "input": "x".join(map(str, case.inputs[0].shape)), "dtype": str(case.inputs[0].dtype)[6:],
-                "threads": threads, "repeats": len(times[who]),
-                "p20_ms": f"{p20[who]:.5g}", "p50_ms": f"{p50[who]:.5g}", "p80_ms": f"{p80[who]:.5g}",
+                "threads": threads, "repeats": len(times[provider]),
+                "p20_ms": f"{p20[provider]:.5g}", "p50_ms": f"{p50[provider]:.5g}", "p80_ms": f"{p80[provider]:.5g}",
             }  # fmt: skip
-            if who not in case.floors:
-                row["gbps"] = f"{moved / p50[who] / 1e6:.4g}"
+            if provider not in case.floors:
+                row["gbps"] = f"{moved / p50[provider] / 1e6:.4g}"
             for other, column in (("copy", "copy_fraction"), ("fill", "fill_fraction"), ("eager", "eager_ratio")):
                 if other in p50:
-                    row[column] = f"{p50[other] / p50[who]:.4g}"
+                    row[column] = f"{p50[other] / p50[provider]:.4g}"
             if not cpu:
-                _, before, peak = record.peak_memory(calls[who], shape.device)
+                _, before, peak = record.peak_memory(calls[provider], shape.device)
                 row["memory"] = f"{(peak - before) / nbytes(expected):.2f}"
             rows.append(row)
     return rows
@@ -103,7 +104,7 @@ TRANSITIONS = ("upsample_renoise", "upsample_selected", "upsample_remaining")
 
 
 def grow(name: str, provider: str):
-    """Prints by how much of its output's size a call makes this process grow."""
+    """Print by how much of its output's size a call makes this process grow."""
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
 
@@ -117,7 +118,7 @@ def grow(name: str, provider: str):
 
 
 def memory_rows(name: str) -> list[dict]:
-    """In a process for each provider, so that none finds what another has left."""
+    """Measure memory in a process for each provider, so that none finds what another has left."""
     rows = []
     for provider in ("eager", *installed(torch.device("cpu"), "native")):
         command = [sys.executable, __file__, "--grow", name, provider]
@@ -128,12 +129,13 @@ def memory_rows(name: str) -> list[dict]:
 
 
 def main(argv: list[str] | None = None):
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--ops", nargs="+", choices=OPERATIONS, metavar="OP", help=f"{', '.join(OPERATIONS)} (default: the device's)")
     add("--providers", nargs="+", metavar="PROVIDER", help="beside copy (default: all that can run)")
-    add("--pixels", type=int, nargs="+", default=[512, 1024, 2048], help="of a picture's side")
+    add("--pixels", type=int, nargs="+", default=[512, 1024, 2048], help="of an image's side")
     add("--batch", type=int, nargs="+", default=[1, 4])
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     add("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU")
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None):
     common = record.provenance(device)
     torch.manual_seed(0)
 
-    def keep(rows):
+    def write(rows):
         record.append(output, [row | common for row in rows])
         for row in rows:
             print(*(row[key] for key in row if key not in ("p20_ms", "p80_ms", "gbps", "repeats")), flush=True)
@@ -160,9 +162,9 @@ def main(argv: list[str] | None = None):
         operation = OPERATIONS[name]
         for model, pixels, batch in product(operation.models, args.pixels, args.batch):
             for dtype in operation.dtypes or args.dtypes:
-                keep(measure(name, Shape(model, pixels, batch, DTYPES.get(dtype), device), args))
+                write(measure(name, Shape(model, pixels, batch, DTYPES.get(dtype), device), args))
         if args.memory and device.type == "cpu" and name in TRANSITIONS:
-            keep(memory_rows(name))
+            write(memory_rows(name))
 
 
 if __name__ == "__main__":

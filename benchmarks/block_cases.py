@@ -13,14 +13,22 @@ import ralu_kernels
 
 @dataclass(frozen=True)
 class Block:
+    """What a model's blocks have in common.
+
+    heads, size: of attention, and channels of a head.
+    text:        tokens of a prompt.
+    norm, rotary: whether queries and keys are normalised, and rotated.
+    """
+
     heads: int
-    size: int  # of a head
-    text: int  # tokens
+    size: int
+    text: int
     norm: bool
     rotary: bool
 
     @property
     def width(self) -> int:
+        """Channels of a token."""
         return self.heads * self.size
 
 
@@ -32,21 +40,24 @@ BLOCKS = {
 
 
 def block_case(shape: Shape, inputs, ours, eager) -> Case:
+    """Make the case of an operation that Triton alone has a kernel for."""
     return Case(inputs, ours, eager, backends=installed(shape.device, "triton"))
 
 
 def modulated(shape: Shape):
-    """The image's tokens (B, S, D), and four vectors (B, D)."""
+    """Make the image's tokens (B, S, D), and three vectors (B, D)."""
     block = BLOCKS[shape.model]
     x = shape.randn(shape.batch, (shape.pixels // 16) ** 2, block.width)
     return x, *(0.1 * shape.randn(shape.batch, block.width) for _ in range(3))
 
 
 def eager_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Compute `ralu_kernels.modulate` in eager PyTorch."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 def modulate_case(shape: Shape) -> Case:
+    """Normalise and modulate, as AdaLN does before attention."""
     x, shift, scale, _ = inputs = modulated(shape)
     ours = partial(ralu_kernels.modulate, x, shift, scale)
     return block_case(
@@ -55,12 +66,14 @@ def modulate_case(shape: Shape) -> Case:
 
 
 def gated_add_case(shape: Shape) -> Case:
+    """Add a gated branch to the residual stream."""
     (x, gate, *_), y = modulated(shape), modulated(shape)[0]
     ours = partial(ralu_kernels.gated_add, x, gate, y)
     return block_case(shape, [x, gate, y], lambda backend: ours(backend=backend), lambda: x + gate[:, None] * y)
 
 
 def gated_add_modulate_case(shape: Shape) -> Case:
+    """Do both in one pass."""
     (x, gate, shift, scale), y = modulated(shape), modulated(shape)[0]
     ours = partial(ralu_kernels.gated_add_modulate, x, gate, y, shift, scale)
 
@@ -72,6 +85,7 @@ def gated_add_modulate_case(shape: Shape) -> Case:
 
 
 def concat_gelu_case(shape: Shape) -> Case:
+    """Put attention's output beside the activated MLP, as FLUX's single blocks do."""
     x, *_ = modulated(shape)
     y = shape.randn(*x.shape[:2], 4 * x.shape[2])
     return block_case(
@@ -81,25 +95,27 @@ def concat_gelu_case(shape: Shape) -> Case:
 
 
 def joint(shape: Shape, dense: bool):
-    """Lengths of the two streams, the layout of their packed sequences, and the rows of the padded ones that are kept.
+    """Make the lengths of both streams, the layout of their packed sequences, and the padded rows that are packed.
 
-    A batch's pictures have kept different numbers of tokens, and their texts half of theirs.
+    The images of a ragged batch have different numbers of tokens, and their texts half of theirs.
     """
     lengths = BLOCKS[shape.model].text, (shape.pixels // 16) ** 2
     if not BLOCKS[shape.model].rotary:
         lengths = lengths[::-1]  # SD3 has the image first
     tokens = torch.arange(max(lengths), device=shape.device)
-    kept = []
+    masks = []
     for length in lengths:
         shares = [0.5 if length == BLOCKS[shape.model].text else 1 - i / (2 * shape.batch) for i in range(shape.batch)]
-        kept.append(torch.stack([tokens[:length] < int(share * length) for share in shares]))
-    mask = torch.cat(kept, dim=1)
+        masks.append(torch.stack([tokens[:length] < int(share * length) for share in shares]))
+    mask = torch.cat(masks, dim=1)
     if dense:
         mask = torch.ones_like(mask)
-    return lengths, ralu_kernels.packed_layout(mask, *mask.shape, shape.device), mask.flatten().nonzero()[:, 0]
+    layout = ralu_kernels.packed_layout(mask, shape.batch, sum(lengths), shape.device)
+    return lengths, layout, mask.flatten().nonzero()[:, 0]
 
 
 def pack_case(shape: Shape) -> Case:
+    """Normalise, rotate and pack the queries, keys and values of two streams."""
     from diffusers.models.embeddings import apply_rotary_emb
 
     block, dense = BLOCKS[shape.model], shape.batch == 1
@@ -132,6 +148,7 @@ def pack_case(shape: Shape) -> Case:
 
 
 def unpack_case(shape: Shape) -> Case:
+    """Undo the packing of a ragged batch."""
     block = BLOCKS[shape.model]
     lengths, layout, rows = joint(shape, dense=False)  # a dense one is nothing but views
     x = shape.randn(len(rows), block.heads, block.size)
@@ -149,7 +166,7 @@ def unpack_case(shape: Shape) -> Case:
 
 
 def attention_case(shape: Shape) -> Case:
-    """Joint attention, dense for one picture and ragged for several; eager pads and masks."""
+    """Attend jointly, dense for one image and ragged for several; eager pads and masks."""
     from ralu_kernels import attention
 
     block, dense = BLOCKS[shape.model], shape.batch == 1

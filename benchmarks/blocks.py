@@ -16,11 +16,12 @@ import statistics
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import record
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from models import TINY, flux_call, transformer
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,8 +29,6 @@ from torch.utils._pytree import tree_leaves
 import ralu
 from ralu_kernels import attention, packed_layout
 
-FLUX = {"heads": 24, "size": 128, "axes": (16, 56, 56), "layers": 19, "single_layers": 38}
-TINY = {"heads": 2, "size": 16, "axes": (4, 6, 6), "layers": 1, "single_layers": 1}
 TEXT = 512
 NOT_COUNTED = ("mm", "addmm", "bmm", "scaled_dot_product_attention", "varlen_attention")
 
@@ -40,6 +39,7 @@ def size(x: Tensor) -> int:
 
 
 def tensors(tree) -> list[Tensor]:
+    """List the tensors of nested arguments."""
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
@@ -72,6 +72,7 @@ class Traffic:
         self._modes = OneKernel, Dispatch
 
     def add(self, name: str, *moved):
+        """Note a launch, and the bytes of the tensors it reads and writes."""
         self.launches.append((name, sum(map(size, tensors(moved)))))
 
     def __enter__(self):
@@ -90,42 +91,33 @@ class Traffic:
         return sum(moved for name, moved in self.launches if name not in NOT_COUNTED)
 
 
-def transformer(config: dict, device, **layers) -> FluxTransformer2DModel:
-    config = config | layers
-    torch.set_default_dtype(torch.bfloat16)  # in float32 FLUX.1-dev would not fit next to its copy
-    try:
-        with torch.device(device):
-            return FluxTransformer2DModel(
-                in_channels=64, num_layers=config["layers"], num_single_layers=config["single_layers"],
-                attention_head_dim=config["size"], num_attention_heads=config["heads"], axes_dims_rope=config["axes"],
-                guidance_embeds=True,
-            ).eval()  # fmt: skip
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @torch.no_grad()
 def block_traffic(kind: str, fused: bool, tokens: int = 4096, batch: int = 1) -> Traffic:
-    """Of one FLUX.1-dev block; kind: "double" or "single"."""
-    model = transformer(FLUX, "meta", layers=1, single_layers=1)
+    """Count what one FLUX.1-dev block moves.
+
+    kind:   "double" or "single".
+    tokens: of an image, beside 512 of its text.
+    """
+    model = transformer("flux-dev", "meta", num_layers=1, num_single_layers=1)
     layout = {}
     if fused:
         ralu.fuse(model)
         sequences = packed_layout(None, batch, TEXT + tokens, "meta")  # made once for all blocks
         layout = {"joint_attention_kwargs": {"sequences": sequences}}
     block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
-    width = FLUX["heads"] * FLUX["size"]
+    width, size = model.inner_dim, model.config.attention_head_dim
     x, text, temb = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta")
         for shape in ((batch, tokens, width), (batch, TEXT, width), (batch, width))
     )
-    tables = tuple(torch.empty(TEXT + tokens, FLUX["size"], device="meta") for _ in range(2))
+    tables = tuple(torch.empty(TEXT + tokens, size, device="meta") for _ in range(2))
     with Traffic() as traffic:
         block(hidden_states=x, encoder_hidden_states=text, temb=temb, image_rotary_emb=tables, **layout)
     return traffic
 
 
 def traffic_rows() -> list[dict]:
+    """Count what both kinds of blocks move, stock and fused."""
     rows = []
     for kind in ("double", "single"):
         for fused in (False, True):
@@ -137,38 +129,33 @@ def traffic_rows() -> list[dict]:
 
 @torch.no_grad()
 def step_rows(
-    config: dict, tokens: list[int], text: int, device: torch.device, budget: float, compiler: str
+    name: str, config: dict, tokens: list[int], text: int, device: torch.device, budget: float, compiler: str
 ) -> list[dict]:
-    model, rows = transformer(config, device), []
+    """Time a step of FLUX.1-dev, or of what its configuration becomes, for each number of image tokens."""
+    model, rows = transformer("flux-dev", device, **config), []
     for length in tokens:
-        call = {
-            "hidden_states": torch.randn(1, length, 64), "encoder_hidden_states": torch.randn(1, text, 4096),
-            "pooled_projections": torch.randn(1, 768), "timestep": torch.tensor([0.5]), "guidance": torch.tensor([3.5]),
-        }  # fmt: skip
-        call = {name: value.to(device, torch.bfloat16) for name, value in call.items()}
-        call["img_ids"] = torch.rand(length, 3, device=device).mul(64).round()
-        call["txt_ids"] = torch.zeros(text, 3, device=device)
+        call = flux_call(model, text, length, device)
         expected = model(**call).sample
-        for fused, compiled, name in variants():
+        for fused, compiled, backend in variants():
             torch.compiler.reset()
-            run: nn.Module = torch.compile(model, backend=compiler, dynamic=False) if compiled else model
+            run: Any = torch.compile(model, backend=compiler, dynamic=False) if compiled else model
             if fused:
                 ralu.fuse(run)
             try:
-                with ralu.attention_backend(name) if fused else nullcontext():
-                    found = run(**call).sample
-                    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
-                    times = record.in_turn({name: lambda: run(**call)}, device, budget)[name]  # noqa: B023
+                with ralu.attention_backend(backend) if fused else nullcontext():
+                    sample = run(**call).sample
+                    torch.testing.assert_close(sample.float(), expected.float(), rtol=0.05, atol=0.05)
+                    times = record.in_turn({"step": lambda: run(**call)}, device, budget)["step"]  # noqa: B023
             finally:
                 ralu.unfuse(run)
             variant = f"{'fused' if fused else 'stock'} {'compiled' if compiled else 'eager'}"
-            rows.append({"part": "step", "what": "FLUX.1-dev" if config is FLUX else "tiny", "variant": variant,
-                         "attention": name, "tokens": length, "ms": f"{statistics.median(times):.3f}"})  # fmt: skip
+            rows.append({"part": "step", "what": name, "variant": variant, "attention": backend, "tokens": length,
+                         "ms": f"{statistics.median(times):.3f}"})  # fmt: skip
     return rows
 
 
 def variants():
-    """(fused, compiled, attention) for all that can run here."""
+    """Yield (fused, compiled, attention) for all that can run here."""
     yield from ((False, compiled, "diffusers'") for compiled in (False, True))
     for name in ("auto", *attention.BACKENDS):
         example = torch.empty(1, 1, 128, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -177,6 +164,7 @@ def variants():
 
 
 def main(arguments=None) -> list[dict]:
+    """Count, and on a GPU time, what the command line asks for; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 1636, 4096], help="image tokens")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds to measure each step for")
@@ -186,9 +174,9 @@ def main(arguments=None) -> list[dict]:
     device = record.pick_device("cpu" if args.dry else "auto")
     rows = traffic_rows()
     if args.dry:
-        rows += step_rows(TINY, [6], 3, device, 0, "eager")
+        rows += step_rows("tiny", TINY, [6], 3, device, 0, "eager")
     elif device.type == "cuda":
-        rows += step_rows(FLUX, args.tokens, TEXT, device, args.budget, "inductor")
+        rows += step_rows("FLUX.1-dev", {}, args.tokens, TEXT, device, args.budget, "inductor")
     for row in rows:
         print(row, flush=True)
     if args.output or not args.dry:

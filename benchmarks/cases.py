@@ -33,6 +33,8 @@ BOTH = "flux, sd3"  # their latents and tokens have the same shapes
 
 @dataclass(frozen=True)
 class Shape:
+    """What an operation is measured at: a model's tokens in images of so many pixels a side."""
+
     model: str
     pixels: int
     batch: int
@@ -41,10 +43,11 @@ class Shape:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Low tokens, 32 pixels each."""
+        """Low tokens (rows, columns), 32 pixels each."""
         return self.pixels // 32, self.pixels // 32
 
     def randn(self, *size: int) -> Tensor:
+        """Draw normals."""
         return torch.randn(size, device=self.device).to(self.dtype)
 
 
@@ -70,13 +73,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Operation:
+    """An operation of `ralu_kernels`.
+
+    case:    makes its case at a shape.
+    models:  whose shapes it is measured at.
+    dtypes:  that it takes; None for whichever are asked for.
+    devices: where it is measured by default.
+    """
+
     case: Callable[[Shape], Case]
     models: tuple[str, ...] = (BOTH,)
-    dtypes: tuple[str, ...] | None = None  # None: whichever are asked for
-    devices: tuple[str, ...] = ("cpu", "cuda")  # where it is measured unless it is asked for
+    dtypes: tuple[str, ...] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def installed(device: torch.device, *backends: str) -> tuple[str, ...]:
+    """List those of the backends that run on a device. Triton's interpreter is none."""
+
     def runs(backend):
         try:
             return resolve(backend, device) and not (backend == "triton" and INTERPRET)
@@ -90,12 +103,13 @@ def installed(device: torch.device, *backends: str) -> tuple[str, ...]:
 
 
 def tensors(result) -> list[Tensor]:
+    """List the tensors of a result."""
     result = vars(result) if isinstance(result, TokenPlan) else result
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def agree(actual, expected):
-    """Up to rounding, which is measured by the values' root mean square; whole numbers exactly."""
+    """Raise unless integers are equal, and other results up to rounding, measured by their root mean square."""
     for a, b in zip(tensors(actual), tensors(expected), strict=True):
         tolerance = (1e-5 if b.dtype == torch.float32 else 0.02) if b.is_floating_point() else 0.0
         usual = b.double().square().mean().sqrt().item() if b.numel() else 0.0
@@ -103,20 +117,23 @@ def agree(actual, expected):
 
 
 def check_variance(values: Tensor, expected: float, rounding: float = 0.0):
-    """Zero-mean normals have it within five standard errors, and one rounding where the arithmetic has few bits."""
-    found, allowed = values.double().square().mean().item(), 5 * math.sqrt(2 / values.numel()) + rounding
-    if not abs(found / expected - 1) < allowed:
-        raise AssertionError(f"variance {found:.4f} instead of {expected:.4f} ± {allowed:.2%}")
+    """Raise for zero-mean normals whose variance is off by more than five standard errors.
+
+    rounding: a share that is allowed besides, where the arithmetic has few bits.
+    """
+    variance, allowed = values.double().square().mean().item(), 5 * math.sqrt(2 / values.numel()) + rounding
+    if not abs(variance / expected - 1) < allowed:
+        raise AssertionError(f"variance {variance:.4f} instead of {expected:.4f} ± {allowed:.2%}")
 
 
 def check_law(z: Tensor, blocks: Tensor, rounding: float = 0.0):
-    """z has the variance of N(0, I - c * Sigma), and so have the sums of its blocks of four (the last dimension)."""
+    """Raise unless z, and the sums of its blocks of four (last dimension), have the variances of N(0, I - c·Sigma)."""
     check_variance(z, 1 - C, rounding)
     check_variance(blocks.sum(-1), 4 * (1 - 4 * C), rounding)
 
 
 def noisy(shape: Shape, inputs, ours, eager, blocks, numel: int, **floors) -> Case:
-    """A transition: `ours(backend, noise_scale)`, `eager(noise_scale)`, and where upsampled blocks are in an output."""
+    """Make a transition's case of `ours(backend, noise_scale)`, `eager(noise_scale)` and the blocks of an output."""
 
     @lru_cache
     def noiseless():
@@ -166,7 +183,7 @@ extern "C" void fill(float* out, int64_t n) {
 
 @lru_cache
 def fill(device: torch.device) -> Callable[[Tensor], object]:
-    """The floor: on a GPU PyTorch's own Philox, on a CPU a loop built with the extension's flags from its headers."""
+    """Make the floor: on a GPU PyTorch's Philox, on a CPU a loop built with the extension's flags from its headers."""
     if device.type == "cuda":
         return Tensor.normal_
     flags = re.search(r"^CXX_FLAGS = \[(.*)\]", (ROOT / "setup.py").read_text(), re.M)[1].replace('"', "").split(", ")
@@ -179,7 +196,7 @@ def fill(device: torch.device) -> Callable[[Tensor], object]:
 
 
 def dense_noise(side: int, channels: int, device: torch.device) -> Tensor:
-    """N(0, I - c * Sigma) for every high token, by the Cholesky factor of its covariance."""
+    """Draw N(0, I - c·Sigma) for every high token, by the Cholesky factor of its covariance."""
     place = torch.arange(2 * side, device=device) // 2
     cell = (place[:, None] * side + place).flatten()
     covariance = torch.eye(len(cell), device=device) - C * (cell[:, None] == cell).float()
@@ -190,11 +207,12 @@ def dense_noise(side: int, channels: int, device: torch.device) -> Tensor:
 
 
 def decorrelate(eps: Tensor, mean: Tensor) -> Tensor:
-    """eps - k * (sum of the block)."""
+    """Compute eps - k·(sum of the block) in place, whose covariance is I - c·Sigma."""
     return eps.sub_(mean, alpha=4 * C / (1 + math.sqrt(1 - 4 * C)))
 
 
 def upsample_case(shape: Shape) -> Case:
+    """Upsample and re-noise a whole latent."""
     (h, w), (b, device) = shape.grid, (shape.batch, shape.device)
     x, seed = shape.randn(b, CHANNELS // 4, 2 * h, 2 * w), torch.arange(b, device=device)
 
@@ -218,7 +236,7 @@ def upsample_case(shape: Shape) -> Case:
 
 
 def eager_upsample(chosen: Tensor, noise_scale: float) -> Tensor:
-    """Pixel granularity: (m, C) -> (m, 4, C)."""
+    """Upsample tokens (m, C) to (m, 4, C) with pixel granularity, re-noised."""
     m, channels = chosen.shape
     up = (SCALE * chosen).view(m, channels // 4, 4, 1).expand(-1, -1, -1, 4)
     eps = torch.randn(m, channels // 4, 4, 4, dtype=chosen.dtype, device=chosen.device)
@@ -227,11 +245,12 @@ def eager_upsample(chosen: Tensor, noise_scale: float) -> Tensor:
 
 
 def eager_keep(values: Tensor, noise_scale: float) -> Tensor:
+    """Re-noise tokens that keep their size."""
     return torch.randn_like(values).mul_(noise_scale * (1 - C) ** 0.5).add_(values, alpha=SCALE)
 
 
 def indices(plan: TokenPlan):
-    """Low tokens, packed rows and raster rows (m, 4) of the selected and of the kept, flat over the batch."""
+    """List low tokens, packed rows and raster rows (m, 4) of the selected and of the kept, flat over the batch."""
     h, w = plan.grid
     sample = torch.arange(plan.batch_size, device=plan.child.device).repeat_interleave(plan.lengths)
     token = sample * h * w + plan.source
@@ -245,17 +264,19 @@ def indices(plan: TokenPlan):
 
 
 def planned(shape: Shape):
+    """Make scores, their plan, its `indices` and seeds."""
     scores = torch.rand(shape.batch, shape.grid[0] * shape.grid[1], device=shape.device)
     plan = ralu_kernels.plan_tokens(scores, shape.grid, ratio=RATIO)
     return scores, plan, indices(plan), torch.arange(shape.batch, device=shape.device)
 
 
 def patches(tokens: Tensor) -> Tensor:
-    """The 2x2 latent pixels of each channel: what upsampling makes of one."""
+    """Split a token's channels into 2x2 latent pixels: what upsampling makes of one."""
     return tokens.unflatten(-1, (-1, 4))
 
 
 def selected_case(shape: Shape) -> Case:
+    """Upsample the selected tokens, and re-noise all."""
     scores, plan, (selected, kept), seed = planned(shape)
     low, total = shape.randn(*scores.shape, CHANNELS), len(plan.source)
 
@@ -273,6 +294,7 @@ def selected_case(shape: Shape) -> Case:
 
 
 def remaining_case(shape: Shape) -> Case:
+    """Upsample the remaining tokens, and re-noise all."""
     scores, plan, (selected, kept), seed = planned(shape)
     packed, high = shape.randn(len(plan.source), CHANNELS), 4 * scores.numel()
 
@@ -293,6 +315,7 @@ def remaining_case(shape: Shape) -> Case:
 
 
 def plan_case(shape: Shape) -> Case:
+    """Select a fifth of the tokens by their scores."""
     scores, *_ = planned(shape)
     return Case(
         [scores], lambda backend: ralu_kernels.plan_tokens(scores, shape.grid, ratio=RATIO, backend=backend),
@@ -301,7 +324,7 @@ def plan_case(shape: Shape) -> Case:
 
 
 def edge_case(shape: Shape) -> Case:
-    """The preview, which has half the picture's pixels in each direction: smooth, with edges."""
+    """Find edges in a preview, which has half the image's pixels in each direction: smooth, with edges."""
     coarse = torch.rand(shape.batch, 1, *shape.grid, device=shape.device)
     image = F.interpolate(coarse, scale_factor=16, mode="bicubic").clamp(0, 1).mul(255).round().to(torch.uint8)[:, 0]
     return Case(

@@ -34,7 +34,7 @@ COMMANDS = [
 
 
 def call(*command, cwd: Path = ROOT, **environment: str) -> str:
-    """What a command prints; its last words if it fails."""
+    """Run a command and return what it prints. Raises RuntimeError with its last line if it fails."""
     done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         *_, last = (done.stderr or done.stdout or "it says nothing").strip().splitlines()
@@ -44,7 +44,7 @@ def call(*command, cwd: Path = ROOT, **environment: str) -> str:
 
 @contextmanager
 def worktree(revision: str, folder: Path, repository: Path = ROOT):
-    """A revision checked out into a new folder, and its extension built there."""
+    """Check a revision out into a new folder, and build its extension there."""
     call("git", "worktree", "add", "--detach", folder, revision, cwd=repository)
     try:
         call(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=folder)
@@ -54,7 +54,7 @@ def worktree(revision: str, folder: Path, repository: Path = ROOT):
 
 
 def times(tree: Path, command: list[str]) -> dict[tuple, float]:
-    """What a benchmark says of the packages in `tree`: the p50 of every case."""
+    """Run a benchmark on the packages in `tree`; returns the p50 of every case."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.csv"
         call(sys.executable, *command, "--output", output, cwd=tree, PYTHONPATH=str(tree))
@@ -62,26 +62,28 @@ def times(tree: Path, command: list[str]) -> dict[tuple, float]:
 
 
 def alternate(base: Path, head: Path, commands: list[list[str]], rounds: int) -> dict[tuple, list[float]]:
-    """time(head) / time(base) of every case that both have, a ratio a round."""
+    """Measure time(head) / time(base) of every case that both have, a ratio a round."""
     ratios = defaultdict(list)
     for command in commands:
         for i in range(rounds):
             first, second = (base, head) if i % 2 == 0 else (head, base)
-            of = {tree: times(tree, command) for tree in (first, second)}
-            for case in of[base].keys() & of[head].keys():
-                ratios[case].append(of[head][case] / of[base][case])
+            measured = {tree: times(tree, command) for tree in (first, second)}
+            for case in measured[base].keys() & measured[head].keys():
+                ratios[case].append(measured[head][case] / measured[base][case])
             print(f"{Path(command[0]).name}: round {i + 1} of {rounds}", file=sys.stderr, flush=True)
     return ratios
 
 
 def interval(ratios: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Geometric mean, and the interval of Student's t over the logarithms."""
+    """Compute the geometric mean, and the interval of Student's t over the logarithms."""
     logs = np.log(ratios)
     half = scipy.stats.t.ppf((1 + confidence) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    return tuple(float(np.exp(logs.mean() + side * half)) for side in (0, -1, 1))
+    mean, low, high = (float(np.exp(logs.mean() + side * half)) for side in (0, -1, 1))
+    return mean, low, high
 
 
 def main(argv: list[str] | None = None):
+    """Compare the revisions of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE")
     parser.add_argument("head", metavar="HEAD", nargs="?")
@@ -95,9 +97,9 @@ def main(argv: list[str] | None = None):
         worktree(args.base, Path(folder) / "base") as base,
         worktree(head, Path(folder) / "head") as other,
     ):
-        found = alternate(base, other, COMMANDS, args.rounds)
+        compared = alternate(base, other, COMMANDS, args.rounds)
     print(f"time of {args.head or 'the working tree'} over that of {args.base}, {args.rounds} rounds")
-    for case, ratios in sorted(found.items()):
+    for case, ratios in sorted(compared.items()):
         ratio, low, high = interval(ratios)
         verdict = "" if low <= 1 <= high else "  slower" if low > 1 else "  faster"
         print(f"{ratio:6.3f} ({low:.3f} to {high:.3f})  {' '.join(filter(None, case[:-1]))}{verdict}")

@@ -1,22 +1,22 @@
-"""How well RALU keeps the embedded model's pictures, at what cost, and what each of its choices is worth.
+"""How well RALU keeps the embedded model's images, at what cost, and what each of its choices is worth.
 
-For captions of the training set with fixed seeds, each method's pictures are compared with the training pictures and
-with the first method's pictures of the same captions and seeds:
+For captions of the training set with fixed seeds, each method's images are compared with the training images and with
+the first method's images of the same captions and seeds:
 
-score       share of pictures whose nearest training picture (L2 over PCA latents, in pixel units) is the caption's own
-distance    mean L2 distance to the caption's own picture, in pixel units
-frechet     Frechet distance to the first method's pictures: mean and deviation of each latent channel as features
-edge_error  mean of |edge energy / edge energy of the first method's picture - 1|; energy: mean Sobel gradient of luma
+score       share of images whose nearest training image (L2 over PCA latents, in pixel units) is the caption's
+distance    mean L2 distance to the caption's training image, in pixel units
+frechet     Frechet distance to the first method's images: mean and deviation of each latent channel as features
+edge_error  mean of |edge energy / edge energy of the first method's image - 1|; energy: mean Sobel gradient of luma
 blockiness  mean absolute horizontal difference across 8-pixel block borders over elsewhere: grid artefacts raise it
-tflop       transformer work for one picture, counted from the operators that ran, attention included
+tflop       transformer work for one image, counted from the operators that ran, attention included
 
 The score has Wilson's 95% interval, the others a standard error (_se) by leaving out a sixteenth of the captions in
 turn. Frechet distances are taken seed by seed and averaged; the row "NAME, other seeds" compares the first method's
-pictures of one seed with those of the next, which is what chance alone does.
+images of one seed with those of the next, which is what chance alone does.
 
     python benchmarks/quality.py [--family flux|schnell|sd3] [--captions 152] [--seeds 0 1] [--methods METHOD ...]
 
-Pictures are kept in --cache and painted once: an interrupted run goes on, and another table or --picture costs seconds.
+Latents are kept in --cache and sampled once: an interrupted run goes on, and another table or --grid costs seconds.
 """
 
 import argparse
@@ -78,13 +78,13 @@ def prepare(pipe, method: str) -> int:
         ralu.enable(pipe, SCHEDULES[method])
         return 50
     parsed = Method.parse(method)
-    if parsed.preset:
-        ralu.enable(pipe, parsed.preset, **parsed.options.given())
+    if parsed.preset or parsed.cache:
+        ralu.enable(pipe, parsed)
     return parsed.steps or 50
 
 
-def paint(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tensor:
-    """Clean latents, (B, 16, 32, 32)."""
+def sample(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tensor:
+    """Sample clean latents, (B, 16, 32, 32)."""
     sd3 = isinstance(pipe, diffusers.StableDiffusion3Pipeline)
     latents = pipe(
         captions, height=SIZE, width=SIZE, num_inference_steps=steps, max_sequence_length=TEXT_TOKENS,
@@ -98,32 +98,32 @@ def paint(pipe, captions: list[str], seeds: list[int], steps: int) -> torch.Tens
 
 
 def features(latents: torch.Tensor) -> np.ndarray:
-    """(N, 16, h, w) -> (N, 32)."""
+    """Compute mean and deviation of every channel: (N, 16, h, w) -> (N, 32)."""
     return torch.cat([latents.mean((2, 3)), latents.std((2, 3))], dim=1).double().numpy()
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the normal distributions with the samples' moments: |m - n|² + tr(S + T - 2·(S·T)^(1/2))."""
+    """Compute the distance of the normals with the samples' moments: |m - n|² + tr(S + T - 2·(S·T)^(1/2))."""
     s, t = np.cov(a.T), np.cov(b.T)
     root = scipy.linalg.sqrtm(s @ t).real
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * root))
 
 
 def edge_energy(images: torch.Tensor) -> np.ndarray:
-    """Mean Sobel gradient of every picture's luma, (N, 3, H, W) in [-1, 1] -> (N,)."""
-    luma = np.einsum("nchw,c->nhw", images.clamp(-1, 1).numpy(), np.float32([0.299, 0.587, 0.114]))
+    """Compute the mean Sobel gradient of every image's luma, (N, 3, H, W) in [-1, 1] -> (N,)."""
+    luma = np.einsum("nchw,c->nhw", images.clamp(-1, 1).numpy(), np.array([0.299, 0.587, 0.114], np.float32))
     return np.array([np.hypot(cv2.Sobel(x, cv2.CV_32F, 1, 0), cv2.Sobel(x, cv2.CV_32F, 0, 1)).mean() for x in luma])
 
 
 def blockiness(images: torch.Tensor) -> np.ndarray:
-    """(across borders, elsewhere) of every picture, (N, 2)."""
+    """Compute mean differences (across borders of 8-pixel blocks, elsewhere) of every image, (N, 2)."""
     steps = images.diff(dim=-1).abs().mean(dim=(1, 2))
     border = torch.arange(1, images.shape[-1]) % 8 == 0
     return torch.stack([steps[:, border].mean(1), steps[:, ~border].mean(1)], dim=1).double().numpy()
 
 
 def jackknife(statistic, captions: int, blocks: int = 16) -> tuple[float, float]:
-    """A statistic of a choice of captions (bool, (captions,)): its value for all and its standard error."""
+    """Compute a statistic of a choice of captions (bool, (captions,)) for all of them, and its standard error."""
     block = np.arange(captions) * blocks // captions
     left_out = np.array([statistic(block != i) for i in range(blocks)])
     error = math.sqrt((blocks - 1) / blocks * ((left_out - left_out.mean()) ** 2).sum())
@@ -131,7 +131,7 @@ def jackknife(statistic, captions: int, blocks: int = 16) -> tuple[float, float]
 
 
 def interval(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
+    """Compute Wilson's 95% interval of a share."""
     z, p = 1.96, hits / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
@@ -140,82 +140,87 @@ def interval(hits: int, n: int) -> tuple[float, float]:
 # ---- the table ----
 
 
-def painted(pipe, method: str, captions: list[int], seed: int, batch: int, cache: Path, commit: str) -> dict:
-    """Latents (N, 16, 32, 32) of captions by number, the work for one of them, and the commit that painted them."""
+def sampled(pipe, method: str, captions: list[int], seed: int, batch: int, cache: Path, commit: str) -> dict:
+    """Sample, or load, latents (N, 16, 32, 32) of captions by number, with the work for one and the commit."""
     file = cache / f"{method}-{len(captions)}-{seed}.pt"
     if not file.exists():
         steps, latents = prepare(pipe, method), []
         for i in tqdm(range(0, len(captions), batch), desc=f"{method}, seed {seed}"):
             seeds = [1000 * seed + k for k in range(i, min(i + batch, len(captions)))]
-            latents.append(paint(pipe, [CAPTIONS[k] for k in captions[i : i + batch]], seeds, steps))
-        # With a threshold the work differs from picture to picture.
+            latents.append(sample(pipe, [CAPTIONS[k] for k in captions[i : i + batch]], seeds, steps))
+        # With a threshold the work differs from image to image.
         counted = [CAPTIONS[k] for k in captions[:: max(1, len(captions) // 16)][: 16 if "threshold" in method else 1]]
         tflop = transformer_tflop(
-            pipe.transformer, lambda: [paint(pipe, [caption], [i], steps) for i, caption in enumerate(counted)]
+            pipe.transformer, lambda: [sample(pipe, [caption], [i], steps) for i, caption in enumerate(counted)]
         ) / len(counted)
         cache.mkdir(parents=True, exist_ok=True)
         torch.save({"latents": torch.cat(latents), "tflop": tflop, "commit": commit}, file)
     return torch.load(file)
 
 
-class Pictures:
-    """What the measures need of a method's pictures, seeds first: (seeds, captions, ...)."""
+class Images:
+    """What the measures need of a method's images, seeds first: (seeds, captions, ...)."""
 
-    def __init__(self, runs: list[dict], vae, pca: PatchPCA, known: torch.Tensor, captions: list[int]):
+    def __init__(self, runs: list[dict], vae, pca: PatchPCA, training: torch.Tensor, captions: list[int]):
         latents = torch.stack([run["latents"] for run in runs])
         with torch.no_grad():
             parts = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.flatten(0, 1).split(16)]
         images, shape = torch.cat(parts), latents.shape[:2]
-        made = (latents.flatten(3) * pca.std[:, None].float()).flatten(0, 1).flatten(1)
-        distances, own = torch.cdist(made, known), torch.tensor(captions).repeat(shape[0])
-        self.hits = (distances.argmin(1) == own).view(shape).numpy()
-        self.distance = distances.gather(1, own[:, None]).view(shape).double().numpy()
+        unwhitened = (latents.flatten(3) * pca.std[:, None].float()).flatten(0, 1).flatten(1)
+        distances, wanted = torch.cdist(unwhitened, training), torch.tensor(captions).repeat(shape[0])
+        self.hits = (distances.argmin(1) == wanted).view(shape).numpy()
+        self.distance = distances.gather(1, wanted[:, None]).view(shape).double().numpy()
         self.features = features(latents.flatten(0, 1)).reshape(*shape, -1)
         self.edge_energy = edge_energy(images).reshape(shape)
         self.blockiness = blockiness(images).reshape(*shape, 2)
 
 
-def measures(of: Pictures, reference: Pictures, captions: int) -> dict:
+def measures(images: Images, reference: Images, captions: int) -> dict:
+    """Measure a method's images against the first method's; returns the columns of its row."""
+
     def frechet_to(mask):
-        pairs = zip(of.features, reference.features, strict=True)
+        pairs = zip(images.features, reference.features, strict=True)
         return float(np.mean([frechet(a[mask], b[mask]) for a, b in pairs]))
 
-    low, high = interval(int(of.hits.sum()), of.hits.size)
-    found = {"score": f"{of.hits.mean():.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}"}
-    errors = np.abs(of.edge_energy / reference.edge_energy - 1)
+    low, high = interval(int(images.hits.sum()), images.hits.size)
+    columns = {"score": f"{images.hits.mean():.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}"}
+    errors = np.abs(images.edge_energy / reference.edge_energy - 1)
     for name, statistic, digits in (
-        ("distance", lambda mask: of.distance[:, mask].mean(), 2),
+        ("distance", lambda mask: images.distance[:, mask].mean(), 2),
         ("frechet", frechet_to, 3),
         ("edge_error", lambda mask: errors[:, mask].mean(), 3),
-        ("blockiness", lambda mask: np.divide(*of.blockiness[:, mask].mean((0, 1))), 3),
+        ("blockiness", lambda mask: np.divide(*images.blockiness[:, mask].mean((0, 1))), 3),
     ):
         value, error = jackknife(statistic, captions)
-        found |= {name: f"{value:.{digits}f}", f"{name}_se": f"{error:.{digits}f}"}
-    return found
+        columns |= {name: f"{value:.{digits}f}", f"{name}_se": f"{error:.{digits}f}"}
+    return columns
 
 
 def show(pipe, methods: list[str], runs: list[dict], captions: list[int]):
-    """The same few pictures of every method, a row a method, and what sets the rows apart."""
+    """Draw the same few images of every method, a row a method, with what sets the rows apart."""
     columns = [i for i, k in enumerate(captions) if CAPTIONS[k] in PROMPTS]
     rows = []
     for method, run in zip(methods, runs, strict=True):
         with torch.no_grad():
             images = pipe.vae.decode(run["latents"][columns] / pipe.vae.config.scaling_factor).sample
-        name, _, options = method.removesuffix(")").partition("(")
-        rows.append(Row(name, pipe.image_processor.postprocess(images, output_type="pil"), options.split(",")))
+        parsed = None if method in SCHEDULES else Method.parse(method)
+        name, options = (parsed.spatial, parsed.options.given()) if parsed else (method, {})
+        note = [f"{option}={value}" for option, value in options.items()]
+        rows.append(Row(name, pipe.image_processor.postprocess(images, output_type="pil"), note))
     return grid([CAPTIONS[captions[i]] for i in columns], rows, "The embedded model, the same seeds in every row.")
 
 
 def main():
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=METHODS, default="flux", help="which embedded model")
     parser.add_argument("--captions", type=int, default=len(CAPTIONS), help="how many, evenly spread over the set")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="picture i is painted with 1000·seed + i")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="image i is sampled with 1000·seed + i")
     parser.add_argument("--methods", nargs="+", help="the first is what the others are compared with")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training pictures are kept")
-    parser.add_argument("--cache", type=Path, help="where the painted latents are kept (default: runs/quality-FAMILY)")
-    parser.add_argument("--picture", type=Path, help="save a few pictures of every method here, and make no table")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training images are kept")
+    parser.add_argument("--cache", type=Path, help="where the sampled latents are kept (default: runs/quality-FAMILY)")
+    parser.add_argument("--grid", type=Path, help="save a few images of every method here, and make no table")
     parser.add_argument("--output", type=Path, help="(default: benchmarks/results/quality-FAMILY.csv)")
     args = parser.parse_args()
     methods = args.methods or METHODS[args.family]
@@ -224,8 +229,8 @@ def main():
 
     images = pictures(args.data)
     pca = PatchPCA(images)
-    # Unwhitened, the latent distance is the distance between the pictures' PCA reconstructions.
-    known = (pca.encode(images).flatten(2) * pca.std[:, None].float()).flatten(1)
+    # Unwhitened, the latent distance is the distance between the images' PCA reconstructions.
+    training = (pca.encode(images).flatten(2) * pca.std[:, None].float()).flatten(1)
     chosen = np.linspace(0, len(CAPTIONS), args.captions, endpoint=False).astype(int).tolist()
     pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(args.family), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -236,26 +241,26 @@ def main():
         "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "diffusers": diffusers.__version__, "date": date.today().isoformat(),
     }  # fmt: skip
-    kept = [
-        {method: painted(pipe, method, chosen, seed, args.batch, cache, commit) for method in methods}
+    samples = [
+        {method: sampled(pipe, method, chosen, seed, args.batch, cache, commit) for method in methods}
         for seed in args.seeds
     ]
-    if args.picture:
-        show(pipe, methods, [kept[0][method] for method in methods], chosen).save(args.picture)
+    if args.grid:
+        show(pipe, methods, [samples[0][method] for method in methods], chosen).save(args.grid)
         return
     rows = []
     for method in methods:
-        runs = [of_seed[method] for of_seed in kept]
-        of = Pictures(runs, pipe.vae, pca, known, chosen)
+        runs = [of_seed[method] for of_seed in samples]
+        sampled_images = Images(runs, pipe.vae, pca, training, chosen)
         if not rows:
-            reference, work = of, runs[0]["tflop"]
+            reference, work = sampled_images, runs[0]["tflop"]
         tflop = float(np.mean([run["tflop"] for run in runs]))
-        own = {"tflop": f"{tflop:.4f}", "flop_ratio": f"{work / tflop:.2f}", "commit": runs[0]["commit"]}
-        rows.append({"method": method} | measures(of, reference, args.captions) | own | common)
+        cost = {"tflop": f"{tflop:.4f}", "flop_ratio": f"{work / tflop:.2f}", "commit": runs[0]["commit"]}
+        rows.append({"method": method} | measures(sampled_images, reference, args.captions) | cost | common)
         if len(rows) == 1 and len(runs) > 1:
-            turned = Pictures(runs[1:] + runs[:1], pipe.vae, pca, known, chosen)
+            turned = Images(runs[1:] + runs[:1], pipe.vae, pca, training, chosen)
             rows.append(
-                {"method": f"{method}, other seeds"} | measures(turned, reference, args.captions) | own | common
+                {"method": f"{method}, other seeds"} | measures(turned, reference, args.captions) | cost | common
             )
         print({key: rows[-1][key] for key in ("method", "score", "distance", "frechet", "edge_error", "blockiness")})
         output.parent.mkdir(parents=True, exist_ok=True)

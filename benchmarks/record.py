@@ -18,11 +18,12 @@ from ralu_kernels._backend import triton
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-CASE = ("op", "provider", "model", "method", "pixels", "batch", "dtype", "threads")  # what tells a row's subject
+SWITCHES = ("fused", "compile", "attention", "diffusers_cache")  # of e2e.py's rows, empty where one is off
+CASE = ("op", "provider", "model", "method", *SWITCHES, "pixels", "batch", "dtype", "threads")  # what tells a subject
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is a GPU where there is one."""
+    """Return a device and make it the current one; "auto" is a GPU where there is one."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # streams and events are the current device's
@@ -30,6 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
+    """Name a device as its maker does."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -38,16 +40,17 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """The device's name, a CPU's with its instruction set, as a file's."""
+    """Make a file's name of the device's, a CPU's with its instruction set."""
     return re.sub(r"[^a-z0-9]+", "-", f"{device_name(device)} {instructions(device)}".lower()).strip("-")
 
 
 def instructions(device: torch.device) -> str:
+    """Name a CPU's instruction set; a GPU has none."""
     return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
 
 
 def provenance(device: torch.device) -> dict:
-    """Where and of what a row is: the commit is that of the `ralu_kernels` which is imported."""
+    """Say where and of what a row is measured: the commit is that of the `ralu_kernels` which is imported."""
 
     def git(*arguments):
         command = ["git", "-C", Path(ralu_kernels.__file__).parent, *arguments]
@@ -63,13 +66,20 @@ def provenance(device: torch.device) -> dict:
 
 
 def read(path: Path) -> list[dict]:
+    """Read a file's rows."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def case(row: dict) -> tuple:
-    """What a row measured: two with the same are of the same thing."""
+    """Return what a row measured: two with the same are of the same thing."""
     return *(row.get(name, "") for name in CASE), "time" if row["p50_ms"] else "memory"
+
+
+def label(row: dict) -> str:
+    """Name the method of one of e2e.py's rows with its switches: "flux-5x, fused, attention sdpa"."""
+    switches = [key.replace("_", " ") + ("" if row[key] == "yes" else f" {row[key]}") for key in SWITCHES if row[key]]
+    return ", ".join([row["method"], *switches])
 
 
 def append(path: Path, rows: list[dict]):
@@ -83,22 +93,18 @@ def append(path: Path, rows: list[dict]):
 
 
 def clock(device: torch.device) -> Callable[[Callable], float]:
-    """A function that calls a function and returns milliseconds.
+    """Make a function that calls a function and returns milliseconds.
 
     On a GPU they pass between two events in the stream. Before the first, a gigabyte is written: that leaves the L2
     cache without the inputs, and takes longer than the host takes to launch, so that the GPU never waits for the host.
     """
-    if device.type != "cuda":
 
-        def timed(call):
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
+    def on_cpu(call):
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
 
-        return timed
-    evict = torch.empty(2**30, dtype=torch.uint8, device=device)
-
-    def timed(call):
+    def on_gpu(call):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         evict.zero_()
         start.record()
@@ -107,15 +113,19 @@ def clock(device: torch.device) -> Callable[[Callable], float]:
         end.synchronize()
         return start.elapsed_time(end)
 
-    return timed
+    if device.type != "cuda":
+        return on_cpu
+    evict = torch.empty(2**30, dtype=torch.uint8, device=device)
+    return on_gpu
 
 
 def in_turn(calls: dict[str, Callable], device: torch.device, budget: float, repeats: int = 200) -> dict[str, list]:
-    """Milliseconds of every call, made in turn so that all see the same machine, after an untimed round.
+    """Measure milliseconds of calls, made in turn so that all see the same machine, after an untimed round.
 
     One that has had `budget` seconds, and at least three calls, sits out the rest of the `repeats` rounds.
     """
-    timed, times = clock(device), {name: [] for name in calls}
+    timed = clock(device)
+    times: dict[str, list] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
@@ -126,9 +136,9 @@ def in_turn(calls: dict[str, Callable], device: torch.device, budget: float, rep
 
 
 def peak_memory(call: Callable, device: torch.device):
-    """A call's result, and the bytes before it and at its peak: what PyTorch holds on a GPU, a CPU's process elsewhere.
+    """Return a call's result, and the bytes before it and at its peak.
 
-    The latter is known on Linux alone, elsewhere NaN.
+    On a GPU they are what PyTorch holds, on a CPU what the process does, which is known on Linux alone, elsewhere NaN.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -148,7 +158,7 @@ def peak_memory(call: Callable, device: torch.device):
 
 
 def transformer_tflop(transformer: torch.nn.Module, run: Callable[[], object]) -> float:
-    """Work of a transformer's calls during a run, from the operators that ran.
+    """Count the work of a transformer's calls during a run, from the operators that ran.
 
     Attention is done in its plain form, which the counter knows on every device.
     """

@@ -2,7 +2,7 @@
 
     python benchmarks/render.py
 
-For every file of theirs in benchmarks/results this draws docs/NAME.png (but quality.py draws its own pictures), and
+For every file of theirs in benchmarks/results this draws docs/NAME.png (quality.py draws for itself), and
 rewrites what the README has between
 
     <!-- begin benchmarks/results/NAME.csv -->
@@ -19,12 +19,12 @@ import record
 from record import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
-THEORY = ("copy", "fill", "dense", "eager", "compile", "reference")  # providers that are no kernels of ours
+BASELINES = ("copy", "fill", "dense", "eager", "compile", "reference")  # providers that are no kernels of ours
 FLUX = ("flux, sd3", "flux-dev")
 
 
 def latest(path: Path) -> list[dict]:
-    """The rows of a file of results, the last of each that measured the same; none of another benchmark's file."""
+    """Read a file of results, the last row of each that measured the same; nothing of another benchmark's file."""
     rows = record.read(path)
     if not rows or not {"provider", "method"} & rows[0].keys() or "p50_ms" not in rows[0]:
         return []
@@ -32,21 +32,30 @@ def latest(path: Path) -> list[dict]:
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
+    """Print a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def quoted(label: str) -> str:
+    """Quote the method in a label of `record.label`, not its switches."""
+    method, *switches = label.split(", ")
+    return ", ".join([f"`{method}`", *switches])
+
+
 def find(rows: list[dict], **wanted) -> dict | None:
+    """Return the first row whose columns have one of the values that are wanted; None without one."""
     return next((row for row in rows if all(row[key] in value for key, value in wanted.items())), None)
 
 
 def values(rows: list[dict], key: str) -> list[str]:
-    """All that occur, numbers in order."""
-    found = dict.fromkeys(row[key] for row in rows if row[key])
-    return sorted(found, key=int) if all(value.isdigit() for value in found) else list(found)
+    """List a column's values, numbers in order."""
+    unique = dict.fromkeys(row[key] for row in rows if row[key])
+    return sorted(unique, key=int) if all(value.isdigit() for value in unique) else list(unique)
 
 
 def origin(rows: list[dict]) -> str:
+    """Say where, when and with which versions rows were measured."""
     row = rows[-1]
     versions = [f"torch {row['torch']}", *([f"Triton {row['triton']}"] if row["cuda"] else [])]
     device = f"{row['device']}, {row['isa']}" if row["isa"] else row["device"]
@@ -58,27 +67,29 @@ def origin(rows: list[dict]) -> str:
 
 
 def kernels_on_cpu(rows: list[dict]) -> str:
+    """Print the tables of bench.py's rows on a CPU."""
     timed = [row for row in rows if row["p50_ms"] and row["batch"] == "1" and row["model"] in FLUX]
     native = [row for row in timed if row["provider"] == "native"]
     sizes = [size for size in values(native, "pixels") if size in ("1024", "2048")] or values(native, "pixels")
     columns = [(dtype, threads) for dtype in values(native, "dtype") for threads in values(native, "threads")]
     body, floors = [], []
     for op in values(native, "op"):
-        of = [row for row in native if row["op"] == op]
+        timings = [row for row in native if row["op"] == op]
         cells = []
         for dtype, threads in columns:
-            found = [find(of, pixels=(size,), dtype=(dtype,), threads=(threads,)) for size in sizes]
-            cells.append(" / ".join(f"{float(row['eager_ratio']):.1f}" for row in found if row))
+            by_size = [find(timings, pixels=(size,), dtype=(dtype,), threads=(threads,)) for size in sizes]
+            cells.append(" / ".join(f"{float(row['eager_ratio']):.1f}" for row in by_size if row))
         body.append([f"`{op}`", *cells])
-        filled = [row for row in (find(of, pixels=(s,), dtype=("float32",), threads=("1",)) for s in sizes) if row]
-        grown = [find(rows, op=(op,), provider=(who,), p50_ms=("",)) for who in ("native", "eager")]
+        single = [find(timings, pixels=(size,), dtype=("float32",), threads=("1",)) for size in sizes]
+        filled = [row for row in single if row]
+        grown = [find(rows, op=(op,), provider=(provider,), p50_ms=("",)) for provider in ("native", "eager")]
         dense = find(timed, op=(op,), provider=("dense",), pixels=("1024",), threads=("1",))
-        of_dense = dense and find(of, pixels=("1024",), dtype=("float32",), threads=("1",))
+        beside = dense and find(timings, pixels=("1024",), dtype=("float32",), threads=("1",))
         if filled and filled[0]["fill_fraction"]:
             floors.append([
                 f"`{op}`", " / ".join(f"{1 / float(row['fill_fraction']):.1f}" for row in filled),
                 *(f"{float(row['memory']):.1f}" if row else "" for row in grown),
-                f"{float(dense['p50_ms']) / float(of_dense['p50_ms']):.0f}" if of_dense else "",
+                f"{float(dense['p50_ms']) / float(beside['p50_ms']):.0f}" if beside else "",
             ])  # fmt: skip
     names = [f"{dtype}, {threads} thread{'s' if threads != '1' else ''}" for dtype, threads in columns]
     parts = [
@@ -91,19 +102,20 @@ def kernels_on_cpu(rows: list[dict]) -> str:
 
 
 def kernels_on_gpu(rows: list[dict]) -> str:
+    """Print the table of bench.py's rows on a GPU."""
     sizes = [size for size in values(rows, "pixels") if size in ("1024", "2048")] or values(rows, "pixels")
     usual = [row for row in rows if row["batch"] == "1" and row["model"] in FLUX and row["dtype"] != "float16"]
     head, body = ["", ""], []
     for size in sizes:
         head += [f"µs at {size}", "of a copy's bandwidth", "over eager", "over compile"]
     for op in values(usual, "op"):
-        of = [row for row in usual if row["op"] == op]
-        dtype = "bfloat16" if "bfloat16" in values(of, "dtype") else of[0]["dtype"]
-        for provider in (provider for provider in values(of, "provider") if provider not in THEORY):
+        timings = [row for row in usual if row["op"] == op]
+        dtype = "bfloat16" if "bfloat16" in values(timings, "dtype") else timings[0]["dtype"]
+        for provider in (provider for provider in values(timings, "provider") if provider not in BASELINES):
             cells = []
             for size in sizes:
                 row, compiled = (
-                    find(of, provider=(who,), pixels=(size,), dtype=(dtype,)) for who in (provider, "compile")
+                    find(timings, provider=(name,), pixels=(size,), dtype=(dtype,)) for name in (provider, "compile")
                 )
                 over = f"{float(compiled['p50_ms']) / float(row['p50_ms']):.1f}" if row and compiled else ""
                 cells += [
@@ -111,13 +123,13 @@ def kernels_on_gpu(rows: list[dict]) -> str:
                     f"{float(row['eager_ratio']):.1f}", over,
                 ] if row else [""] * 4  # fmt: skip
             body.append([f"`{op}`, {dtype}", provider, *cells])
-    return "Pictures of FLUX, one in a batch; times faster than eager PyTorch and `torch.compile`:\n\n" + table(
+    return "Images of FLUX, one in a batch; times faster than eager PyTorch and `torch.compile`:\n\n" + table(
         head, body
     )
 
 
 def draw_kernels(rows: list[dict], path: Path):
-    """A panel for an operation and a dtype: bandwidth by shape, a line for a provider, from the 20th to the 80th %."""
+    """Draw a panel for an operation and a dtype: bandwidth by shape, a line a provider, 20th to 80th percentile."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["gbps"] and row["model"] in FLUX]
@@ -132,11 +144,11 @@ def draw_kernels(rows: list[dict], path: Path):
     grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for axes, (op, dtype) in zip(grid, panels, strict=False):
         for provider in providers:
-            of = {(int(r["pixels"]), int(r["batch"])): r for r in rows
-                  if (r["op"], r["dtype"], r["provider"]) == (op, dtype, provider)}  # fmt: skip
-            x = [i for i, shape in enumerate(shapes) if shape in of]
-            p20, p50, p80 = ([float(of[shapes[i]][f"{q}_ms"]) for i in x] for q in ("p20", "p50", "p80"))
-            middle = [float(of[shapes[i]]["gbps"]) for i in x]
+            line = {(int(row["pixels"]), int(row["batch"])): row for row in rows
+                    if (row["op"], row["dtype"], row["provider"]) == (op, dtype, provider)}  # fmt: skip
+            x = [i for i, shape in enumerate(shapes) if shape in line]
+            p20, p50, p80 = ([float(line[shapes[i]][f"{q}_ms"]) for i in x] for q in ("p20", "p50", "p80"))
+            middle = [float(line[shapes[i]]["gbps"]) for i in x]
             colour = "black" if provider == "copy" else f"C{providers.index(provider)}"
             axes.plot(x, middle, "o-", color=colour, markersize=3, label=provider)
             bounds = [[m * b / q for m, b, q in zip(middle, p50, edge, strict=True)] for edge in (p80, p20)]
@@ -155,24 +167,25 @@ def draw_kernels(rows: list[dict], path: Path):
 # ---- whole images ----
 
 
-def pictures(rows: list[dict], path: Path) -> str:
+def images(rows: list[dict], path: Path) -> str:
+    """Print the tables of e2e.py's rows, and of the files beside them that explain them."""
     parts = []
     for model in values(rows, "model"):
-        of = [row for row in rows if row["model"] == model]
-        batches, (first, *_) = values(of, "batch"), of
+        runs = [row for row in rows if row["model"] == model]
+        batches, (first, *_) = values(runs, "batch"), runs
         body = []
-        for method in values(of, "method"):
-            found = [find(of, method=(method,), batch=(batch,)) for batch in batches]
-            row = found[0]
+        for label in dict.fromkeys(map(record.label, runs)):
+            by_batch = sorted((row for row in runs if record.label(row) == label), key=lambda row: int(row["batch"]))
+            row = by_batch[0]
             factors = ""
             if row["tflop"]:
                 rate = float(row["tflop_per_s"]) / float(first["tflop_per_s"])
                 share = float(row["transformer_share"]) / float(first["transformer_share"])
                 factors = f"{float(row['flop_ratio']):.2f} × {rate:.2f} × {share:.2f}"
             body.append([
-                f"`{method}`", row["calls"], f"{float(row['p50_ms']) / 1e3:.2f}", f"{float(row['speedup']):.2f}",
+                quoted(label), row["calls"], f"{float(row['p50_ms']) / 1e3:.2f}", f"{float(row['speedup']):.2f}",
                 factors, f"{float(row['outside_share']):.1%}",
-                " / ".join(f"{float(one['images_per_s']):.2f}" for one in found if one), row["peak_mib"],
+                " / ".join(f"{float(one['images_per_s']):.2f}" for one in by_batch), row["peak_mib"],
             ])  # fmt: skip
         head = ["", "calls", "seconds", "speed-up", "= less work × rate × share", "outside the models"]
         head += [f"images/s in batches of {' / '.join(batches)}", "peak MiB"]
@@ -184,6 +197,7 @@ def pictures(rows: list[dict], path: Path) -> str:
 
 
 def why(profile: dict) -> list[str]:
+    """Print the tables of one of e2e.py's explanations."""
     kinds = list(next(iter(profile["stages"].values()))["shares"])
     body = [
         [name, f"{1e3 * stage['tflop']:.3g}", f"{stage['ms']:.3g}", f"{1e3 * stage['tflop_per_s']:.3g}",
@@ -193,37 +207,37 @@ def why(profile: dict) -> list[str]:
     fixed, rate = profile["fixed_ms_per_call"], 1e3 * profile["tflop_per_s_beyond"]
     line = f"A transformer call: {fixed:.3g} ms however few its tokens, beyond that {rate:.3g} GFLOP/s (a line's fit)."
     parts = [line, table(["", "GFLOP", "ms", "GFLOP/s", *kinds], body)]
-    switched = {method: of for method, of in profile["ms_per_call"].items() if "+" in method}
-    if switched:
-        tokens = sorted({count for of in profile["ms_per_call"].values() for count in of}, key=int)
+    calls = profile["ms_per_call"]
+    if switched := [label for label in calls if ", " in label]:
+        tokens = sorted({count for by_count in calls.values() for count in by_count}, key=int)
         times = [
-            [f"`{method}`", *(f"{of[count]:.3g}" if count in of else "" for count in tokens)]
-            for method, of in switched.items()
+            [quoted(label), *(f"{calls[label][count]:.3g}" if count in calls[label] else "" for count in tokens)]
+            for label in switched
         ]
         parts.append(table(["ms a call", *(f"{count} tokens" for count in tokens)], times))
     return parts
 
 
-def draw_pictures(rows: list[dict], path: Path):
-    """A panel for a model: the smallest batch's runs, cut into their parts."""
+def draw_images(rows: list[dict], path: Path):
+    """Draw a panel for a model: the smallest batch's runs, cut into their parts."""
     from matplotlib.figure import Figure
 
     models, parts = values(rows, "model"), ("transformer", "text", "preview", "decode", "outside")
     first = {model: [row for row in rows if row["model"] == model] for model in models}
-    first = {model: [row for row in of if row["batch"] == values(of, "batch")[0]] for model, of in first.items()}
-    heights = [len(of) for of in first.values()]
+    first = {model: [row for row in runs if row["batch"] == values(runs, "batch")[0]] for model, runs in first.items()}
+    heights = [len(runs) for runs in first.values()]
     figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.9 * len(models)), layout="constrained")
     grid = figure.subplots(len(models), squeeze=False, height_ratios=heights).flatten()
-    for axes, (model, of) in zip(grid, first.items(), strict=True):
-        names, left = [row["method"] for row in of], [0.0] * len(of)
+    for axes, (model, runs) in zip(grid, first.items(), strict=True):
+        names, left = [record.label(row) for row in runs], [0.0] * len(runs)
         for part in parts:
-            seconds = [float(row[f"{part}_ms"]) / 1e3 for row in of]
+            seconds = [float(row[f"{part}_ms"]) / 1e3 for row in runs]
             axes.barh(names, seconds, left=left, label=part)
             left = [a + b for a, b in zip(left, seconds, strict=True)]
-        for name, end, row in zip(names, left, of, strict=True):
+        for name, end, row in zip(names, left, runs, strict=True):
             axes.annotate(f" {float(row['speedup']):.2f}×", (end, name), va="center", fontsize=7)
         axes.invert_yaxis()
-        axes.set(title=f"{model}, {of[0]['pixels']} pixels, batch {of[0]['batch']}", xlabel="seconds")
+        axes.set(title=f"{model}, {runs[0]['pixels']} pixels, batch {runs[0]['batch']}", xlabel="seconds")
         axes.margins(x=0.1)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(parts), frameon=False)
     figure.supxlabel(origin(rows), fontsize=7)
@@ -234,7 +248,7 @@ def draw_pictures(rows: list[dict], path: Path):
 
 
 def quality(path: Path) -> str:
-    """Of a file of quality.py's."""
+    """Print the table of a file of quality.py's."""
     rows = record.read(path)
     body = [
         [f"`{row['method']}`", f"{row['score']} ({row['score_low']} to {row['score_high']})",
@@ -254,7 +268,7 @@ def quality(path: Path) -> str:
 
 
 def block(path: Path) -> str | None:
-    """What the README says of a file of results; None for another benchmark's."""
+    """Write what the README says of a file of results; None for another benchmark's."""
     if path.name.startswith("quality-"):
         return quality(path)
     if not (rows := latest(path)):
@@ -263,12 +277,12 @@ def block(path: Path) -> str | None:
     if "provider" in rows[0]:
         body = (kernels_on_gpu if rows[0]["cuda"] else kernels_on_cpu)(rows)
     else:
-        body = pictures(rows, path)
+        body = images(rows, path)
     return f"{origin(rows)} ([{path.name}]({name})).\n\n{body}\n\n![{path.stem}](docs/{path.stem}.png)"
 
 
 def rendered(readme: str, results: Path = RESULTS) -> str:
-    """The README with every block as its file has it."""
+    """Return the README with every block as its file has it."""
 
     def fresh(match):
         path = results / Path(match[2]).name
@@ -278,12 +292,13 @@ def rendered(readme: str, results: Path = RESULTS) -> str:
 
 
 def main():
+    """Draw the plots and rewrite the README's tables."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     readme.write_text(rendered(text))
     for path in sorted(RESULTS.glob("*.csv")):
         if rows := latest(path):
-            (draw_kernels if "provider" in rows[0] else draw_pictures)(rows, DOCS / f"{path.stem}.png")
+            (draw_kernels if "provider" in rows[0] else draw_images)(rows, DOCS / f"{path.stem}.png")
             if f"<!-- begin benchmarks/results/{path.name} -->" not in text:
                 print(f"{path.name}: the README has no place for it; see the top of {Path(__file__).name}")
 

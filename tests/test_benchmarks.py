@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 
 import ralu
 import ralu_kernels
-from ralu import cost, families
+from ralu import blocks, cost, families
+from ralu.method import Method
+from ralu_kernels import attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
@@ -23,6 +26,7 @@ import block_cases
 import cases
 import compare
 import e2e
+import models
 import record
 import render
 
@@ -145,7 +149,7 @@ def test_rows_of_other_columns_are_kept(tmp_path):
     assert record.read(path) == [{"op": "a", "p50_ms": "1", "memory": ""}, {"op": "b", "p50_ms": "2", "memory": "3"}]
 
 
-# ---- whole pictures ----
+# ---- whole images ----
 
 
 @pytest.fixture
@@ -157,29 +161,32 @@ def small_models(monkeypatch):
 
 
 def counted(model, method):
-    return record.transformer_tflop(model.pipe.transformer, lambda: e2e.run(model, method, 1))
+    return record.transformer_tflop(model.pipe.transformer, lambda: e2e.run(model, e2e.Case(Method(method)), 1))
 
 
 @pytest.mark.parametrize(
-    "name, preset, cached, batches",
-    [("flux-dev", "flux-5x", ["stock-6+firstblock", "flux-5x+fused+sdpa"], "1"), ("sd3-medium", "sd3-2x", [], "12")],
+    "name, preset, cached, fused, batches",
+    [("flux-dev", "flux-5x", ["stock-6+taylorseer"], ["no", "yes"], "1"), ("sd3-medium", "sd3-2x", [], ["no"], "12")],
 )
-def test_whole_pictures(tmp_path, small_models, name, preset, cached, batches):
+def test_whole_images(tmp_path, small_models, name, preset, cached, fused, batches):
     output = tmp_path / "e2e.csv"
     methods = ["stock-6", preset, *cached]
-    e2e.main(["--device", "cpu", "--models", name, "--methods", *methods, "--pixels", "32", "--batch", *batches,
-              "--repeats", "1", "--output", str(output)])  # fmt: skip
-    rows = {(row["method"], row["batch"]): row for row in record.read(output)}
-    assert len(rows) == len(batches) * len(methods)
-    model = e2e.Model(name, 32, CPU)
-    for (method, batch), row in rows.items():
+    e2e.main(["--device", "cpu", "--models", name, "--methods", *methods, "--fused", *fused, "--pixels", "32",
+              "--batch", *batches, "--repeats", "1", "--output", str(output)])  # fmt: skip
+    rows = {(record.label(row), row["batch"]): row for row in record.read(output)}
+    labels = [f"{method}{', fused' * (switch == 'yes')}" for method in methods for switch in fused]
+    assert set(rows) == set(product(labels, batches))
+    model = models.Model(name, 32, CPU)
+    for (label, batch), row in rows.items():
+        method = row["method"]
         parts = {part: float(row[f"{part}_ms"]) for part in e2e.PARTS}
         assert sum(parts.values()) == pytest.approx(float(row["p50_ms"]), abs=0.1)
         assert parts["transformer"] > 0 and parts["decode"] > 0 and parts["outside"] > 0
         assert (parts["preview"] > 0) == method.startswith(preset)
-        assert int(row["calls"]) == {"stock-6": 6, "flux-5x": 15, "sd3-2x": 20}[method.partition("+")[0]]
+        assert int(row["calls"]) == {"flux-5x": 15, "sd3-2x": 20}.get(method, 6)
         assert float(row["images_per_s"]) == pytest.approx(1e3 * int(batch) / float(row["p50_ms"]), rel=1e-3)
-        if "firstblock" in method:
+        assert (row["fused"] == "yes") == label.endswith("fused")
+        if method in cached:
             assert not row["tflop"]
             continue
         # The quotient of the speed-up and the ratio of the work is explained in full.
@@ -192,21 +199,35 @@ def test_whole_pictures(tmp_path, small_models, name, preset, cached, batches):
 
     profile = e2e.json.loads((tmp_path / f"e2e-{name}.json").read_text())
     tokens = [int(stage.split()[1]) for stage in profile["stages"]]
-    assert set(profile["ms_per_call"]) == {method for method in methods if "firstblock" not in method}
+    assert set(profile["ms_per_call"]) == {label for label in labels if "taylorseer" not in label}
     assert tokens == [64, 16, 16 + 3 * int(16 * ralu.preset(preset).ratio), 64]
     for stage in profile["stages"].values():
         assert sum(stage["shares"].values()) == pytest.approx(1, abs=1e-3) and stage["shares"]["attention"] > 0
         assert stage["ms"] > 0 and stage["operators"] > 100
-    assert render.pictures(list(rows.values()), output).count(f"`{preset}`") == 1
+    table = render.images(list(rows.values()), output)
+    assert [table.count(f"| `{preset}`{', fused' * (switch == 'yes')} |") for switch in fused] == [1, 2][: len(fused)]
+
+
+def test_switches_are_on_for_one_run(small_models):
+    """All at once; afterwards the model is as it was, for the next one."""
+    model = models.Model("flux-dev", 32, CPU)
+    case = e2e.Case(Method("flux-5x"), fused=True, attention="sdpa", diffusers_cache="firstblock")
+    with e2e.switched(model, case) as steps:
+        assert steps == 15 and blocks.is_fused(model.pipe.transformer) and model.pipe.transformer.is_cache_enabled
+        assert attention._default == "sdpa"
+    assert not blocks.is_fused(model.pipe.transformer) and not model.pipe.transformer.is_cache_enabled
+    assert attention._default != "sdpa" and not isinstance(model.pipe.scheduler, ralu.RaluScheduler)
+    assert record.label(case.columns) == "flux-5x, fused, attention sdpa, diffusers cache firstblock"
+    assert not e2e.work(model, case, 1)
 
 
 def test_a_line_through_time_and_work(small_models, monkeypatch):
     """Calls that take 3 ms and 2 ms a GFLOP."""
-    model = e2e.Model("flux-dev", 64, CPU)
-    monkeypatch.setattr(e2e, "profile", lambda model, method: {tokens: {} for tokens in model.tflop(method, 1)})
+    model = models.Model("flux-dev", 64, CPU)
+    monkeypatch.setattr(e2e, "profile", lambda model, case: {tokens: {} for tokens in e2e.work(model, case, 1)})
     runs = {
-        method: [{"calls": {t: [3 + 2e3 * each] * calls for t, (calls, each) in model.tflop(method, 1).items()}}]
-        for method in ("stock-6", "flux-5x")
+        case: [{"calls": {t: [3 + 2e3 * each] * calls for t, (calls, each) in e2e.work(model, case, 1).items()}}]
+        for case in (e2e.Case(Method("stock-6")), e2e.Case(Method("flux-5x")))
     }
     found = e2e.explanation(model, runs)
     assert found["fixed_ms_per_call"] == pytest.approx(3, abs=1e-3)
@@ -215,10 +236,11 @@ def test_a_line_through_time_and_work(small_models, monkeypatch):
 
 def test_the_ladder_leaves_out_what_cannot_run():
     on_cpu, on_gpu = (e2e.ladder("flux", torch.device(kind)) for kind in ("cpu", "cuda"))
-    assert on_cpu[:5] == ["stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x"]
-    assert "flux-5x+compile" in on_cpu and not any("fused" in method for method in on_cpu)
-    assert "flux-5x+fused+compile" in on_gpu and set(on_cpu) < set(on_gpu)
-    assert not any("taylorseer" in method for method in e2e.ladder("sd3", torch.device("cuda")))
+    assert [str(case.method) for case in on_cpu[:5]] == ["stock-50", "stock-10", "stock-7", "flux-5x", "flux-7x"]
+    mild = Method("flux-5x")
+    assert e2e.Case(mild, compile=True) in on_cpu and not any(case.fused for case in on_cpu)
+    assert e2e.Case(mild, fused=True, compile=True) in on_gpu and set(on_cpu) < set(on_gpu)
+    assert not any(case.diffusers_cache for case in e2e.ladder("sd3", torch.device("cuda")))
 
 
 # ---- provenance ----

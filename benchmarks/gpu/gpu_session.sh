@@ -92,7 +92,7 @@ if [ -z "$DRY" ]; then  # the suite's GPU half; caches of compiled kernels are s
     tests/test_{upsample,tokens,random,edges,adaln,qkv,blocks}.py
   step tests.attention 45 $PYTEST -n 4 tests/test_attention.py
   step e2e 120 $PY benchmarks/e2e.py --models flux-dev --batch 1 --repeats 2 --output "$OUT/e2e.csv" \
-    --methods stock-50 flux-5x flux-7x stock-50+fused flux-5x+fused flux-7x+fused
+    --methods stock-50 flux-5x flux-7x --fused no yes
   step compiled 100 $PY $HERE/probe.py compiled --tokens 1024 4096 --csv "$OUT/compiled.csv"
   step bench 60 $PY benchmarks/bench.py --pixels 1024 --dtypes bfloat16 --budget 0.05 --output "$OUT/bench.csv" \
     --providers eager reference native triton fill sdpa varlen

@@ -3,7 +3,7 @@
     python benchmarks/gpu/probe.py PART ... [--device cpu] [--tiny] [--csv FILE]
 
 roof      the device's own copy (bytes read and written), a bfloat16 matrix product, and PyTorch's random normals
-kernels   every operation at a picture of 1024 pixels and at a size that fills the chip: many calls over different
+kernels   every operation at an image of 1024 pixels and at a size that fills the chip: many calls over different
           inputs in one CUDA graph, so that neither gaps between launches nor a warm L2 cache count
 host      microseconds of the host for a call of every operation
 step      FLUX.1-dev with random weights: milliseconds of a step as Python drives it, of the host until all is queued,
@@ -28,18 +28,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import OPERATIONS, TRANSITIONS
 from block_cases import OPERATIONS as BLOCK_OPERATIONS
 from cases import Shape, tensors
+from models import TINY, flux_call, transformer
 
 BF16 = torch.bfloat16
-TINY = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
-        "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 32, "pooled_projection_dim": 32}  # fmt: skip
 
 
 def synchronize():
+    """Wait for the GPU, if there is one."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def note(part: str, what: str, **numbers):
+    """Print a row, and write it with all before it to the file that was asked for."""
     row = {"part": part, "what": what}
     row |= {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in numbers.items()}
     ROWS.append(row)
@@ -52,7 +53,7 @@ def note(part: str, what: str, **numbers):
 
 
 def seconds(call: Callable, repeats: int) -> float:
-    """The median, between two events on a GPU."""
+    """Measure the median time of a call, between two events on a GPU."""
     times = []
     for _ in range(repeats):
         if CUDA:
@@ -70,7 +71,7 @@ def seconds(call: Callable, repeats: int) -> float:
 
 
 def captured(calls: list[Callable]) -> Callable:
-    """All calls as one CUDA graph, to be replayed; on a CPU just all calls."""
+    """Capture all calls in one CUDA graph, to be replayed; on a CPU just make them."""
     for call in calls[:2]:
         call()
     synchronize()
@@ -85,12 +86,13 @@ def captured(calls: list[Callable]) -> Callable:
 
 
 def copy_speed() -> float:
-    """Bytes read and written in a second."""
+    """Measure the bytes that a copy reads and writes in a second."""
     a, b = torch.zeros(2, 2**24 if args.tiny else 2**31, dtype=torch.uint8, device=DEVICE)
     return 2 * a.nbytes / seconds(lambda: b.copy_(a), 20)
 
 
 def roof():
+    """Measure what bounds every kernel: copies, matrix products and random numbers."""
     note("roof", "copy", tb_s=copy_speed() / 1e12)
     n = 256 if args.tiny else 8192
     a, b = torch.randn(2, n, n, device=DEVICE).to(BF16)
@@ -101,11 +103,12 @@ def roof():
 
 
 def operations():
-    """(name, its Operation) for all that can run here."""
+    """List (name, its Operation) for all that can run here."""
     return [(name, operation) for name, operation in OPERATIONS.items() if DEVICE.type in operation.devices]
 
 
 def kernels():
+    """Measure every operation over inputs that the L2 cache does not hold, in one CUDA graph."""
     copy = copy_speed()
     for name, operation in operations():
         in_block = name in BLOCK_OPERATIONS
@@ -132,7 +135,7 @@ def kernels():
 
 
 def host():
-    """Small tensors, so that the GPU is never behind."""
+    """Measure the host's time for a call, with tensors so small that the GPU is never behind."""
     x, weight = torch.randn(2, 128, 128, device=DEVICE).to(BF16)
     calls = {"torch.add": lambda: x + x, "F.linear": lambda: F.linear(x, weight), "new_empty": lambda: x.new_empty(128)}
     for name, operation in operations():
@@ -154,38 +157,8 @@ def host():
 # ---- a step of FLUX.1-dev ----
 
 
-def flux():
-    """The published model, with random weights."""
-    from ralu import families
-
-    family = families.load("flux")
-    torch.set_default_dtype(BF16)  # float32 weights would take twice the memory, if for a moment
-    try:
-        with torch.device(DEVICE):
-            model = family.transformer(**family.published["flux-dev"] | (TINY if args.tiny else {})).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model, 3 if args.tiny else family.text_tokens
-
-
-def arguments(model, text: int, length: int) -> dict:
-    config = model.config
-    call = {
-        "hidden_states": torch.randn(1, length, config.in_channels),
-        "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
-        "timestep": torch.tensor([0.5]),
-        "guidance": torch.tensor([3.5]),
-    }
-    call = {name: value.to(DEVICE, BF16) for name, value in call.items()}
-    return call | {
-        "img_ids": torch.rand(length, 3, device=DEVICE).mul(64).round(),
-        "txt_ids": torch.zeros(text, 3, device=DEVICE),
-    }
-
-
 def timed(call: Callable, graph: bool) -> dict:
-    """Milliseconds of a call: as Python drives it, until all is queued, and of the GPU alone; seconds of the first."""
+    """Measure milliseconds of a call as Python drives it, until all is queued, and of the GPU alone."""
     start = time.perf_counter()
     call()
     synchronize()
@@ -207,12 +180,13 @@ def timed(call: Callable, graph: bool) -> dict:
 
 @torch.no_grad()
 def steps(ways: list[str]):
+    """Measure a step of FLUX.1-dev, stock and fused."""
     import ralu
 
     torch._dynamo.config.recompile_limit = 64  # beyond it a graph would silently run uncompiled
-    model, text = flux()
-    lengths = [6] if args.tiny else args.tokens
-    calls = {length: partial(model, **arguments(model, text, length)) for length in lengths}
+    model = transformer("flux-dev", DEVICE, **(TINY if args.tiny else {}))
+    text, lengths = (3, [6]) if args.tiny else (512, args.tokens)
+    calls = {length: partial(model, **flux_call(model, text, length, DEVICE)) for length in lengths}
     stock = {length: call().sample.float() for length, call in calls.items()}
     for way in ways:
         for fused in (False, True):

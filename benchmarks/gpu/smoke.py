@@ -30,7 +30,7 @@ CUDA = DEVICE.type == "cuda"
 BF16 = torch.bfloat16
 NOISE = 0.9, 0.4, 0.02  # scale, noise_scale, c
 UNIT = {torch.float32: 4e-6, torch.float16: 2e-3, BF16: 1.6e-2}  # what one unit of a value may be off by
-# A picture of 1024 pixels; less on a CPU, where an interpreted kernel takes its time.
+# An image of 1024 pixels; less on a CPU, where an interpreted kernel takes its time.
 GRID, LATENT = ((32, 32), (2, 16, 64, 64)) if CUDA else ((2, 2), (2, 4, 4, 6))
 KINDS = DTYPES if CUDA else DTYPES[::2]
 FAILED = []
@@ -38,6 +38,7 @@ torch.manual_seed(0)
 
 
 def check(name, f, *args, **kwargs):
+    """Run a check and print its verdict; what it returns is a note."""
     start = time.perf_counter()
     try:
         note = f(*args, **kwargs) or ""
@@ -53,10 +54,10 @@ def check(name, f, *args, **kwargs):
         raise SystemExit("the context is lost; stopping")
 
 
-def agree(found, expected) -> float:
-    """The largest error, as a share of what is allowed. Integers are equal."""
+def agree(actual, expected) -> float:
+    """Return the largest error, as a share of what is allowed. Raise where it is more, or where integers differ."""
     worst = 0.0
-    for a, b in zip(tensors(found), tensors(expected), strict=True):
+    for a, b in zip(tensors(actual), tensors(expected), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
         if not b.is_floating_point():
             assert torch.equal(a, b), f"{(a != b).sum().item()} of {b.numel()} integers differ"
@@ -69,18 +70,22 @@ def agree(found, expected) -> float:
 
 
 def compare(f, *args, backend, **kwargs) -> str:
+    """Compare an operation's backend with the reference."""
     return f"{agree(f(*args, **kwargs, backend=backend), f(*args, **kwargs, backend='reference')):.2f} of the tolerance"
 
 
 def available(*names):
+    """List the backends that run on the device."""
     return [name for name in names if _backend._ABSENT[name](DEVICE) is None]
 
 
 def rand(*shape, dtype=BF16):
+    """Draw normals on the device."""
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def scores_of(batch, n):
+def random_scores(batch, n):
+    """Draw scores (B, n) on the device."""
     return torch.rand(batch, n, device=DEVICE)
 
 
@@ -88,12 +93,14 @@ def scores_of(batch, n):
 
 
 def upsample(backend, dtype, shape=LATENT, layout=lambda x: x):
+    """Compare `upsample_renoise`."""
     seed = torch.arange(shape[0], device=DEVICE)
     return compare(rk.upsample_renoise, layout(rand(*shape, dtype=dtype)), *NOISE, seed, backend=backend)
 
 
 def tokens(backend, dtype, batch=2, side=GRID, channels=64, **rules):
-    scores = scores_of(batch, side[0] * side[1])
+    """Compare `plan_tokens` and the transitions of tokens."""
+    scores = random_scores(batch, side[0] * side[1])
     compare(rk.plan_tokens, scores, side, threshold=0.7, backend=backend)
     compare(rk.plan_tokens, scores, side, ratio=0.25, backend=backend)
     plan = rk.plan_tokens(scores, side, ratio=0.25, backend="reference")
@@ -104,23 +111,25 @@ def tokens(backend, dtype, batch=2, side=GRID, channels=64, **rules):
 
 
 def over_two_gigabytes(backend):
+    """Compare the last sample of an output whose offsets do not fit into 32 bits."""
     x = rand(20, 16, 1024, 1024)
     last = rk.upsample_renoise(x, 1.0, 0.0, 0.0, 1, backend=backend)[-1]
     agree(last, F.interpolate(x[-1:], scale_factor=2)[0])
 
 
 def edges():
+    """Compare `canny`, again and again, at several thresholds."""
     coarse = torch.rand(3, 1, *(32, 32) if CUDA else (8, 8), device=DEVICE)
     images = F.interpolate(coarse, scale_factor=32 if CUDA else 8, mode="bicubic").clamp(0, 1)[:, 0]
     images = images.mul(255).to(torch.uint8)
-    found = 0
+    count = 0
     for low, high in ((100, 200), (20, 400), (0, 0)):
         expected = rk.canny(images, low, high, backend="reference")
-        found += expected.count_nonzero().item()
+        count += expected.count_nonzero().item()
         for _ in range(5):  # the GPU's thread blocks race
             assert torch.equal(rk.canny(images, low, high, backend="native"), expected)
-    assert found
-    return f"{found} pixels"
+    assert count
+    return f"{count} pixels"
 
 
 for backend in available("triton", "native"):
@@ -144,6 +153,7 @@ if available("native"):
 
 
 def block_operations(dtype, backend):
+    """Compare all operations of a block with both kinds of layout and rotation."""
     batch, image, text, heads, size = (2, 200, 40, 24, 128) if CUDA else (2, 4, 2, 2, 16)
     width = heads * size
     x, y = rand(2, batch, image, width, dtype=dtype)
@@ -157,8 +167,8 @@ def block_operations(dtype, backend):
     angle = torch.rand(batch, text + image, size, device=DEVICE)
     mask = torch.rand(batch, text + image, device=DEVICE) < 0.8
     mask[:, 0] = True
-    for kept in (None, mask):
-        layout = rk.packed_layout(kept, batch, text + image, DEVICE)
+    for attended in (None, mask):
+        layout = rk.packed_layout(attended, batch, text + image, DEVICE)
         for rotary in (None, (angle[0].cos(), angle[0].sin()), (angle.cos(), angle.sin())):
             note = compare(rk.pack_qkv, streams, layout, heads, rotary=rotary, backend=backend)
         values = rand(layout.total, heads, size, dtype=dtype)
@@ -167,6 +177,7 @@ def block_operations(dtype, backend):
 
 
 def attend(dtype, lengths):
+    """Compare every attention backend that is here with float64 attention, sequence by sequence."""
     ends = F.pad(torch.tensor(lengths, device=DEVICE).cumsum(0), (1, 0)).int()
     q, k, v = (rand(sum(lengths), 4, 128, dtype=dtype) for _ in range(3))
     parts = zip(*(x.double().transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
@@ -189,7 +200,7 @@ for dtype, lengths in product(KINDS, ([300, 300, 300], [300, 17, 1])):
 
 
 def on_a_stream():
-    """What waits behind a long kernel of another stream must not be seen early."""
+    """Check that what waits behind a long kernel of another stream is not seen early."""
     x, stream = torch.zeros(1, 16, 64, 64, device=DEVICE), torch.cuda.Stream()
     for backend in available("triton", "native"):
         with torch.cuda.stream(stream):
@@ -200,13 +211,15 @@ def on_a_stream():
 
 
 def transitions(scores: Tensor, low: Tensor, seed: Tensor | int, backend: str):
+    """Plan, and run both transitions of tokens."""
     plan = rk.plan_tokens(scores, (32, 32), ratio=0.25, backend=backend)
     mixed = rk.upsample_selected(low, plan, *NOISE, seed, backend=backend)
     return plan.inverse, mixed, rk.upsample_remaining(mixed, plan, *NOISE, seed, backend=backend)
 
 
 def in_a_graph():
-    scores, low, seed = scores_of(1, 1024), rand(1, 1024, 64), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    """Check that a CUDA graph of the transitions works on inputs that were changed since."""
+    scores, low, seed = random_scores(1, 1024), rand(1, 1024, 64), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     image = (torch.rand(1, 512, 512, device=DEVICE) * 255).to(torch.uint8)
 
     def work(backend):
@@ -225,15 +238,18 @@ def in_a_graph():
 
 
 def without_waiting():
+    """Check that the transitions do not wait for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         for backend in available("triton", "native"):
-            transitions(scores_of(2, 1024), rand(2, 1024, 64), 1, backend)
+            transitions(random_scores(2, 1024), rand(2, 1024, 64), 1, backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def compiled():
+    """Check an operation under `torch.compile` in one graph."""
+
     def f(x):
         return rk.modulate(x * 2, x[:, 0], x[:, 1]) + 1
 
