@@ -117,7 +117,7 @@ class Change:
     call of the model, and memory for one estimate more. A run makes a scorer of its own, which sees all of its steps.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._before: Tensor | None = None
         self._total: Tensor | None = None
 

@@ -213,7 +213,7 @@ class Run:
         unpack: Callable[[Tensor, Grid], Tensor] = _same,
     ):
         self.schedule, self.options = schedule, options
-        self.scorer = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
+        self.scorer: Callable = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
         self.steps = [  # (stage, sigma, next sigma)
             (stage, *levels)
