@@ -331,8 +331,8 @@ def test_softmax_scale(device, lengths, scale):
         out = varlen_attention(*args, softmax_scale=scale, backend=backend)
         assert_as_exact_as(out, oracle.float(), oracle, atol=2e-6)
     assert_as_exact_as(attention._padded(*args, scale), oracle.float(), oracle, atol=2e-6)
-    own = softmax_attention(*args[:5])
-    assert_as_exact_as(varlen_attention(*args, softmax_scale=0.25), own.float(), own, atol=2e-6)  # 1 / sqrt(16)
+    default = softmax_attention(*args[:5])  # 1 / sqrt(16)
+    assert_as_exact_as(varlen_attention(*args, softmax_scale=0.25), default.float(), default, atol=2e-6)
 
 
 @pytest.mark.parametrize("stub", STUBS.values(), ids=STUBS.keys())

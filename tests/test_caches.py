@@ -31,7 +31,7 @@ def test_full_steps_are_the_published_ones(cache, steps, full):
 
 
 def latents(pipe, **call):
-    return tiny.paint(pipe, output_type="latent", **call)
+    return tiny.generate(pipe, output_type="latent", **call)
 
 
 def steps_of(pipe, run):

@@ -54,7 +54,7 @@ def generate(pipe, prompts, seeds, **call):
 
 
 def pixels(image, size=(64, 64)):
-    """Grids show small pictures enlarged by whole factors; take that back."""
+    """Grids show small images scaled up by whole factors; undo that."""
     return np.asarray(image.resize(size, Image.Resampling.NEAREST))
 
 
@@ -135,7 +135,7 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
     assert main(["regions", *PROMPTS, *masked]) == 0
     assert [marked(image, grid) for image in rows[0].images] == [tokens, tokens]
 
-    # What no square covers is the decoded prediction, enlarged.
+    # What no square covers is the decoded prediction, scaled up.
     overlaid = before
     preview = pipe.image_processor.postprocess(previews, output_type="pil")[0].resize(overlaid.size)
     height, width = overlaid.height // grid[0], overlaid.width // grid[1]
@@ -251,7 +251,7 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
     ("arguments", "words"),
     [
         ("", "which command?"),
-        ("paint fox", "'paint'"),
+        ("sketch fox", "'sketch'"),
         ("generate", "PROMPT"),
         ("generate fox --preset flux-9x", "flux-9x"),
         ("generate fox --steps 4", "have their own steps"),

@@ -87,10 +87,10 @@ def call(function, isa, source, target, *rest):
 @compiler
 def test_every_instruction_set_gives_the_same_noise(loops):
     x, key, best = torch.randn(11, 35), 2**62 + 12345, loops.best()
-    found = [call(loops.upsample, isa, x, torch.empty(22, 70), key, 35, x.numel()) for isa in range(best + 1)]
+    outputs = [call(loops.upsample, isa, x, torch.empty(22, 70), key, 35, x.numel()) for isa in range(best + 1)]
     c = 2 * 0.02 - 4 * 0.02**2
     expected = reference.upsample_renoise(x[None, None], 0.9, 0.4, c, torch.tensor([key]), 2)[0, 0]
-    for actual in found:
+    for actual in outputs:
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
@@ -325,9 +325,9 @@ def test_the_embedded_model_generates_the_same_image():
     pipe = FluxPipeline.from_pretrained(ralu.mini_path())
     pipe.set_progress_bar_config(disable=True)
     arguments = dict(height=256, width=256, max_sequence_length=16, output_type="np")
-    pictures = {}
+    images = {}
     for backend in ("native", "reference"):
         ralu.enable(pipe, "flux-7x", backend=backend)
-        pictures[backend] = pipe("penguin", generator=torch.Generator().manual_seed(3), **arguments).images
-    assert pictures["reference"].std() > 0.1
-    np.testing.assert_allclose(pictures["native"], pictures["reference"], rtol=0, atol=2e-3)  # half an 8-bit level
+        images[backend] = pipe("penguin", generator=torch.Generator().manual_seed(3), **arguments).images
+    assert images["reference"].std() > 0.1
+    np.testing.assert_allclose(images["native"], images["reference"], rtol=0, atol=2e-3)  # half an 8-bit level

@@ -127,9 +127,9 @@ def blocks_of(latent):
 def assert_covariance(samples, expected):
     """Every entry within 5 standard deviations of its sampling distribution; the mean is known to be 0."""
     n = len(samples)
-    found = samples.T @ samples / n
+    covariance = samples.T @ samples / n
     sigma = ((expected.diag().outer(expected.diag()) + expected**2) / n).sqrt()
-    assert ((found - expected).abs() <= 5 * sigma + 1e-9).all(), (found - expected).abs().div(sigma).max()
+    assert ((covariance - expected).abs() <= 5 * sigma + 1e-9).all(), (covariance - expected).abs().div(sigma).max()
 
 
 def assert_independent(pairs):
