@@ -76,7 +76,7 @@ def test_every_value_is_stored_in_vectors(compiled):
     """Of 16 bytes where the row allows it: those are the instances with the most elements."""
     source, out, _ = compiled
     if triton is None:
-        pytest.skip("Triton ships the disassembler")
+        pytest.skip("the disassembler, cuobjdump, comes with Triton, which is not installed")
     code = subprocess.run(
         [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch=sm_90", out], capture_output=True, text=True, check=True
     ).stdout
