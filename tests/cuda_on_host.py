@@ -74,7 +74,7 @@ def _plan_tokens(*arguments):
 
 
 def operations() -> SimpleNamespace:
-    """What stands in for torch.ops.ralu_kernels_C."""
+    """Stand in for torch.ops.ralu_kernels_C."""
     names = ("upsample_renoise", "upsample_selected", "upsample_remaining", "canny")
     run = {name: lambda *arguments, name=name: getattr(library(), name)(*map(_c, arguments)) for name in names}
     return SimpleNamespace(**run, plan_tokens=_plan_tokens)

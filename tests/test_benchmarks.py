@@ -37,7 +37,7 @@ NATIVE = bool(cases.installed(CPU, "native"))
 
 @pytest.fixture(autouse=True)
 def unpoisoned():
-    """The benchmarks time what users run."""
+    """Leave memory as it comes: the benchmarks time what users run."""
     torch.use_deterministic_algorithms(False)
 
 
@@ -154,7 +154,7 @@ def test_rows_of_other_columns_are_kept(tmp_path):
 
 @pytest.fixture
 def small_models(monkeypatch):
-    """The published models' names for tiny ones; a token is 4x4 pixels."""
+    """Give the published models' names to tiny ones; a token is 4x4 pixels."""
     for name, pipe in (("flux-dev", tiny.flux(guidance_embeds=True)), ("sd3-medium", tiny.sd3("3.0"))):
         monkeypatch.setitem(families.family_of(pipe).published, name, dict(pipe.transformer.config))
     monkeypatch.setattr(cost, "_VAE", dict(pipe.vae.config))

@@ -138,7 +138,7 @@ def block_inputs(kind, width, size, batch, dtype):
 
 @torch.no_grad()
 def in_one(block, given, fused):
-    """A block's outputs side by side, of the stock forward or the fused one."""
+    """Run a block, stock or fused; its outputs side by side."""
     if fused:
         for attention in blocks._attentions(block):
             attention.set_processor(FUSED[type(block)].processor(attention.processor))

@@ -35,7 +35,7 @@ def latents(pipe, **call):
 
 
 def steps_of(pipe, run):
-    """The steps, counted over the whole run, at which the first block's queries were computed."""
+    """List the steps, counted over the whole run, at which the first block's queries were computed."""
     computed = []
     query = pipe.transformer.transformer_blocks[0].attn.to_q
     hook = query.register_forward_pre_hook(lambda *_: computed.append(pipe.scheduler.step_index or 0))

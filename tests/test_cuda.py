@@ -25,7 +25,7 @@ BITS = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
 
 
 def compile_cuda(source, out, architectures, *flags):
-    """What ptxas says of every kernel: [(architecture, mangled name, registers, bytes on the stack and spilled)]."""
+    """Compile, and list what ptxas says: [(architecture, mangled name, registers, bytes on the stack and spilled)]."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{b}" for a, family in architectures.items() for b in family]
     includes = [f"-I{CSRC}", "-isystem", Path(torch.__file__).parent / "include"]
     command = [cuda_on_host.toolkit() / "bin/nvcc", "-c", source, "-o", out, "-Xptxas=-v"]

@@ -170,7 +170,7 @@ def by_torch_save(pipe):
 
 
 def by_spawning(pipe):
-    """What `multiprocessing` sends to a process that it spawns."""
+    """Do what `multiprocessing` does to send to a process that it spawns."""
     return pickle.loads(ForkingPickler.dumps(pipe))
 
 
@@ -247,7 +247,7 @@ def test_disable_keeps_a_scheduler_that_was_put_in_since(stock, stock_image):
 
 @torch.no_grad()
 def embeddings(pipe):
-    """What the text encoders make of the prompt, as arguments of a call."""
+    """Encode the prompt, as arguments of a call."""
     if isinstance(pipe, FluxPipeline):
         prompt, pooled, _ = pipe.encode_prompt(PROMPT, None, max_sequence_length=16)
         return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}

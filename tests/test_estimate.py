@@ -164,7 +164,7 @@ class Operations(TorchDispatchMode):
 
 
 def measured(run):
-    """What PyTorch's CPU allocator has given out: (peak, peak of tensors, [(scratch, its bound) of every operation]).
+    """Measure what PyTorch's CPU allocator gives: (peak, peak of tensors, [(scratch, its bound) of every operation]).
 
     Scratch is what an operation takes and gives back; tensors are all else.
     """

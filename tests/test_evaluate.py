@@ -53,7 +53,7 @@ def arguments(workspace, folder, *more):
 
 @pytest.fixture(scope="module")
 def whole(workspace):
-    """What one process makes without interruption."""
+    """Evaluate in one process without interruption."""
     assert main(arguments(workspace, workspace / "whole")) == 0
     return workspace / "whole"
 

@@ -213,7 +213,7 @@ def test_only_what_is_traced_sees_the_op():
 
 
 def copy_of(folder, name, extension=None):
-    """A copy of the package, under a name, whose extension is ``extension`` (None: it has none)."""
+    """Copy the package under a name, with ``extension`` for an extension (None: it has none)."""
     package = folder / name
     shutil.copytree(Path(ralu_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if extension is not None:

@@ -40,7 +40,7 @@ def pipe(stock):
 
 
 def plan_of(scores, grid, ratio):
-    """The stage-2 layout of one sample written out anew: rows as (token, child or None)."""
+    """Write out the stage-2 layout of one sample anew: rows as (token, child or None)."""
     n = len(scores)
     chosen = set(sorted(range(n), key=lambda i: (-scores[i], i))[: int(ratio * n + 1e-6)])
     rows = []

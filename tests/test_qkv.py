@@ -50,7 +50,7 @@ def eager(streams, heads, rotary):
 
 
 def exact(streams, heads, rotary):
-    """The same in float64, the rotation as a product of complex numbers."""
+    """Compute the same in float64, the rotation as a product of complex numbers."""
     joint = []
     for name in "qkv":
         parts = []
@@ -69,7 +69,7 @@ def exact(streams, heads, rotary):
 
 
 def ragged_mask(b, length, device):
-    """Padding at the end of the first sample, in the middle of the second, all over the third."""
+    """Pad the end of the first sample, the middle of the second, and all of the third."""
     mask = torch.ones(b, length, dtype=torch.bool)
     mask[0, length - length // 4 :] = False
     mask[1, length // 3 : length // 2] = False
@@ -115,7 +115,7 @@ def test_pack_against_oracle(block_backend, device, case, dtype):
 
 
 def test_tables_without_pairs(block_backend, device):
-    """cos and sin may differ inside a pair, as apply_rotary_emb allows; a weight for q alone."""
+    """The tables may differ inside a pair, as apply_rotary_emb allows; a weight for q alone."""
     stream = make_stream(2, 7, 3, 16, torch.float32, device)._replace(norm_k=None)
     rotary = torch.randn(7, 16, device=device), torch.randn(7, 16, device=device)
     packed = pack_qkv([stream], packed_layout(None, 2, 7, device), 3, rotary=rotary, backend=block_backend)

@@ -24,7 +24,7 @@ def test_frechet_of_diagonal_normals():
 
 
 def whiten(x):
-    """Makes the sample covariance the identity, exactly."""
+    """Make the sample covariance the identity, exactly."""
     return np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
 
 

@@ -50,7 +50,7 @@ def velocity(x, sigma, layout):
 
 
 def decode(x0, grid):
-    """An image of stripes that does not depend on what it is asked for."""
+    """Decode to stripes, whatever is asked for."""
     height, width = 8 * grid[0], 8 * grid[1]
     rows, cols = torch.arange(height)[:, None], torch.arange(width)
     return torch.where((rows * cols // 37) % 2 == 0, 0.9, -0.9).expand(len(x0), 3, height, width)

@@ -17,7 +17,7 @@ from ralu_kernels import plan_tokens
 
 
 def scene(seed=0, height=96, width=160):
-    """A smooth background with a dark disc, (3, H, W) in [-1, 1]."""
+    """Draw a smooth background with a dark disc, (3, H, W) in [-1, 1]."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     disc = ((y - 30 - 5 * seed).square() + (x - 60).square() < 20**2).float()
     return torch.stack([0.2 + 0.4 * disc, -0.3 + 0.9 * disc, y / height - 0.5 - 0.3 * disc])
@@ -213,7 +213,7 @@ def test_what_is_no_mask_is_refused(given, error, message):
 
 
 def chosen(pipe, **options):
-    """The tokens selected in each image of a run of three."""
+    """List the tokens selected in each image of a run of three."""
     plans = []
     ralu.enable(pipe, **options)
 

@@ -52,7 +52,7 @@ def sincos(config, places):
 
 
 def on_tokens(transformer, patches, places, timestep, text, pooled):
-    """The transformer of tokens anywhere. patches: (L, C, 2, 2); places: L (row, column) on the stored grid."""
+    """Run the transformer on tokens anywhere. patches: (L, C, 2, 2); places: L (row, column) on the stored grid."""
     embed, n = transformer.pos_embed, len(patches)
     x = F.linear(patches.flatten(1), embed.proj.weight.flatten(1), embed.proj.bias)
     x = (x + sincos(transformer.config, places))[None]
@@ -64,7 +64,7 @@ def on_tokens(transformer, patches, places, timestep, text, pooled):
 
 
 def patches_of(image):
-    """(C, 2h, 2w) -> (h·w, C, 2, 2)"""
+    """Cut an image into patches: (C, 2h, 2w) -> (h·w, C, 2, 2)."""
     c, h, w = image.shape
     return image.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 0, 2, 4).reshape(-1, c, 2, 2)
 

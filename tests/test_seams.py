@@ -14,7 +14,7 @@ from ralu.method import Method
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    """Registered for a test, and forgotten after it."""
+    """Register them for a test, and forget them after it."""
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     for name in ("cost", "models", "pipeline", "blocks"):
         module = sys.modules.get(f"ralu.{name}")

@@ -20,7 +20,7 @@ from ralu_kernels import plan_tokens, reference
 
 
 def gaussian(mean, variance):
-    """The exact velocity of a flow from N(0, I) to N(mean, variance): d x / d sigma, value by value."""
+    """Compute the exact velocity of a flow from N(0, I) to N(mean, variance): d x / d sigma, value by value."""
 
     def velocity(x, sigma, layout):
         m = mean(layout)
@@ -221,7 +221,7 @@ def four_normals(key, element, stage):
 
 
 def swirl(x, sigma, layout):
-    """A velocity that depends on the value, the level and the place."""
+    """Return a velocity that depends on the value, the level and the place."""
     return torch.tanh(x) * (0.5 + sigma) + torch.sin(layout.positions.sum(-1, keepdim=True))
 
 

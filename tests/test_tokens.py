@@ -30,7 +30,7 @@ FIELDS = ("cu_seqlens", "source", "child", "inverse", "positions")
 
 
 def naive_plan(scores, grid, ratio=None, threshold=None):
-    """The definition, token by token."""
+    """Plan by the definition, token by token."""
     h, w = grid
     n = h * w
     cu_seqlens, source, child, inverse, positions = [0], [], [], [], []
@@ -47,8 +47,8 @@ def naive_plan(scores, grid, ratio=None, threshold=None):
             y, x = divmod(i, w)
             for j in range(4):
                 cover[2 * y + j // 2][2 * x + j % 2] = len(source) + (j if i in selected else 0)
-            for j in range(4) if i in selected else [-1]:
-                positions.append((y + (j // 2 / 2 if j > 0 else 0), x + (j % 2 / 2 if j > 0 else 0)))
+            children = range(4) if i in selected else [0]
+            positions += [(y + j // 2 / 2, x + j % 2 / 2) for j in children]
             source += [i] * (4 if i in selected else 1)
             child += [0, 1, 2, 3] if i in selected else [-1]
         inverse.append([row for line in cover for row in line])
@@ -461,7 +461,7 @@ def test_wrong_transition_arguments(transition, tensor, change, message):
 
 
 def changed(plan, name, change):
-    """The plan with one of its tensors made anew, contents and all."""
+    """Make one of the tensors of the plan anew, contents and all."""
     return replace(plan, **{name: change(getattr(plan, name).clone())})
 
 

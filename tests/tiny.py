@@ -43,7 +43,7 @@ def t5_encoder(tok, width):
 
 
 def vae():
-    """It shrinks by 2."""
+    """Make a VAE that shrinks by 2."""
     return AutoencoderKL(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -91,7 +91,7 @@ def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
 
 
 def shallow(pipe):
-    """The pipeline with the first block of each kind and SD3's last one: what is compiled takes a second a block."""
+    """Leave a pipeline the first block of each kind and SD3's last one: what is compiled takes a second a block."""
     transformer = pipe.transformer
     del transformer.transformer_blocks[1 : -1 if isinstance(pipe, StableDiffusion3Pipeline) else None]
     if isinstance(pipe, FluxPipeline):
