@@ -38,7 +38,7 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
                  FLUX and SD3 attend to the padding of T5. `ralu.enable(pipe, trim_text=True)` makes padding zeros;
                  embeddings of your own need `prompt_embeds * mask.unsqueeze(-1)`.
 
-    Up to rounding the images are the stock ones. Every hook works on: caches (TaylorSeer, FirstBlockCache, ...),
+    Up to rounding the images are the stock ones. Every hook keeps working: caches (TaylorSeer, FirstBlockCache, ...),
     offloading and LoRA may come before or after. Attention goes by `ralu.attention_backend`, not by diffusers'
     `set_attention_backend`. Images of different lengths in one batch are padded at will and told apart by
     ``joint_attention_kwargs={"image_mask": mask}``, bool (B, image tokens), or (b, image tokens) where guidance repeats
@@ -147,7 +147,10 @@ class Fusion:
 
     @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
-        """Put the packed layouts into a call's `joint_attention_kwargs`, under "sequences" and "image_sequences"."""
+        """Put the packed layouts into a call's `joint_attention_kwargs`, under "sequences" and "image_sequences".
+
+        Raises ValueError for an `attention_mask` among them.
+        """
         if not is_fused(module):
             return args, kwargs
         family, kwargs = self.family, dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -224,9 +227,9 @@ class Processor:
         sequences: PackedLayout | None = None,
     ):  # fmt: skip
         """Attend: streams (B, L, D), the image's first, to results of the same shapes (stock signature)."""
-        streams = [_project(attn, hidden_states, *_OWN)]
+        streams = [_project(attn, hidden_states, *_IMAGE)]
         if encoder_hidden_states is not None:
-            streams.append(_project(attn, encoder_hidden_states, *_ADDED))
+            streams.append(_project(attn, encoder_hidden_states, *_TEXT))
         order = -1 if self.text_first else 1
         lengths = [stream.q.shape[1] for stream in streams[::order]]
         if sequences is None:
@@ -243,9 +246,9 @@ class Processor:
         return image, text[0] if attn.context_pre_only else attn.to_add_out(text[0])
 
 
-# A stream's projections, the same in one (`fuse_qkv_projections`), and its norms.
-_OWN = ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k")
-_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
+# Projections of the image's stream and of the text's, the same in one (`fuse_qkv_projections`), and their norms.
+_IMAGE = ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k")
+_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
 
 
 def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: tuple[str, ...]) -> QKV:

@@ -246,7 +246,11 @@ class Description(NamedTuple):
 
 
 def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
-    """Find out what `estimate` needs to know of a model, which is as `estimate` takes it."""
+    """Read the configurations of a model, given as `estimate` takes it. No weights are loaded.
+
+    Raises ValueError for an unknown name and for a transformer that is of no family, and OSError for configurations
+    that cannot be read.
+    """
     clip_tokens, published = 77, published_models()
     family: Family | None
     parts: dict[str, Any]

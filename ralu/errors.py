@@ -13,7 +13,7 @@ class UsageError(ValueError):
 
 @contextmanager
 def usage(subject: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds (default: ValueError and TypeError) into a `UsageError` that begins with `subject`.
+    """Raise errors of these kinds (default: ValueError and TypeError) as a `UsageError` that begins with `subject`.
 
     Only for calls that take a user's arguments or files and do nothing else: around a whole run it would hide faults.
     """

@@ -59,7 +59,7 @@ def _clip(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 def fitted(image: Image.Image, shortest: int = 192, longest: int = 512) -> Image.Image:
     """Return an image at a size that suits a grid; those in between stay untouched, pixel for pixel.
 
-    shortest, longest: bounds of the longer side, in pixels; small images are enlarged by whole factors.
+    shortest, longest: bounds of the longer side, in pixels; small images are scaled up by whole factors.
     """
     width, height = image.size
     whole = max(1, -(-shortest // max(width, height)))

@@ -183,7 +183,10 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
 
 
 def run_begins(scheduler: RaluScheduler):
-    """Bind a scheduler to the pipeline that calls it, which may be a copy of the one that was enabled."""
+    """Bind a scheduler to the pipeline that calls it, which may be a copy of the one that was enabled.
+
+    Raises ValueError for a pipeline that RALU does not serve, which took the scheduler over from one that it does.
+    """
     pipe = calling_pipeline()
     if getattr(pipe, "scheduler", None) is not scheduler:
         return

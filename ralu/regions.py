@@ -77,7 +77,7 @@ def edge_density(images: Tensor, grid: tuple[int, int], low: int = 100, high: in
     low, high: OpenCV's hysteresis thresholds on the L1 Sobel gradient of the 8-bit luma.
     Returns float32 (B, n) in [0, 1], on the images' device; on CUDA, with the compiled extension, nothing leaves it.
     Blocks with the same number of edge pixels are told apart by their contrast, in steps smaller than one edge pixel:
-    without it flat images would fill up from the top left.
+    without it flat images would fill up from the top left. Raises ValueError for images that the grid does not divide.
     """
     (h, w), (height, width) = grid, images.shape[-2:]
     if height % h or width % w:

@@ -33,7 +33,9 @@ class Stage:
     resolution: "low" is half the image's height and width, "full" its own, "mixed" has tokens of both.
     steps:      transformer calls.
     end:        time at which the stage ends, in (0, 1].
-    shift:      timestep shift h of the noise levels inside the stage.
+    shift:      timestep shift h of the noise levels inside the stage, positive.
+
+    Raises ValueError for what is not as described.
     """
 
     resolution: str
@@ -60,11 +62,13 @@ class Transition:
 
     kind:          "renoise" upsamples all tokens of a low stage, "select" the chosen ones, "complete" those that are
                    left of a mixed stage; "resample" resizes the clean estimate and adds fresh noise to it.
-    start:         time at which the next stage starts.
+    start:         time at which the next stage starts, in [0, 1).
     scale:         a of Eq. S11, the factor of the upsampled sample (of "resample" the clean estimate's).
     noise_scale:   b, the factor of the noise z ~ N(0, I - c·Sigma).
     c:             correlation of the noise inside each 4x4 block that one value was upsampled to, in [0, 1/4].
-    interpolation: how values are upsampled or resized.
+    interpolation: how values are upsampled or resized, one of `INTERPOLATIONS`.
+
+    Raises ValueError for what is not as described.
     """
 
     kind: str

@@ -34,8 +34,8 @@ OPTIONS = tuple(field.name for field in fields(Options))
 class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     """Region-adaptive latent upsampling as a drop-in for `FlowMatchEulerDiscreteScheduler`.
 
-    Its own steps rule: `num_inference_steps` cannot be told from a pipeline's default, so `set_timesteps` always makes
-    the preset's. Fewer than 3 asked for means the stock schedule at full resolution.
+    The preset's number of steps is always made: `num_inference_steps` cannot be told from a pipeline's default. Fewer
+    than 3 asked for means the stock schedule at full resolution.
 
     preset:   a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is. "stock-STEPS" is the stock
               schedule with that many steps, and "stock" with as many as are asked for.
@@ -191,7 +191,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """Make one Euler step (stock signature). At a stage's end the result has the next stage's token count.
 
         model_output: (B, L, C) velocity; sample: (B, L, C), in the very first step the full-size noise, whose signs
-        seed the later stages' noise. Where `pack` is bound both are what it takes.
+        seed the later stages' noise. Where `pack` is bound both are what it takes. Raises RuntimeError where the model
+        was not called through `ralu.enable` or `ralu.sample` before, and ValueError for a velocity that does not fit.
         """
         run = self._run
         if run is None:

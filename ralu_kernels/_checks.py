@@ -1,4 +1,7 @@
-"""Checks of the arguments of public functions. A check that passes formats nothing and never waits for a device."""
+"""Checks of the arguments of public functions. A check that passes formats nothing and never waits for a device.
+
+What fails raises TypeError for a wrong type, else ValueError, with the argument's name, its value and what is allowed.
+"""
 
 import reprlib
 from collections.abc import Sequence

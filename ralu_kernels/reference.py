@@ -1,12 +1,12 @@
 """Eager PyTorch: the specification every other backend is tested against, and the default where none can run.
 
-RALU supplement A.1. With ``Up`` the nearest-neighbour 2x enlargement and Sigma the covariance of ``Up`` of white noise
+RALU supplement A.1. With ``Up`` nearest-neighbour 2x upsampling and Sigma the covariance of ``Up`` of white noise
 (4x4 blocks of ones, one for each upsampled value), the state that enters the next stage is
 
     scale * Up(x) + noise_scale * z,    z ~ N(0, I - c * Sigma),  0 <= c <= 1/4.
 
 With J the 4x4 matrix of ones, (I - k J)^2 = I - c J for k = (1 - sqrt(1 - 4c)) / 4, so z = eps - k * (sum of the four
-eps of the block). For a value that is kept over unchanged Sigma = I, so z ~ N(0, (1 - c) I).
+eps of the block). For a value that is kept Sigma = I, so z ~ N(0, (1 - c) I).
 
 Randomness is a function of the sample's 64-bit seed and of the place alone. Philox-4x32-10 has the seed as its key and
 (element, stage, kind, 0) as its counter, and makes four normals of it. All are used, one for each value that is made:
@@ -15,8 +15,8 @@ UPSAMPLED: element indexes the low grid, and the four normals are the four child
     tokens at pixel granularity, count elements as (channel, row, column) of the latent; tokens at token granularity
     count them as (token, channel).
 KEPT: channel j of token t, of C channels, has normal j % 4 of element t * ceil(C / 4) + j // 4, at either
-    granularity. t is the token's place in raster order over its own grid: the low grid on the way to stage 2, the high
-    grid on the way to stage 3. (If 4 does not divide C, the last normals of a token's last element go unused.)
+    granularity. t is the token's place in raster order over the grid of its size: the low grid on the way to stage 2,
+    the high grid on the way to stage 3. (If 4 does not divide C, the last normals of a token's last element go unused.)
 """
 
 import math
@@ -151,7 +151,7 @@ def selected_of(rows: Tensor) -> Tensor:
 
 
 def check_rows(inverse: Tensor, width: int, total: int) -> None:
-    """Check that there are enough rows and, on a CPU, where that does not wait, that they are of one layout."""
+    """Raise ValueError for too few rows and, on a CPU, where looking does not wait, for rows of no one layout."""
     if total < inverse.numel() // 4:
         raise ValueError(f"plan.inverse must be rows [0, {total}), got {inverse.numel() // 4} low tokens")
     if not _on_host(inverse) or inverse.numel() == 0:
@@ -160,8 +160,8 @@ def check_rows(inverse: Tensor, width: int, total: int) -> None:
     expected, ends = layout(selected_of(rows))
     if not torch.equal(rows.long(), expected):
         b, token, child = (rows != expected).nonzero()[0].tolist()
-        found, row = rows[b, token, child].item(), expected[b, token, child].item()
-        raise ValueError(f"plan.inverse must be row {row} for low token {token} of sample {b}, got {found}")
+        given, row = rows[b, token, child].item(), expected[b, token, child].item()
+        raise ValueError(f"plan.inverse must be row {row} for low token {token} of sample {b}, got {given}")
     if ends[-1, -1] != total:
         raise ValueError(f"plan.inverse must be rows [0, {total}), got [0, {ends[-1, -1]})")
 

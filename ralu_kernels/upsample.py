@@ -17,7 +17,7 @@ from ._checks import check_values, correlation, finite, integer, seed_tensor
 def _box_muller(word1, word2):
     """Make two normals of two random words, as tl.pair_uniform_to_normal does.
 
-    tl.cos and tl.sin carry along the reduction of huge angles, which needs local memory. Below 2 pi the three constants
+    tl.cos and tl.sin can reduce huge angles too, which needs local memory. Below 2 pi the three constants
     of Cody and Waite are exact, and the polynomials are those of Cephes.
     """
     u1 = tl.maximum(1.0e-7, tl.uint_to_uniform_float(word1))

@@ -35,7 +35,7 @@ class Tensor(ctypes.Structure):
 
 
 def toolkit() -> Path:
-    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not on the PATH")
+    nvcc = shutil.which("nvcc") or pytest.skip("no CUDA toolkit: nvcc is not on the PATH")
     answer = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     top = next(line.partition("TOP=")[2] for line in answer.splitlines() if "TOP=" in line)
     return Path(top.strip())
@@ -44,7 +44,7 @@ def toolkit() -> Path:
 @cache
 def library() -> ctypes.CDLL:
     include = toolkit() / "include"
-    compiler = shutil.which("g++") or pytest.skip("g++ is not on the PATH")
+    compiler = shutil.which("g++") or pytest.skip("no C++ compiler: g++ is not on the PATH")
     with tempfile.TemporaryDirectory() as folder:
         for name in EMPTY_HEADERS:
             path = Path(folder, name)
@@ -74,7 +74,7 @@ def _plan_tokens(*arguments):
 
 
 def operations() -> SimpleNamespace:
-    """What stands in for torch.ops.ralu_kernels_C."""
+    """Stand in for torch.ops.ralu_kernels_C."""
     names = ("upsample_renoise", "upsample_selected", "upsample_remaining", "canny")
     run = {name: lambda *arguments, name=name: getattr(library(), name)(*map(_c, arguments)) for name in names}
     return SimpleNamespace(**run, plan_tokens=_plan_tokens)

@@ -100,12 +100,12 @@ def test_eps(block_backend, device):
 def test_vectors_of_another_dtype(block_backend, device):
     x, y, gate, shift, scale = inputs(2, 5, 24, torch.bfloat16, device)
     vectors = gate.float(), y, shift.float(), scale.float()
-    for found, expected in zip(
+    for actual, expected in zip(
         gated_add_modulate(x, *vectors, backend=block_backend),
         gated_add_modulate(x, gate, y, shift, scale, backend=block_backend),
         strict=True,
     ):
-        assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+        assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,14 +137,14 @@ def test_noncontiguous(block_backend, device):
     transposed, flipped = x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT
     for other, (gate, shift, scale) in ((part, chunks), (transposed, columns), (flipped, vectors)):
         assert not other.is_contiguous()
-        found = gated_add_modulate(other, gate, y, shift, scale, backend=block_backend)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-        found = gated_add_modulate(y, gate, other, shift, scale, backend=block_backend)
-        assert torch.equal(found[0], gated_add(y, vectors[0], x, backend=block_backend))
+        actual = gated_add_modulate(other, gate, y, shift, scale, backend=block_backend)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+        actual = gated_add_modulate(y, gate, other, shift, scale, backend=block_backend)
+        assert torch.equal(actual[0], gated_add(y, vectors[0], x, backend=block_backend))
     shared = [v[:1].expand(2, -1) for v in vectors]
-    found = modulate(x[:1].expand(2, -1, -1), *shared[:2], backend=block_backend)
-    assert torch.equal(found[1], found[0]) and torch.equal(
-        found, modulate(x[[0, 0]], vectors[0][[0, 0]], vectors[1][[0, 0]], backend=block_backend)
+    actual = modulate(x[:1].expand(2, -1, -1), *shared[:2], backend=block_backend)
+    assert torch.equal(actual[1], actual[0]) and torch.equal(
+        actual, modulate(x[[0, 0]], vectors[0][[0, 0]], vectors[1][[0, 0]], backend=block_backend)
     )
 
 

@@ -177,7 +177,7 @@ WRONG_THRESHOLDS = [*no_numbers(), NAN, INF, -INF, -1]
 
 
 def rows_of(x, *others):
-    """An index changed in place of ``others``, each in a tensor of its own."""
+    """Change an index in place of ``others``, each in a tensor of its own."""
     return [x.flatten().index_fill(0, torch.tensor(0), value).view(x.shape) for value in others]
 
 

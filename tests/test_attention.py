@@ -13,7 +13,7 @@ from ralu_kernels._checks import DTYPES
 
 
 def softmax_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale=None):
-    """The definition in float64, sequence by sequence."""
+    """Attend by the definition in float64, sequence by sequence."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.zeros_like(q, dtype=torch.float64)
     for i in range(len(cu_seqlens_q) - 1):
@@ -55,7 +55,7 @@ def test_against_oracle(device, backend, lengths, dtype):
 
 
 def test_nothing_waits_for_the_device():
-    """A value of a fake tensor cannot be had. (On a CPU SDPA does look, to go sequence by sequence.)"""
+    """A value of a fake tensor cannot be had, though on a CPU SDPA does look, to go sequence by sequence."""
     with FakeTensorMode():
         q, cu_seqlens = torch.empty(14, 2, 16), torch.empty(3, dtype=torch.int32)
         dense, ragged = (q, q, q, cu_seqlens, cu_seqlens, 7, 7), (q, q, q, cu_seqlens, cu_seqlens, 9, 9)
@@ -331,8 +331,8 @@ def test_softmax_scale(device, lengths, scale):
         out = varlen_attention(*args, softmax_scale=scale, backend=backend)
         assert_as_exact_as(out, oracle.float(), oracle, atol=2e-6)
     assert_as_exact_as(attention._padded(*args, scale), oracle.float(), oracle, atol=2e-6)
-    own = softmax_attention(*args[:5])
-    assert_as_exact_as(varlen_attention(*args, softmax_scale=0.25), own.float(), own, atol=2e-6)  # 1 / sqrt(16)
+    default = softmax_attention(*args[:5])  # 1 / sqrt(16)
+    assert_as_exact_as(varlen_attention(*args, softmax_scale=0.25), default.float(), default, atol=2e-6)
 
 
 @pytest.mark.parametrize("stub", STUBS.values(), ids=STUBS.keys())

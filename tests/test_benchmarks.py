@@ -37,7 +37,7 @@ NATIVE = bool(cases.installed(CPU, "native"))
 
 @pytest.fixture(autouse=True)
 def unpoisoned():
-    """The benchmarks time what users run."""
+    """Leave memory as it comes: the benchmarks time what users run."""
     torch.use_deterministic_algorithms(False)
 
 
@@ -57,10 +57,10 @@ def test_every_operation_has_rows(tmp_path, monkeypatch):
     rows = measured(tmp_path, "--ops", *bench.OPERATIONS, "--pixels", "128", "--batch", "1", "3")
     for op, operation in bench.OPERATIONS.items():
         for model in operation.models:
-            found = {row["provider"] for row in rows if (row["op"], row["model"], row["batch"]) == (op, model, "1")}
-            moved = op in bench.TRANSITIONS
-            assert found >= {"eager", "copy"} | ({"reference"} if moved else set())
-            assert not (moved and NATIVE) or "native" in found
+            providers = {row["provider"] for row in rows if (row["op"], row["model"], row["batch"]) == (op, model, "1")}
+            is_transition = op in bench.TRANSITIONS
+            assert providers >= {"eager", "copy"} | ({"reference"} if is_transition else set())
+            assert not (is_transition and NATIVE) or "native" in providers
     for row in rows:
         assert row["torch"] == torch.__version__ and row["date"] and row["device"]
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
@@ -71,7 +71,7 @@ def test_every_operation_has_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "op, moved",
+    "op, required",
     [
         ("upsample_renoise", 16 * 8 * 8 * 4 * (1 + 4)),
         # 16 low tokens of 64 values, of which 3 become 4 each; 4 bytes for each of the 64 rows of the high grid.
@@ -80,10 +80,10 @@ def test_every_operation_has_rows(tmp_path, monkeypatch):
         ("edge_density", 64 * 64 + 4 * 4 * 4),
     ],
 )
-def test_bandwidth_counts_what_must_be_moved(tmp_path, op, moved):
+def test_bandwidth_counts_what_must_be_read_and_written(tmp_path, op, required):
     for row in measured(tmp_path, "--ops", op, "--pixels", "128", "--batch", "1", "--dtypes", "float32"):
         if row["gbps"]:
-            assert float(row["gbps"]) == pytest.approx(moved / float(row["p50_ms"]) / 1e6, rel=1e-3)
+            assert float(row["gbps"]) == pytest.approx(required / float(row["p50_ms"]) / 1e6, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_calls_take_turns_until_their_budget_is_spent(monkeypatch):
 
     calls = {"slow": partial(call, "slow", 200.0), "fast": partial(call, "fast", 1.0)}
     times = record.in_turn(calls, CPU, budget=0.5, repeats=40)
-    assert {name: len(of) for name, of in times.items()} == {"slow": 3, "fast": 40}
+    assert {name: len(spent) for name, spent in times.items()} == {"slow": 3, "fast": 40}
     assert order[:8] == ["slow", "fast"] * 4  # the first round is not timed
 
 
@@ -154,7 +154,7 @@ def test_rows_of_other_columns_are_kept(tmp_path):
 
 @pytest.fixture
 def small_models(monkeypatch):
-    """The published models' names for tiny ones; a token is 4x4 pixels."""
+    """Give the published models' names to tiny ones; a token is 4x4 pixels."""
     for name, pipe in (("flux-dev", tiny.flux(guidance_embeds=True)), ("sd3-medium", tiny.sd3("3.0"))):
         monkeypatch.setitem(families.family_of(pipe).published, name, dict(pipe.transformer.config))
     monkeypatch.setattr(cost, "_VAE", dict(pipe.vae.config))
@@ -229,9 +229,9 @@ def test_a_line_through_time_and_work(small_models, monkeypatch):
         case: [{"calls": {t: [3 + 2e3 * each] * calls for t, (calls, each) in e2e.work(model, case, 1).items()}}]
         for case in (e2e.Case(Method("stock-6")), e2e.Case(Method("flux-5x")))
     }
-    found = e2e.explanation(model, runs)
-    assert found["fixed_ms_per_call"] == pytest.approx(3, abs=1e-3)
-    assert found["tflop_per_s_beyond"] == pytest.approx(0.5, rel=1e-3)
+    line = e2e.explanation(model, runs)
+    assert line["fixed_ms_per_call"] == pytest.approx(3, abs=1e-3)
+    assert line["tflop_per_s_beyond"] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_the_ladder_leaves_out_what_cannot_run():
@@ -296,8 +296,8 @@ def test_tables_are_of_the_rows(tmp_path):
         kernel_row(),
         kernel_row(pixels="2048", eager_ratio="6.32", fill_fraction="0.5"),
         kernel_row(provider="dense", p50_ms="2100", gbps="", eager_ratio="0.004"),
-        *(kernel_row(provider=who, pixels="2048", batch="16", p50_ms="", gbps="", memory=memory)
-          for who, memory in (("native", "1.00"), ("eager", "3.17"))),
+        *(kernel_row(provider=provider, pixels="2048", batch="16", p50_ms="", gbps="", memory=memory)
+          for provider, memory in (("native", "1.00"), ("eager", "3.17"))),
     ]  # fmt: skip
     write(path, rows)
     block = render.block(path)
@@ -345,14 +345,14 @@ def test_revisions_take_turns_with_their_own_packages(tmp_path):
     script.write_text(
         "import sys, ralu_kernels\n"
         f"open({str(tmp_path / 'order')!r}, 'a').write(ralu_kernels.NAME)\n"
-        "open(sys.argv[-1], 'w').write(f'op,p50_ms\\nmove,{ralu_kernels.MS}\\n{ralu_kernels.NAME},1\\n')\n"
+        "open(sys.argv[-1], 'w').write(f'op,p50_ms\\ncopy,{ralu_kernels.MS}\\n{ralu_kernels.NAME},1\\n')\n"
     )
     for name, milliseconds in (("a", 2.0), ("b", 3.0)):
         package = tmp_path / name / "ralu_kernels"
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(f"NAME, MS = {name!r}, {milliseconds}\n")
     ratios = compare.alternate(tmp_path / "a", tmp_path / "b", [[str(script)]], rounds=3)
-    assert [(case[0], of) for case, of in ratios.items()] == [("move", [1.5] * 3)]
+    assert [(case[0], ratio) for case, ratio in ratios.items()] == [("copy", [1.5] * 3)]
     assert (tmp_path / "order").read_text() == "abbaab"
 
 

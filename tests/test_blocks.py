@@ -85,14 +85,14 @@ def test_transformers_equal_stock(model):
     expected = run(transformer, given := inputs(model, transformer))
     assert ralu.fuse(transformer) is transformer
     with Calls() as calls:
-        found = run(transformer, given)
-    torch.testing.assert_close(found, expected, **close)
+        actual = run(transformer, given)
+    torch.testing.assert_close(actual, expected, **close)
     assert calls.names.count("pack_qkv") == {"flux": 4, "3.5-medium": 3 + 2}.get(model, 3)
     assert {"modulate", "gated_add", "gated_add_modulate"} < set(calls.names)
     assert calls.names.count("native_layer_norm") == 1  # behind the blocks
     first = [given.pop(name) for name in ("hidden_states", "encoder_hidden_states", "pooled_projections")]
     with torch.no_grad():
-        assert torch.equal(transformer(*first, **given).sample, found)
+        assert torch.equal(transformer(*first, **given).sample, actual)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -100,9 +100,9 @@ def test_bfloat16_is_as_exact_as_stock(model):
     transformer = make(model).transformer.bfloat16()
     given = inputs(model, transformer)
     half = {name: value if "ids" in name else value.bfloat16() for name, value in given.items()}
-    stock, found = run(transformer, half), run(ralu.fuse(transformer), half)
+    stock, actual = run(transformer, half), run(ralu.fuse(transformer), half)
     oracle = run(ralu.unfuse(transformer).float(), {name: value.float() for name, value in half.items()})
-    assert_as_exact_as(found, stock, oracle)
+    assert_as_exact_as(actual, stock, oracle)
 
 
 WIDE = {  # as in the checkpoints' configurations: (class, arguments, heads)
@@ -138,7 +138,7 @@ def block_inputs(kind, width, size, batch, dtype):
 
 @torch.no_grad()
 def in_one(block, given, fused):
-    """A block's outputs side by side, of the stock forward or the fused one."""
+    """Run a block, stock or fused; its outputs side by side."""
     if fused:
         for attention in blocks._attentions(block):
             attention.set_processor(FUSED[type(block)].processor(attention.processor))
@@ -157,11 +157,11 @@ def test_full_width_blocks_equal_stock(kind, arguments, options):
     width, _, size = arguments
     block = wide_block(kind, arguments, options, torch.bfloat16)
     given = block_inputs(kind, width, size, 1, torch.bfloat16)
-    stock, found = (in_one(block, given, fused) for fused in (False, True))
+    stock, actual = (in_one(block, given, fused) for fused in (False, True))
     exact = {name: value.float() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     block.float()
     oracle = in_one(block, exact, False)
-    assert_as_exact_as(found, stock, oracle)
+    assert_as_exact_as(actual, stock, oracle)
     torch.testing.assert_close(in_one(block, exact, True), oracle, rtol=1e-5, atol=1e-5)
 
 
@@ -210,10 +210,10 @@ def test_triton_kernels_under_whole_transformers(model, device, monkeypatch):
     mask = torch.arange(24, device=device) < torch.tensor([[24], [15]], device=device)
     given["joint_attention_kwargs"] = {"image_mask": mask}
     ralu.fuse(transformer)
-    found = run(transformer, given)
+    actual = run(transformer, given)
     monkeypatch.setitem(_backend._ORDER, "cpu", ("reference",))
     monkeypatch.setitem(_backend._ORDER, "cuda", ("reference",))
-    torch.testing.assert_close(found, run(transformer, given), **close)
+    torch.testing.assert_close(actual, run(transformer, given), **close)
 
 
 @pytest.mark.gpu
@@ -244,9 +244,9 @@ def test_calls_wait_for_nothing(model):
 def test_caches_wrap_the_fused_blocks(cache, fused_first):
     pipe = tiny.flux()
     transformer, call = pipe.transformer, {"num_inference_steps": 6}
-    plain = tiny.paint(pipe, **call)
+    plain = tiny.generate(pipe, **call)
     transformer.enable_cache(cache)
-    cached = tiny.paint(pipe, **call)
+    cached = tiny.generate(pipe, **call)
     assert (cached - plain).abs().max() > 1e-4
     if fused_first:
         transformer.disable_cache()
@@ -255,17 +255,17 @@ def test_caches_wrap_the_fused_blocks(cache, fused_first):
     else:
         ralu.fuse(transformer)
     with Calls() as calls:
-        torch.testing.assert_close(tiny.paint(pipe, **call), cached, **close)
+        torch.testing.assert_close(tiny.generate(pipe, **call), cached, **close)
     assert 0 < calls.names.count("pack_qkv") < 6 * 4  # some were reused
     if fused_first:
         transformer.disable_cache()
-        torch.testing.assert_close(tiny.paint(pipe, **call), plain, **close)
+        torch.testing.assert_close(tiny.generate(pipe, **call), plain, **close)
         ralu.unfuse(transformer)
     else:
         ralu.unfuse(transformer)
-        assert torch.equal(tiny.paint(pipe, **call), cached)
+        assert torch.equal(tiny.generate(pipe, **call), cached)
         transformer.disable_cache()
-    assert torch.equal(tiny.paint(pipe, **call), plain)
+    assert torch.equal(tiny.generate(pipe, **call), plain)
 
 
 @pytest.mark.parametrize("model", ["flux", "3.5-medium"])
@@ -315,10 +315,10 @@ def test_quantised_linears_are_called_as_modules(model):
 def test_ip_adapters_keep_their_attention(warnings):
     pipe = ralu.enable(tiny.flux(), fused=True)
     given = tiny.load_ip_adapter(pipe)
-    found = tiny.paint(pipe, **given)
+    actual = tiny.generate(pipe, **given)
     assert warnings == ["RALU unfuses this transformer: its attention is FluxIPAdapterAttnProcessor's"]
-    assert torch.equal(tiny.paint(ralu.enable(pipe, fused=False), **given), found)
-    assert torch.equal(tiny.paint(ralu.enable(pipe, fused=True), **given), found)
+    assert torch.equal(tiny.generate(ralu.enable(pipe, fused=False), **given), actual)
+    assert torch.equal(tiny.generate(ralu.enable(pipe, fused=True), **given), actual)
     assert warnings[1:] == ["RALU leaves this transformer unfused: its attention is FluxIPAdapterAttnProcessor's"]
     kinds = {name: type(p).__name__ for name, p in pipe.transformer.attn_processors.items()}
     assert set(kinds.values()) == {"FluxAttnProcessor", "FluxIPAdapterAttnProcessor"}
@@ -328,9 +328,9 @@ def test_ip_adapters_keep_their_attention(warnings):
 
 def test_weights_offloaded_layer_by_layer_are_left_to_diffusers(warnings):
     pipe = tiny.flux()
-    expected = tiny.paint(pipe, num_inference_steps=2)
+    expected = tiny.generate(pipe, num_inference_steps=2)
     accelerate.cpu_offload(ralu.fuse(pipe.transformer), torch.device("cpu"))
-    assert torch.equal(tiny.paint(pipe, num_inference_steps=2), expected) and not blocks.is_fused(pipe.transformer)
+    assert torch.equal(tiny.generate(pipe, num_inference_steps=2), expected) and not blocks.is_fused(pipe.transformer)
     ralu.fuse(pipe.transformer)
     assert len(warnings) == 2 and "offloaded layer by layer" in warnings[1]
 
@@ -351,20 +351,20 @@ def test_group_offloading_by_leaves_is_left_to_diffusers(warnings):
 
 
 def test_blocks_of_other_classes_are_left_alone(warnings):
-    class Own(FluxTransformerBlock):
+    class Other(FluxTransformerBlock):
         pass
 
     transformer = tiny.flux().transformer
-    transformer.transformer_blocks[1].__class__ = Own
-    assert not blocks.is_fused(ralu.fuse(transformer)) and "blocks of class Own" in warnings[0]
+    transformer.transformer_blocks[1].__class__ = Other
+    assert not blocks.is_fused(ralu.fuse(transformer)) and "blocks of class Other" in warnings[0]
 
 
 def test_padding_stays_where_nothing_is_trimmed(warnings):
     """A transformer that is left unfused gets T5's embeddings as they are."""
     pipe = tiny.flux()
-    expected = tiny.paint(ralu.enable(pipe, fused=False))
+    expected = tiny.generate(ralu.enable(pipe, fused=False))
     pipe.transformer.transformer_blocks[0].attn.processor._attention_backend = "native"
-    torch.testing.assert_close(tiny.paint(ralu.enable(pipe, trim_text=True)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiny.generate(ralu.enable(pipe, trim_text=True)), expected, rtol=0, atol=1e-5)
     assert "attention backend" in warnings[0]
 
 
@@ -416,19 +416,19 @@ def traces(transformer):
 def test_round_trips(model):
     pipe = make(model)
     transformer, call = pipe.transformer, {"num_inference_steps": 2}
-    expected, before = tiny.paint(pipe, **call), traces(transformer)  # the first run makes diffusers' own registries
+    expected, before = tiny.generate(pipe, **call), traces(transformer)  # the first run makes diffusers' own registries
     ralu.fuse(transformer)
     assert before[1] == traces(transformer)[1] and blocks.is_fused(transformer)
     ralu.fuse(transformer)  # anew
     ralu.unfuse(ralu.unfuse(transformer))
     assert traces(transformer) == before
     with Calls() as calls:
-        stages = tiny.paint(ralu.enable(pipe, fused=True))
+        stages = tiny.generate(ralu.enable(pipe, fused=True))
     assert "pack_qkv" in calls.names
-    torch.testing.assert_close(tiny.paint(ralu.enable(pipe)), stages, **close)
+    torch.testing.assert_close(tiny.generate(ralu.enable(pipe)), stages, **close)
     assert not blocks.is_fused(transformer)  # "auto" on a CPU
     ralu.enable(pipe, fused=True, trim_text=True)
-    assert torch.equal(tiny.paint(ralu.disable(pipe), **call), expected) and traces(transformer) == before
+    assert torch.equal(tiny.generate(ralu.disable(pipe), **call), expected) and traces(transformer) == before
     assert "_get_t5_prompt_embeds" not in vars(pipe)
 
 
@@ -472,10 +472,10 @@ def test_wrong_arguments():
 
 
 def threshold(pipe, **options):
-    """One that chooses another number of tokens in every picture."""
+    """One that chooses another number of tokens in every image."""
     scores = []
     ralu.enable(pipe, regions=lambda x0, grid: scores.append(gradient(x0, grid)) or scores[-1], **options)
-    tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))
+    tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7))
     value = scores[0].quantile(0.7).item()
     assert len({int((row >= value).sum()) for row in scores[0]}) > 1
     return value
@@ -486,19 +486,19 @@ def test_ragged_batches_equal_their_single_runs(model):
     pipe = make(model)
     options = {"regions": "gradient", "threshold": threshold(pipe)}
     ralu.enable(pipe, fused=True, **options)
-    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))
+    batch = tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7))
     layouts = pipe.transformer.ralu_fusion.layouts.cache_info()
     steps = pipe.scheduler.num_inference_steps
     assert layouts.misses == 3 and layouts.hits == steps - 3  # one a stage
     for i in range(3):
-        fused = tiny.paint(pipe, PROMPTS[i], seeds=(5 + i,))
+        fused = tiny.generate(pipe, PROMPTS[i], seeds=(5 + i,))
         torch.testing.assert_close(batch[i : i + 1], fused, **close)
     ralu.enable(pipe, fused=False, **options)
     for i in range(3):
-        torch.testing.assert_close(batch[i : i + 1], tiny.paint(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
+        torch.testing.assert_close(batch[i : i + 1], tiny.generate(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
     if model != "flux":
         with pytest.raises(ValueError, match="enable with fused=True"):
-            tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))
+            tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7))
 
 
 @pytest.mark.parametrize("model", ["flux", "3.5-medium"])
@@ -527,7 +527,7 @@ def test_text_of_zeros_is_left_out(model):
 def test_trimmed_prompts_in_ragged_batches_equal_their_single_runs(model):
     pipe = make(model)
     value = threshold(pipe, fused=True, trim_text=True)
-    whole = tiny.paint(ralu.enable(pipe, fused=True), PROMPTS, seeds=(5, 6, 7))
+    whole = tiny.generate(ralu.enable(pipe, fused=True), PROMPTS, seeds=(5, 6, 7))
     ralu.enable(pipe, regions="gradient", threshold=value, trim_text=True)
     widths, sequences = [], []
 
@@ -536,7 +536,7 @@ def test_trimmed_prompts_in_ragged_batches_equal_their_single_runs(model):
         sequences.append(kwargs["joint_attention_kwargs"]["sequences"])
 
     hook = pipe.transformer.register_forward_pre_hook(see, with_kwargs=True)
-    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))
+    batch = tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7))
     assert len({id(s) for s in sequences}) == 3
     tokenizer = pipe.tokenizer_2 if model == "flux" else pipe.tokenizer_3
     clip = 0 if model == "flux" else pipe.tokenizer.model_max_length
@@ -545,23 +545,23 @@ def test_trimmed_prompts_in_ragged_batches_equal_their_single_runs(model):
     assert len(set(texts)) > 1 and max(texts) < clip + 16 and set(widths) == {max(texts)}
     assert sequences[0].cu_seqlens.diff().tolist() == [64 + n for n in negative + texts]
     for i in range(3):
-        torch.testing.assert_close(batch[i : i + 1], tiny.paint(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
+        torch.testing.assert_close(batch[i : i + 1], tiny.generate(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
     hook.remove()
     assert (batch - whole).abs().max() > 1e-3
-    twice = tiny.paint(pipe, PROMPTS[:2], seeds=(5, 6, 7, 8), num_images_per_prompt=2)
-    torch.testing.assert_close(twice[2:3], tiny.paint(pipe, PROMPTS[1], seeds=(7,)), **close)
+    twice = tiny.generate(pipe, PROMPTS[:2], seeds=(5, 6, 7, 8), num_images_per_prompt=2)
+    torch.testing.assert_close(twice[2:3], tiny.generate(pipe, PROMPTS[1], seeds=(7,)), **close)
 
 
 def test_padded_images_without_ralu():
     transformer = tiny.flux().transformer
     given = inputs("flux", transformer)
     mask = torch.arange(24) < torch.tensor([[24], [15]])
-    found = run(ralu.fuse(transformer), given | {"joint_attention_kwargs": {"image_mask": mask}})
+    actual = run(ralu.fuse(transformer), given | {"joint_attention_kwargs": {"image_mask": mask}})
     ralu.unfuse(transformer)
     alone = {name: value if "ids" in name else value[1:] for name, value in given.items()}
     alone |= {"hidden_states": given["hidden_states"][1:, :15], "img_ids": given["img_ids"][:15]}
-    torch.testing.assert_close(found[1:, :15], run(transformer, alone), **close)
-    torch.testing.assert_close(found[:1], run(transformer, given)[:1], **close)
+    torch.testing.assert_close(actual[1:, :15], run(transformer, alone), **close)
+    torch.testing.assert_close(actual[:1], run(transformer, given)[:1], **close)
 
 
 # ---- torch.compile ----
@@ -580,13 +580,13 @@ def test_fused_blocks_compile_whole(kind, options):
     blocks._replace_forward(block, kind.forward, FUSED[kind].forward)
     with torch.no_grad():
         expected = block(**given)
-        found = torch.compile(block, fullgraph=True, backend="aot_eager")(**given)
-    for pair in zip(found, expected, strict=True):
+        actual = torch.compile(block, fullgraph=True, backend="aot_eager")(**given)
+    for pair in zip(actual, expected, strict=True):
         torch.testing.assert_close(*pair, **close)
 
 
 def a_third_and_a_quarter(x0, grid):
-    """Scores of two pictures that keep different counts at every size: a graph without padding would be one more."""
+    """Scores of two images that keep different counts at every size: a graph without padding would be one more."""
     return (torch.arange(grid[0] * grid[1]) % torch.tensor([[3], [4]]) == 0).float()
 
 
@@ -596,17 +596,17 @@ def test_three_stages_compile_three_graphs_at_most(model):
     """With a ragged second stage; another size must not run into PyTorch's limit, where fullgraph=True would raise."""
     pipe, family = tiny.shallow(make(model)), tiny.FAMILIES["flux" if model == "flux" else "sd3"]
     options = {"preset": family.short, "regions": a_third_and_a_quarter, "threshold": 0.5, "fused": True}
-    expected = tiny.paint(ralu.enable(pipe, **options), PROMPTS[:2], seeds=(5, 6))
+    expected = tiny.generate(ralu.enable(pipe, **options), PROMPTS[:2], seeds=(5, 6))
     ralu.disable(pipe)
     counter = CompileCounter()
     pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
-    found = tiny.paint(ralu.enable(pipe, **options), PROMPTS[:2], seeds=(5, 6))
-    torch.testing.assert_close(found, expected, **close)
+    actual = tiny.generate(ralu.enable(pipe, **options), PROMPTS[:2], seeds=(5, 6))
+    torch.testing.assert_close(actual, expected, **close)
     assert counter.frame_count <= 3
     for size in (72, 48):
-        tiny.paint(pipe, PROMPTS[:2], seeds=(5, 6), height=size)
+        tiny.generate(pipe, PROMPTS[:2], seeds=(5, 6), height=size)
     assert counter.frame_count <= 4
-    tiny.paint(pipe, PROMPTS[:2], seeds=(5, 6), height=72)
+    tiny.generate(pipe, PROMPTS[:2], seeds=(5, 6), height=72)
     assert counter.frame_count <= 4
 
 

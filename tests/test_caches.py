@@ -31,11 +31,11 @@ def test_full_steps_are_the_published_ones(cache, steps, full):
 
 
 def latents(pipe, **call):
-    return tiny.paint(pipe, output_type="latent", **call)
+    return tiny.generate(pipe, output_type="latent", **call)
 
 
 def steps_of(pipe, run):
-    """The steps, counted over the whole run, at which the first block's queries were computed."""
+    """List the steps, counted over the whole run, at which the first block's queries were computed."""
     computed = []
     query = pipe.transformer.transformer_blocks[0].attn.to_q
     hook = query.register_forward_pre_hook(lambda *_: computed.append(pipe.scheduler.step_index or 0))

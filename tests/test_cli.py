@@ -42,7 +42,7 @@ def pipe(folder):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """The rows of the grid that a command draws."""
+    """Collect the rows of the grid that a command draws."""
     drawn = []
     grid = figures.grid
     monkeypatch.setattr(figures, "grid", lambda columns, rows, note: drawn.extend(rows) or grid(columns, rows, note))
@@ -54,7 +54,7 @@ def generate(pipe, prompts, seeds, **call):
 
 
 def pixels(image, size=(64, 64)):
-    """Grids show small pictures enlarged by whole factors; take that back."""
+    """Grids show small images scaled up by whole factors; undo that."""
     return np.asarray(image.resize(size, Image.Resampling.NEAREST))
 
 
@@ -135,7 +135,7 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
     assert main(["regions", *PROMPTS, *masked]) == 0
     assert [marked(image, grid) for image in rows[0].images] == [tokens, tokens]
 
-    # What no square covers is the decoded prediction, enlarged.
+    # What no square covers is the decoded prediction, scaled up.
     overlaid = before
     preview = pipe.image_processor.postprocess(previews, output_type="pil")[0].resize(overlaid.size)
     height, width = overlaid.height // grid[0], overlaid.width // grid[1]
@@ -145,7 +145,7 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
 
 
 def marked(image, grid):
-    """The tokens with a blue outline all around."""
+    """List the tokens with a blue outline all around."""
     blue = (np.asarray(image) == (0, 0x57, 0xFF)).all(axis=-1)
     (h, w), (height, width) = grid, blue.shape
     blocks = blue.reshape(h, height // h, w, width // w).transpose(0, 2, 1, 3).reshape(h * w, height // h, width // w)
@@ -171,17 +171,17 @@ def test_generate(folder, pipe, tmp_path, capsys):
 def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
     calls = []
 
-    class Given(Exception):
+    class CallError(Exception):
         pass
 
     def call(self, prompts, **given):
         calls.append(given)
-        raise Given
+        raise CallError
 
     monkeypatch.setattr(FluxPipeline, "__call__", call)
     for embedded in (folder, str(tmp_path / "elsewhere")):
         monkeypatch.setattr(models, "mini_path", lambda _, path=embedded: Path(path))
-        with pytest.raises(Given):
+        with pytest.raises(CallError):
             main(["generate", "fox", "--model", folder, "-o", str(tmp_path / "x.png")])
     mini, other = calls
     assert (mini["height"], mini["width"], mini["max_sequence_length"]) == (256, 256, 32)
@@ -251,7 +251,7 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
     ("arguments", "words"),
     [
         ("", "which command?"),
-        ("paint fox", "'paint'"),
+        ("sketch fox", "'sketch'"),
         ("generate", "PROMPT"),
         ("generate fox --preset flux-9x", "flux-9x"),
         ("generate fox --steps 4", "have their own steps"),
@@ -504,7 +504,7 @@ def test_info(capsys, monkeypatch):
         try:
             ralu_kernels.upsample_renoise(torch.zeros(1, 4, 2, 2), 1.0, 0.0, 0.0, 0, backend=backend)
             assert backends[backend] == "available"
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203
             assert backends[backend] in str(error)
     chosen = backends["auto"].removeprefix("is ")
     assert backends[chosen] == "available"

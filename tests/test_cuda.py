@@ -25,7 +25,7 @@ BITS = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
 
 
 def compile_cuda(source, out, architectures, *flags):
-    """What ptxas says of every kernel: [(architecture, mangled name, registers, bytes on the stack and spilled)]."""
+    """Compile, and list what ptxas says: [(architecture, mangled name, registers, bytes on the stack and spilled)]."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{b}" for a, family in architectures.items() for b in family]
     includes = [f"-I{CSRC}", "-isystem", Path(torch.__file__).parent / "include"]
     command = [cuda_on_host.toolkit() / "bin/nvcc", "-c", source, "-o", out, "-Xptxas=-v"]
@@ -76,7 +76,7 @@ def test_every_value_is_stored_in_vectors(compiled):
     """Of 16 bytes where the row allows it: those are the instances with the most elements."""
     source, out, _ = compiled
     if triton is None:
-        pytest.skip("Triton ships the disassembler")
+        pytest.skip("the disassembler, cuobjdump, comes with Triton, which is not installed")
     code = subprocess.run(
         [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch=sm_90", out], capture_output=True, text=True, check=True
     ).stdout

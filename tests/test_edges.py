@@ -15,8 +15,8 @@ from ralu_kernels.edges import canny, edge_density
 
 THRESHOLDS = ((100, 200), (200, 100), (50, 50), (0, 0), (20, 600), (2039, 10**6))
 SIZES = ((1, 1), (1, 40), (40, 1), (2, 2), (8, 32), (9, 33), (33, 47), (70, 129))
-# Pictures that come with scikit-image, none of them downloaded.
-PICTURES = (
+# Images that come with scikit-image, none of them downloaded.
+IMAGES = (
     "camera.png",
     "astronaut.png",
     "coffee.png",
@@ -65,7 +65,7 @@ def spiral(side):
 
 @pytest.fixture(params=[1, 4], ids="{} OpenCV threads".format)
 def opencv_threads(request):
-    """OpenCV cuts a picture into strips by its threads, and has other code for one."""
+    """OpenCV cuts an image into strips by its threads, and has other code for one."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(request.param)
     yield
@@ -79,7 +79,7 @@ def test_kernels_equal_opencv(size, thresholds, opencv_threads):
     assert torch.equal(on_host(images, *thresholds), opencv(images, *thresholds))
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_kernels_equal_opencv_on_photographs(name, opencv_threads):
     image = photograph(name)
     for thresholds in ((100, 200), (20, 400)):
@@ -157,7 +157,7 @@ def test_compile(backend, device, dynamic):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_canny_on_a_gpu(name):
     image = photograph(name).expand(3, -1, -1)
     assert torch.equal(canny(image.cuda(), backend="native").cpu(), opencv(image, 100, 200))
@@ -209,8 +209,8 @@ def test_canny_of_every_size(backend, device, thresholds):
 
 @pytest.mark.native
 @pytest.mark.parametrize("threads", [1, 3])
-def test_strips_of_a_picture_fit(threads):
-    """Rows are shared out to threads, of pictures of which none is alike."""
+def test_strips_of_an_image_fit(threads):
+    """Rows are shared out to threads, of images of which no two are alike."""
     images = torch.cat([patterns((70, 129)), spiral(140)[:, :70, :129]])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -228,7 +228,7 @@ def test_canny_follows_an_edge_all_the_way(backend, device):
     assert torch.equal(canny(image.to(device), 100, 900, backend=backend).cpu(), expected)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_canny_of_photographs(name, device):
     image = photograph(name)
     for thresholds in ((100, 200), (20, 400)):

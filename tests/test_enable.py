@@ -49,7 +49,7 @@ def stock(family):
 
 @pytest.fixture(scope="module")
 def stock_image(stock):
-    return tiny.paint(stock, **STOCK)
+    return tiny.generate(stock, **STOCK)
 
 
 @pytest.fixture
@@ -87,13 +87,13 @@ def preview(pipe, latents):
 @pytest.mark.parametrize("ratio", [None, 1.0])  # with all tokens selected stage 2 is as long as stage 3
 def test_previews_never_change_a_run(stock, ratio):
     ralu.enable(stock, ratio=ratio)
-    expected, shapes = tiny.paint(stock), []
+    expected, shapes = tiny.generate(stock), []
 
     def callback(pipe, i, t, values):
         shapes.append(tuple(preview(pipe, values["latents"]).shape))
         return values
 
-    assert torch.equal(tiny.paint(stock, callback_on_step_end=callback), expected)
+    assert torch.equal(tiny.generate(stock, callback_on_step_end=callback), expected)
     ralu.disable(stock)
     assert set(shapes) == {(1, 3, 64, 64)} and len(shapes) == stock.num_timesteps
 
@@ -119,7 +119,7 @@ def test_interruptions_in_every_stage_decode_what_there_is(stock, ratio, preview
                     preview(pipe, values["latents"])
             return values
 
-        image = tiny.paint(stock, callback_on_step_end=stop)
+        image = tiny.generate(stock, callback_on_step_end=stop)
         torch.testing.assert_close(image, (expected[0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
     ralu.disable(stock)
 
@@ -132,8 +132,8 @@ def test_a_from_pipe_copy_is_interrupted_as_the_pipe_itself(pipe, family):
             pipe._interrupt = i == step
             return values
 
-        expected = tiny.paint(pipe, callback_on_step_end=stop)
-        assert torch.equal(tiny.paint(twin, callback_on_step_end=stop), expected)
+        expected = tiny.generate(pipe, callback_on_step_end=stop)
+        assert torch.equal(tiny.generate(twin, callback_on_step_end=stop), expected)
     ralu.disable(twin)
     for each in (pipe, twin):
         assert "_unpack_latents" not in vars(each) and "decode" not in vars(each.vae)
@@ -147,8 +147,8 @@ def test_a_stock_neighbour_stays_stock_after_a_run_that_broke_off(pipe, stock_im
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.paint(pipe, callback_on_step_end=fail)
-    assert torch.equal(tiny.paint(twin, **STOCK), stock_image)
+        tiny.generate(pipe, callback_on_step_end=fail)
+    assert torch.equal(tiny.generate(twin, **STOCK), stock_image)
 
 
 # ---- copies ----
@@ -170,7 +170,7 @@ def by_torch_save(pipe):
 
 
 def by_spawning(pipe):
-    """What `multiprocessing` sends to a process that it spawns."""
+    """Do what `multiprocessing` does to send to a process that it spawns."""
     return pickle.loads(ForkingPickler.dumps(pipe))
 
 
@@ -178,16 +178,16 @@ def by_spawning(pipe):
 def test_a_copy_is_enabled_too_and_its_own(family, stock_image, copied):
     pipe = ralu.enable(MAKE[family]())  # once it has run, transformers' CLIP itself cannot be pickled
     twin, before = copied(pipe), traces(pipe)
-    expected = tiny.paint(pipe)
+    expected = tiny.generate(pipe)
     parts = zip(pipe.transformer.modules(), twin.transformer.modules(), strict=True)
     assert all(ours is not theirs for ours, theirs in parts)
-    assert torch.equal(tiny.paint(twin), expected)
-    assert torch.equal(tiny.paint(ralu.disable(twin), **STOCK), stock_image)
+    assert torch.equal(tiny.generate(twin), expected)
+    assert torch.equal(tiny.generate(ralu.disable(twin), **STOCK), stock_image)
     assert type(twin.scheduler) is FlowMatchEulerDiscreteScheduler and not twin.transformer._forward_pre_hooks
     assert type(twin.transformer.pos_embed) in (FluxPosEmbed, PatchEmbed)
-    assert traces(pipe)[2:] == before[2:] and torch.equal(tiny.paint(pipe), expected)
-    tiny.paint(ralu.enable(twin, ratio=0.5))  # anew, with other options
-    assert torch.equal(tiny.paint(pipe), expected)
+    assert traces(pipe)[2:] == before[2:] and torch.equal(tiny.generate(pipe), expected)
+    tiny.generate(ralu.enable(twin, ratio=0.5))  # anew, with other options
+    assert torch.equal(tiny.generate(pipe), expected)
     ralu.disable(pipe)
     assert isinstance(twin.scheduler, ralu.RaluScheduler) and twin.num_timesteps == tiny_steps(family)
 
@@ -200,45 +200,45 @@ def tiny_steps(family):
 def test_a_copy_is_disabled_before_it_ever_ran(family, stock_image, copied):
     pipe = ralu.enable(MAKE[family]())
     twin = ralu.disable(copied(pipe))
-    assert torch.equal(tiny.paint(twin, **STOCK), stock_image)
+    assert torch.equal(tiny.generate(twin, **STOCK), stock_image)
     assert isinstance(pipe.scheduler, ralu.RaluScheduler)
 
 
 @pytest.mark.parametrize("copied", [by_deepcopy, by_pickle])
 def test_a_fused_copy_is_its_own(family, stock_image, copied):
     stock = ralu.enable(MAKE[family](), fused=True, trim_text=True)
-    twin, expected = copied(stock), tiny.paint(stock)
-    assert torch.equal(tiny.paint(twin), expected)
+    twin, expected = copied(stock), tiny.generate(stock)
+    assert torch.equal(tiny.generate(twin), expected)
     ralu.disable(stock)
-    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
-    assert torch.equal(tiny.paint(twin), expected)
-    assert torch.equal(tiny.paint(ralu.disable(twin), **STOCK), stock_image)
+    assert torch.equal(tiny.generate(stock, **STOCK), stock_image)
+    assert torch.equal(tiny.generate(twin), expected)
+    assert torch.equal(tiny.generate(ralu.disable(twin), **STOCK), stock_image)
     assert all("forward" not in vars(module) for module in twin.transformer.modules())
 
 
 def test_weights_of_a_copy_are_its_own_in_every_stage(pipe):
     """Decoders, position embeddings and caches that a copy reaches are not the original's."""
-    expected = tiny.paint(pipe)
+    expected = tiny.generate(pipe)
     twin = copy.deepcopy(pipe)
     for part in (pipe.transformer, pipe.vae):
         for weight in part.parameters():
             weight.data.add_(1)
-    got = tiny.paint(twin)
+    got = tiny.generate(twin)
     for part in (pipe.transformer, pipe.vae):
         for weight, theirs in zip(
             part.parameters(), getattr(twin, "vae" if part is pipe.vae else "transformer").parameters(), strict=True
         ):
             weight.data.copy_(theirs)
-    assert torch.equal(got, expected) and torch.equal(tiny.paint(pipe), expected)
+    assert torch.equal(got, expected) and torch.equal(tiny.generate(pipe), expected)
 
 
 def test_disable_keeps_a_scheduler_that_was_put_in_since(stock, stock_image):
     before = stock.scheduler
     ralu.enable(stock)
-    own = FlowMatchEulerDiscreteScheduler.from_config(before.config)
-    stock.scheduler = own
-    assert ralu.disable(stock).scheduler is own
-    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+    later = FlowMatchEulerDiscreteScheduler.from_config(before.config)
+    stock.scheduler = later
+    assert ralu.disable(stock).scheduler is later
+    assert torch.equal(tiny.generate(stock, **STOCK), stock_image)
     stock.scheduler = before
 
 
@@ -247,7 +247,7 @@ def test_disable_keeps_a_scheduler_that_was_put_in_since(stock, stock_image):
 
 @torch.no_grad()
 def embeddings(pipe):
-    """What the text encoders make of the prompt, as arguments of a call."""
+    """Encode the prompt, as arguments of a call."""
     if isinstance(pipe, FluxPipeline):
         prompt, pooled, _ = pipe.encode_prompt(PROMPT, None, max_sequence_length=16)
         return {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
@@ -256,7 +256,7 @@ def embeddings(pipe):
 
 
 def test_without_vae_and_text_encoders(stock, family):
-    expected = tiny.paint(ralu.enable(stock, regions="gradient"), output_type="latent")
+    expected = tiny.generate(ralu.enable(stock, regions="gradient"), output_type="latent")
     given = embeddings(ralu.disable(stock))
     names = [name for name in stock.components if name.startswith(("text_encoder", "tokenizer")) or name == "vae"]
     bare = KIND[family](**stock.components | dict.fromkeys(names))
@@ -266,7 +266,7 @@ def test_without_vae_and_text_encoders(stock, family):
         ralu.enable(bare)
     assert type(bare.scheduler) is FlowMatchEulerDiscreteScheduler and not bare.transformer._forward_pre_hooks
     ralu.enable(bare, regions="gradient")
-    assert torch.equal(tiny.paint(bare, None, output_type="latent", **given), expected)
+    assert torch.equal(tiny.generate(bare, None, output_type="latent", **given), expected)
     ralu.disable(bare)
 
 
@@ -296,13 +296,13 @@ def test_other_pipelines_are_refused_by_name_and_the_ways_out_work(stock, family
         parts = {"controlnet": controlnet(stock.transformer)} if kind is FluxControlNetPipeline else {}
         call = {"prompt": PROMPT, "height": 64, "width": 64, "max_sequence_length": 16, "output_type": "pt"} | call
 
-        def paint(twin, call=call):
+        def generate(twin, call=call):
             return twin(**call, num_inference_steps=4, generator=tiny.generators(0)).images
 
         def refused(pipe, i, t, values):
             raise AssertionError("a step was made")
 
-        expected = paint(from_pipe(kind, stock, **parts))
+        expected = generate(from_pipe(kind, stock, **parts))
         ralu.enable(stock)
         twin = from_pipe(kind, stock, **parts)
         with pytest.raises(ValueError, match=rf"{kind.__name__} has the scheduler .* ralu\.disable\(pipe\) first, or"):
@@ -310,9 +310,9 @@ def test_other_pipelines_are_refused_by_name_and_the_ways_out_work(stock, family
         with pytest.raises(ValueError, match=rf"pipe must be .*, got {kind.__name__}"):
             ralu.enable(twin)
         twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config)
-        assert torch.equal(paint(twin), expected)
+        assert torch.equal(generate(twin), expected)
         twin.scheduler = stock.scheduler
-        assert torch.equal(paint(ralu.disable(twin)), expected)
+        assert torch.equal(generate(ralu.disable(twin)), expected)
         assert type(stock.scheduler) is FlowMatchEulerDiscreteScheduler
 
 
@@ -323,14 +323,14 @@ def test_context_parallelism_is_refused(stock, stock_image, monkeypatch):
     ralu.enable(stock)
     monkeypatch.setattr(stock.transformer, "_parallel_config", Parallel(), raising=False)
     with pytest.raises(ValueError, match=r"pipe\.transformer must not be context-parallel.*enable_parallelism"):
-        tiny.paint(stock)
+        tiny.generate(stock)
     ralu.disable(stock)
     before = traces(stock)
     with pytest.raises(ValueError, match=r"pipe\.transformer must not be context-parallel"):
         ralu.enable(stock)
     assert traces(stock) == before
     monkeypatch.undo()
-    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+    assert torch.equal(tiny.generate(stock, **STOCK), stock_image)
 
 
 # ---- how the transformer is called ----
@@ -345,10 +345,10 @@ def test_a_cache_through_diffusers_hooks_starts_every_stage_as_a_run():
     apply_taylorseer_cache(pipe.transformer, config)
     _set_cache_context(pipe.transformer, CacheContext("any"))
     first, second, third = PRESETS["sd3-2x"].steps
-    tiny.paint(pipe, num_inference_steps=third)
+    tiny.generate(pipe, num_inference_steps=third)
     alone, computed[:] = list(computed), []
     assert len(alone) < third
-    tiny.paint(ralu.enable(pipe))
+    tiny.generate(ralu.enable(pipe))
     stages = (0, first), (first, second), (first + second, third)
     assert computed == [start + i for start, steps in stages for i in alone if i < steps]
 
@@ -356,12 +356,12 @@ def test_a_cache_through_diffusers_hooks_starts_every_stage_as_a_run():
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_transformer_that_is_compiled_in_place(fused):
     pipe, counter = tiny.flux() if fused else tiny.sd3(), CompileCounter()
-    expected = tiny.paint(ralu.enable(pipe, fused=fused))
+    expected = tiny.generate(ralu.enable(pipe, fused=fused))
     ralu.disable(pipe)
     pipe.transformer.compile(backend=counter, fullgraph=True)
     ralu.enable(pipe, fused=fused)
     for _ in range(2):
-        torch.testing.assert_close(tiny.paint(pipe), expected, **close)
+        torch.testing.assert_close(tiny.generate(pipe), expected, **close)
     assert 1 <= counter.frame_count <= 3
 
 
@@ -391,9 +391,9 @@ def test_masks_for_another_batch_are_refused_before_the_first_step(stock):
     ralu.enable(stock, regions=torch.rand(2, 16, 16))
     for images in (1, 3):
         with pytest.raises(ValueError, match=f"regions has masks for 2 images, but the batch has {images}"):
-            tiny.paint(stock, tiny.PROMPTS[:images], seeds=range(images))
+            tiny.generate(stock, tiny.PROMPTS[:images], seeds=range(images))
     assert not calls
-    assert tiny.paint(stock, tiny.PROMPTS[:2], seeds=(0, 1)).isfinite().all() and calls
+    assert tiny.generate(stock, tiny.PROMPTS[:2], seeds=(0, 1)).isfinite().all() and calls
     ralu.disable(stock)
     handle.remove()
 
@@ -425,7 +425,7 @@ def test_wrong_options_of_enable_change_nothing(stock, stock_image, option):
         with pytest.raises((TypeError, ValueError), match=rf"\b{option}\b"):
             ralu.enable(stock, **{option: value})
         assert (traces(stock), stock.scheduler) == before
-    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+    assert torch.equal(tiny.generate(stock, **STOCK), stock_image)
 
 
 @pytest.mark.parametrize("function, argument", [
@@ -444,7 +444,7 @@ def test_wrong_trim_text_of_fuse_changes_nothing(stock, stock_image):
         with pytest.raises(TypeError, match=r"\btrim_text\b"):
             ralu.fuse(stock.transformer, trim_text=value)
         assert traces(stock) == before
-    assert torch.equal(tiny.paint(stock, **STOCK), stock_image)
+    assert torch.equal(tiny.generate(stock, **STOCK), stock_image)
 
 
 def test_a_pipeline_without_a_transformer(stock, family):
@@ -457,11 +457,11 @@ def test_a_pipeline_without_a_transformer(stock, family):
 def test_a_position_embedding_of_ones_own_is_refused(stock):
     embed = stock.transformer.pos_embed
 
-    class Own(type(embed)):
+    class Other(type(embed)):
         pass
 
     stock.transformer.pos_embed = copy.copy(embed)
-    stock.transformer.pos_embed.__class__ = Own
-    with pytest.raises(ValueError, match=rf"pos_embed must be a {type(embed).__name__}, got Own"):
+    stock.transformer.pos_embed.__class__ = Other
+    with pytest.raises(ValueError, match=rf"pos_embed must be a {type(embed).__name__}, got Other"):
         ralu.enable(stock)
     stock.transformer.pos_embed = embed

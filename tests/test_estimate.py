@@ -22,7 +22,7 @@ from ralu.counting import cpu_scratch
 from ralu.families import FAMILIES, load
 from ralu.schedule import PRESETS
 
-TEXT = 16  # T5 tokens of the tiny pipelines, see tiny.paint
+TEXT = 16  # T5 tokens of the tiny pipelines, see tiny.generate
 
 
 def close(expected):
@@ -37,7 +37,7 @@ def close(expected):
     [(50, 512, None, 2990), ("flux-5x", 256, 0.2, 540.47), ("flux-7x", 512, 0.1, 426.01)],
 )
 def test_flux_as_published(method, text_tokens, ratio, tflop):
-    """FLUX.1-dev, one 1024x1024 picture, text encoders, preview and final decode included."""
+    """FLUX.1-dev, one 1024x1024 image, text encoders, preview and final decode included."""
     cost = estimate("flux-dev", method, text_tokens=text_tokens, ratio=ratio)
     assert cost.tflop == close(tflop)
     assert cost.tflop == pytest.approx(sum(part.tflop for part in cost.parts))
@@ -52,14 +52,14 @@ def test_forward_passes_as_published(model, full, half, rest):
     The rest is the encoders and the final decode. The paper's profiler left out fused attention alone, and not the
     matrix products of the encoders' attention, which was not fused.
     """
-    *encoders, low, _, _, high, picture = estimate(model, ratio=0).parts
+    *encoders, low, _, _, high, final = estimate(model, ratio=0).parts
     assert high.tflop / high.calls == close(full)
     assert low.tflop / low.calls == close(half)
-    assert sum(part.tflop + part.attention for part in encoders) + picture.tflop == close(rest)
+    assert sum(part.tflop + part.attention for part in encoders) + final.tflop == close(rest)
 
 
 def test_preview_as_published():
-    """Of a 1024x1024 picture: 2.48 by Table S3; rounded it is 2.5 with attention and without."""
+    """Of a 1024x1024 image: 2.48 by Table S3; rounded it is 2.5 with attention and without."""
     with_preview, without = (estimate("flux-dev", ratio=0, preview=preview) for preview in (True, False))
     (preview,) = set(with_preview.parts) - set(without.parts)
     assert preview.tflop == close(2.48)
@@ -100,7 +100,7 @@ PIPELINES = {"flux": tiny.flux, "guided": lambda: tiny.flux(guidance_embeds=True
 @pytest.mark.parametrize("method", ["stock", "preset"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_operations_of_a_real_run(name, method):
-    """A whole run of a pipeline with real weights, prompts to pictures, two in a batch."""
+    """A whole run of a pipeline with real weights, prompts to images, two in a batch."""
     pipe, call, steps, ratio = PIPELINES[name](), {}, None, None
     if name == "guided":
         call = {"true_cfg_scale": 2.0, "negative_prompt": tiny.PROMPTS[:2]}
@@ -109,7 +109,7 @@ def test_operations_of_a_real_run(name, method):
     else:
         ralu.enable(pipe, ratio=(ratio := 0.3))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        tiny.paint(pipe, tiny.PROMPTS[:2], (0, 1), height=48, width=64, **call)
+        tiny.generate(pipe, tiny.PROMPTS[:2], (0, 1), height=48, width=64, **call)
     counts = counter.get_flop_counts()
 
     options = {"height": 48, "width": 64, "text_tokens": TEXT, "batch": 2, "guided": name == "guided" or None}
@@ -164,7 +164,7 @@ class Operations(TorchDispatchMode):
 
 
 def measured(run):
-    """What PyTorch's CPU allocator has given out: (peak, peak of tensors, [(scratch, its bound) of every operation]).
+    """Measure what PyTorch's CPU allocator gives: (peak, peak of tensors, [(scratch, its bound) of every operation]).
 
     Scratch is what an operation takes and gives back; tensors are all else.
     """
@@ -228,7 +228,7 @@ def test_memory_of_real_forward_passes(name, size, dtype, threads):
     """Of a transformer and a VAE with real weights, called with new tensors of a pipeline's own shapes."""
     pipe, inputs = PIPELINES[name](), {}
     pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True)
-    latents = tiny.paint(pipe, height=size, width=size, num_inference_steps=1, output_type="latent")
+    latents = tiny.generate(pipe, height=size, width=size, num_inference_steps=1, output_type="latent")
     if not name.startswith("sd3"):
         latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor)
     for module in (pipe.transformer, pipe.vae):
@@ -266,7 +266,7 @@ def test_memory_of_a_real_run(name, size, batch, output):
     schedule = PRESETS["flux-5x"].replace(steps=(1, 1, 1))
     pipe = ralu.enable(PIPELINES[name](), schedule)
     prompts, seeds = tiny.PROMPTS[:batch], range(batch)
-    peak, tensors, _ = measured(lambda: tiny.paint(pipe, prompts, seeds, size, size, output_type=output))
+    peak, tensors, _ = measured(lambda: tiny.generate(pipe, prompts, seeds, size, size, output_type=output))
     cost = estimate(pipe, schedule, height=size, width=size, text_tokens=TEXT, batch=batch)
     expected = max(part.peak_bytes for part in (cost.parts if output == "pt" else cost.parts[:-1]))
     assert expected <= tensors <= 1.1 * expected  # latents are not decoded

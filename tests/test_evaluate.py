@@ -40,22 +40,22 @@ CAPTIONS = ["fox", "", "penguin", "pizza"]  # with a blank line, which counts
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    room = tmp_path_factory.mktemp("evaluate")
-    (room / "prompts.txt").write_text("\n".join(CAPTIONS))
-    return room
+def workspace(tmp_path_factory):
+    workspace = tmp_path_factory.mktemp("evaluate")
+    (workspace / "prompts.txt").write_text("\n".join(CAPTIONS))
+    return workspace
 
 
-def arguments(room, folder, *more):
-    options = ["--prompts", room / "prompts.txt", "--methods", *METHODS, "--metrics", "geneval", "--size", 64]
+def arguments(workspace, folder, *more):
+    options = ["--prompts", workspace / "prompts.txt", "--methods", *METHODS, "--metrics", "geneval", "--size", 64]
     return ["evaluate", *map(str, [*options, "--seed", 5, "--device", "cpu", "-o", folder, *more])]
 
 
 @pytest.fixture(scope="module")
-def whole(room):
-    """What one process makes without interruption."""
-    assert main(arguments(room, room / "whole")) == 0
-    return room / "whole"
+def whole(workspace):
+    """Evaluate in one process without interruption."""
+    assert main(arguments(workspace, workspace / "whole")) == 0
+    return workspace / "whole"
 
 
 def image_files(folder):
@@ -80,24 +80,24 @@ def test_images_are_the_pipelines(whole):
             image = pipe(caption, generator=tiny.generators(5 + line), **call).images[0]
             path = whole / method / f"{line:05d}-00.png"
             assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
-            made = folders.read_record(path)
-            assert (made["prompt"], made["seed"], made["calls"]) == (caption, 5 + line, steps)
+            written = folders.read_record(path)
+            assert (written["prompt"], written["seed"], written["calls"]) == (caption, 5 + line, steps)
 
 
-def test_two_processes_make_the_same(room, whole):
+def test_two_processes_make_the_same(workspace, whole):
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
     settings = "--mixed_precision no --dynamo_backend no -m ralu"
-    command = [sys.executable, "-m", *launch.split(), *settings.split(), *arguments(room, room / "two")]
+    command = [sys.executable, "-m", *launch.split(), *settings.split(), *arguments(workspace, workspace / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report.html") == 1  # one of them reports
-    assert same(room / "two", whole)
-    assert all(folders.read_record(path)["processes"] == 2 for path in image_files(room / "two").values())
+    assert same(workspace / "two", whole)
+    assert all(folders.read_record(path)["processes"] == 2 for path in image_files(workspace / "two").values())
 
 
-def test_a_killed_run_goes_on(room, whole, monkeypatch):
-    folder = room / "killed"
-    command = [sys.executable, "-m", "ralu", *arguments(room, folder)]
+def test_a_killed_run_goes_on(workspace, whole, monkeypatch):
+    folder = workspace / "killed"
+    command = [sys.executable, "-m", "ralu", *arguments(workspace, folder)]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(folder.glob("*/*.png")) and run.poll() is None:
         time.sleep(0.002)
@@ -114,13 +114,13 @@ def test_a_killed_run_goes_on(room, whole, monkeypatch):
 
     saved, save = [], folders.save_image
     monkeypatch.setattr(generate, "save_image", lambda image, path, made: saved.append(path) or save(image, path, made))
-    assert main(arguments(room, folder)) == 0
+    assert main(arguments(workspace, folder)) == 0
     assert sorted(str(path.relative_to(folder)) for path in saved) == missing
     assert same(folder, whole)  # nor is a half-written file left
     assert {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in left.items()} == before
 
     saved.clear()
-    assert main(arguments(room, folder)) == 0
+    assert main(arguments(workspace, folder)) == 0
     assert not saved
 
 
@@ -168,7 +168,7 @@ def test_processes_share_the_work_and_seeds_stay(tmp_path, monkeypatch):
     wanted = samples_of("abcdefg", samples=2)
     runners = [ColourRunner("stock-4", "stock-2", seed=3) for _ in range(3)]
     present = folders.present
-    monkeypatch.setattr(generate, "present", lambda room, part: 0)  # all look before one generates
+    monkeypatch.setattr(generate, "present", lambda workspace, part: 0)  # all look before one generates
     for index, runner in enumerate(runners):
         generate_with(runner, tmp_path, wanted, 2, process(index, 3))
     done = [(method, seed) for runner in runners for method, _, seeds in runner.batches for seed in seeds]
@@ -318,9 +318,9 @@ def test_niqe_is_its_authors(name, matlab, rel):
 
 @needs_pyiqa
 @needs_parameters
-def test_niqe_of_generated_images(room, tmp_path, capsys):
+def test_niqe_of_generated_images(workspace, tmp_path, capsys):
     """The report's is the mean of the images', and noise makes it worse."""
-    options = arguments(room, tmp_path, "--size", 256, "--methods", "stock-4", "--metrics", "niqe")
+    options = arguments(workspace, tmp_path, "--size", 256, "--methods", "stock-4", "--metrics", "niqe")
     assert main(options) == 0
     score = metrics._niqe("cpu")
     clean = [score(path, "") for path in sorted((tmp_path / "stock-4").glob("*.png"))]
@@ -385,7 +385,7 @@ def test_scores_are_kept_and_a_metric_that_cannot_be_had_is_left_out(tmp_path, m
     assert len(calls) == 4
 
     (tmp_path / "scores" / "niqe" / "stock-4.json").unlink()
-    (tmp_path / "stock-4" / "00001-00.png").write_bytes(b"no picture")
+    (tmp_path / "stock-4" / "00001-00.png").write_bytes(b"no image")
     with pytest.raises(MetricUnavailable, match=r"fails at stock-4/00001-00\.png \(UnidentifiedImageError"):
         metrics.score("niqe", tmp_path, ["stock-4"], wanted, state, "cpu")
 
@@ -428,9 +428,9 @@ runpy.run_module("ralu.evaluation", run_name="__main__")"""
 def test_geneval_layout(tmp_path):
     wanted = samples_of(["a photo of a bench", "a/b_c"], samples=4, tag="single_object", include=[{"class": "bench"}])
     generate_with(ColourRunner("stock-4"), tmp_path, wanted, 1, process())
-    room = layouts.geneval(tmp_path, "stock-4", wanted)
-    assert layouts.geneval(tmp_path, "stock-4", wanted) == room == tmp_path / "geneval" / "stock-4"
-    folders = sorted(path for path in room.iterdir() if path.is_dir() and path.name.isdigit())
+    workspace = layouts.geneval(tmp_path, "stock-4", wanted)
+    assert layouts.geneval(tmp_path, "stock-4", wanted) == workspace == tmp_path / "geneval" / "stock-4"
+    folders = sorted(path for path in workspace.iterdir() if path.is_dir() and path.name.isdigit())
     assert [path.name for path in folders] == ["00000", "00001"]
     for line, folder in enumerate(folders):
         with open(folder / "metadata.jsonl") as file:
@@ -449,11 +449,11 @@ def test_t2i_compbench_layout(tmp_path):
     wanted = samples_of(texts, samples=3)
     generate_with(ColourRunner("stock-4"), tmp_path, wanted, 1, process())
     layouts.t2i_compbench(tmp_path, "stock-4", wanted[:2])
-    room = tmp_path / "t2i-compbench" / "stock-4"
-    (room / "annotation_blip").mkdir()  # a scorer's
-    assert layouts.t2i_compbench(tmp_path, "stock-4", wanted) == room
-    assert (room / "annotation_blip").exists()
-    files = sorted((room / "samples").iterdir(), key=lambda path: int(path.name.split("_")[-1].split(".")[0]))
+    workspace = tmp_path / "t2i-compbench" / "stock-4"
+    (workspace / "annotation_blip").mkdir()  # a scorer's
+    assert layouts.t2i_compbench(tmp_path, "stock-4", wanted) == workspace
+    assert (workspace / "annotation_blip").exists()
+    files = sorted((workspace / "samples").iterdir(), key=lambda path: int(path.name.split("_")[-1].split(".")[0]))
     assert files[0].name == "a green bench and a blue bowl_000000.png"
     assert [path.name.split("_")[0] for path in files] == texts * 3
     for path, sample in zip(files, wanted, strict=True):

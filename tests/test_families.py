@@ -23,29 +23,29 @@ def test_a_batch_equals_its_single_runs_though_regions_differ(pipe):
         plans.extend([layout.plan] if layout is not None and layout.plan is not None else [])
         return tensors
 
-    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7), callback_on_step_end=note_plan)
-    child = plans[0].child.view(3, -1)  # one plan row a picture, not one for each half of guidance
+    batch = tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7), callback_on_step_end=note_plan)
+    child = plans[0].child.view(3, -1)  # one plan row an image, not one for each half of guidance
     assert not torch.equal(child[0], child[1]) and not torch.equal(child[1], child[2])
     for i in range(3):
-        torch.testing.assert_close(batch[i : i + 1], tiny.paint(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
+        torch.testing.assert_close(batch[i : i + 1], tiny.generate(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
     assert (batch[0] - batch[1]).abs().max() > 0.05
 
 
 def test_same_seed_same_image_by_generator_or_latents(pipe, family):
-    first = tiny.paint(pipe, seeds=(1,))
-    assert torch.equal(first, tiny.paint(pipe, seeds=(1,)))
+    first = tiny.generate(pipe, seeds=(1,))
+    assert torch.equal(first, tiny.generate(pipe, seeds=(1,)))
     latents = family.latents(torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(first, tiny.paint(pipe, seeds=(0,), latents=latents))
-    other = tiny.paint(pipe, seeds=(2,))
+    assert torch.equal(first, tiny.generate(pipe, seeds=(0,), latents=latents))
+    other = tiny.generate(pipe, seeds=(2,))
     assert not torch.equal(first, other)
-    twice = tiny.paint(pipe, PROMPTS[0], seeds=(1, 2), num_images_per_prompt=2)
+    twice = tiny.generate(pipe, PROMPTS[0], seeds=(1, 2), num_images_per_prompt=2)
     torch.testing.assert_close(twice, torch.cat([first, other]), **close)
 
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
 @pytest.mark.parametrize("height, width", [(64, 64), (72, 40), (16, 48)])
 def test_output_types_and_sizes(pipe, family, kind, height, width):
-    out = tiny.paint(pipe, output_type=kind, height=height, width=width)
+    out = tiny.generate(pipe, output_type=kind, height=height, width=width)
     if kind == "pil":
         assert out[0].size == (width, height)
     elif kind == "latent":
@@ -56,14 +56,14 @@ def test_output_types_and_sizes(pipe, family, kind, height, width):
 
 def test_odd_sizes_name_the_nearest_ones(pipe):
     with pytest.raises(ValueError, match="divide by 8, got 64x68; the nearest are 64x64 and 64x72"):
-        tiny.paint(pipe, height=68, width=64)
-    assert tiny.paint(pipe).isfinite().all()
+        tiny.generate(pipe, height=68, width=64)
+    assert tiny.generate(pipe).isfinite().all()
 
 
 def test_fewer_than_three_steps_run_the_stock_schedule(stock):
-    expected = tiny.paint(stock, num_inference_steps=2)
+    expected = tiny.generate(stock, num_inference_steps=2)
     ralu.enable(stock)
-    assert torch.equal(tiny.paint(stock, num_inference_steps=2), expected)
+    assert torch.equal(tiny.generate(stock, num_inference_steps=2), expected)
     ralu.disable(stock)
 
 
@@ -75,24 +75,24 @@ def traces(pipe):
 
 
 def test_disable_restores_stock_images_bit_for_bit(stock, family):
-    expected = tiny.paint(stock, num_inference_steps=4)
+    expected = tiny.generate(stock, num_inference_steps=4)
     before = traces(stock)
     ralu.enable(stock, family.presets[1])
     assert list(stock.transformer.state_dict()) == before[2]
-    assert not torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
+    assert not torch.equal(tiny.generate(stock, num_inference_steps=4), expected)
     ralu.enable(stock, family.presets[0])  # anew, without disabling first
-    tiny.paint(stock)
+    tiny.generate(stock)
     ralu.disable(stock)
     ralu.disable(stock)
-    assert torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
+    assert torch.equal(tiny.generate(stock, num_inference_steps=4), expected)
     assert traces(stock) == before
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5])
 def test_after_an_exception_in_the_middle(stock, family, step):
     """In a stage, and in the last step of each."""
-    expected = tiny.paint(stock, num_inference_steps=4)
-    whole = tiny.paint(pipe := ralu.enable(stock, family.short))
+    expected = tiny.generate(stock, num_inference_steps=4)
+    whole = tiny.generate(pipe := ralu.enable(stock, family.short))
 
     def fail(pipe, i, t, values):
         if i == step:
@@ -100,20 +100,20 @@ def test_after_an_exception_in_the_middle(stock, family, step):
         return values
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.paint(pipe, callback_on_step_end=fail)
-    assert torch.equal(tiny.paint(pipe), whole)
+        tiny.generate(pipe, callback_on_step_end=fail)
+    assert torch.equal(tiny.generate(pipe), whole)
     with pytest.raises(KeyboardInterrupt):
-        tiny.paint(pipe, callback_on_step_end=fail)
-    assert torch.equal(tiny.paint(ralu.disable(pipe), num_inference_steps=4), expected)
+        tiny.generate(pipe, callback_on_step_end=fail)
+    assert torch.equal(tiny.generate(ralu.disable(pipe), num_inference_steps=4), expected)
 
 
 @pytest.mark.parametrize("step", range(5))
 def test_an_interrupted_run_decodes_what_there_is(pipe, family, step, monkeypatch):
-    """Low latents are enlarged by nearest neighbour, and promoted ones are put where they belong."""
+    """Low latents are upsampled by nearest neighbour, and selected ones are put where they belong."""
     vae, decoded, seen = pipe.vae, [], []
     ralu.disable(pipe)
     decode = vae.decode
-    monkeypatch.setattr(vae, "decode", own := lambda z, **call: decoded.append(z) or decode(z, **call))
+    monkeypatch.setattr(vae, "decode", spy := lambda z, **call: decoded.append(z) or decode(z, **call))
     ralu.enable(pipe, family.short)
 
     def stop(pipe, i, t, values):
@@ -121,7 +121,7 @@ def test_an_interrupted_run_decodes_what_there_is(pipe, family, step, monkeypatc
         seen.append((values["latents"], pipe.scheduler.layout))
         return values
 
-    image = tiny.paint(pipe, callback_on_step_end=stop)
+    image = tiny.generate(pipe, callback_on_step_end=stop)
     assert image.shape == (1, 3, 64, 64) and len(seen) == step + 1
     latents, layout = seen[-1]
     full = (decoded[-1] - vae.config.shift_factor) * vae.config.scaling_factor
@@ -140,18 +140,18 @@ def test_an_interrupted_run_decodes_what_there_is(pipe, family, step, monkeypatc
     else:
         expected = family.image(latents, 64, 64)
     torch.testing.assert_close(full, expected, rtol=0, atol=1e-5)
-    assert torch.equal(tiny.paint(pipe), tiny.paint(pipe))  # and the next runs are whole ones
+    assert torch.equal(tiny.generate(pipe), tiny.generate(pipe))  # and the next runs are whole ones
     ralu.disable(pipe)
-    assert vars(vae)["decode"] is own  # the caller's, put back
+    assert vars(vae)["decode"] is spy  # the caller's, put back
 
 
 def test_lora_scales_as_in_stock(family):
     pipe = ralu.enable(family.make(), family.short)
-    plain = tiny.paint(pipe)
+    plain = tiny.generate(pipe)
     targets = ["to_q", "to_v", "proj"]  # SD3's patch convolution is a proj too
     pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    changed = tiny.paint(pipe)
-    unscaled = tiny.paint(pipe, joint_attention_kwargs={"scale": 0.0})
+    changed = tiny.generate(pipe)
+    unscaled = tiny.generate(pipe, joint_attention_kwargs={"scale": 0.0})
     assert (changed - plain).abs().max() > 1e-3
     torch.testing.assert_close(unscaled, plain, **close)
 
@@ -163,7 +163,7 @@ def config_of(scheduler):
 def test_save_load_and_the_advice_in_between(stock, family, tmp_path):
     was = config_of(stock.scheduler)
     pipe = ralu.enable(stock, family.presets[1], ratio=0.4, granularity="token", regions="gradient")
-    expected = tiny.paint(pipe)
+    expected = tiny.generate(pipe)
     pipe.save_pretrained(tmp_path)
     ralu.disable(pipe)
     for kind in (type(stock), DiffusionPipeline):
@@ -171,8 +171,8 @@ def test_save_load_and_the_advice_in_between(stock, family, tmp_path):
         loaded.set_progress_bar_config(disable=True)
         assert isinstance(loaded.scheduler, ralu.RaluScheduler)
         with pytest.raises(RuntimeError, match=r"ralu\.enable\(pipe\)"):
-            tiny.paint(loaded)
-        torch.testing.assert_close(tiny.paint(ralu.enable(loaded)), expected, **close)
+            tiny.generate(loaded)
+        torch.testing.assert_close(tiny.generate(ralu.enable(loaded)), expected, **close)
         assert type(ralu.disable(loaded).scheduler) is FlowMatchEulerDiscreteScheduler
         assert config_of(loaded.scheduler) == was
 
@@ -191,34 +191,34 @@ class Offload(accelerate.hooks.ModelHook):
 def test_offloading_hooks_come_and_go(family, enabled_first):
     pipe = family.make()
     parts = pipe.transformer, pipe.vae
-    plain = tiny.paint(pipe, num_inference_steps=4)
-    expected = tiny.paint(ralu.enable(pipe, family.short))
+    plain = tiny.generate(pipe, num_inference_steps=4)
+    expected = tiny.generate(ralu.enable(pipe, family.short))
     if not enabled_first:
         ralu.disable(pipe)
     for part in parts:
         accelerate.hooks.add_hook_to_module(part, Offload())
     ralu.enable(pipe, family.short)
     for _ in range(2):  # diffusers takes the hooks off and puts them on again after every call
-        assert torch.equal(tiny.paint(pipe), expected)
+        assert torch.equal(tiny.generate(pipe), expected)
         for part in parts:
             accelerate.hooks.remove_hook_from_module(part)
-        assert torch.equal(tiny.paint(pipe), expected)
+        assert torch.equal(tiny.generate(pipe), expected)
         accelerate.hooks.add_hook_to_module(pipe.transformer, Offload())
     ralu.disable(pipe)
     Offload.calls = 0
-    assert torch.equal(tiny.paint(pipe, num_inference_steps=4), plain) and Offload.calls == 4
+    assert torch.equal(tiny.generate(pipe, num_inference_steps=4), plain) and Offload.calls == 4
 
 
 def test_compiled_transformer_needs_no_graph_a_step(family):
     pipe = ralu.enable(tiny.shallow(family.make()), family.short)
-    expected = tiny.paint(pipe)
+    expected = tiny.generate(pipe)
     ralu.disable(pipe)
     counter = CompileCounter()
     pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
-    torch.testing.assert_close(tiny.paint(ralu.enable(pipe, family.short)), expected, **close)
+    torch.testing.assert_close(tiny.generate(ralu.enable(pipe, family.short)), expected, **close)
     assert counter.frame_count <= 3
     first = counter.frame_count
-    torch.testing.assert_close(tiny.paint(pipe), expected, **close)
+    torch.testing.assert_close(tiny.generate(pipe), expected, **close)
     assert counter.frame_count == first
 
 
@@ -231,5 +231,5 @@ def test_enable_refuses_what_it_cannot_serve(stock, family):
         ralu.enable(stock)
     stock.scheduler = scheduler
     with pytest.raises(ValueError, match="custom sigmas"):
-        tiny.paint(ralu.enable(stock), sigmas=[1.0, 0.7, 0.2])
+        tiny.generate(ralu.enable(stock), sigmas=[1.0, 0.7, 0.2])
     ralu.disable(stock)

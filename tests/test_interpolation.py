@@ -43,7 +43,7 @@ def test_weights(kind, size):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
-def test_enlarging_tokens_is_enlarging_their_image(kind, granularity):
+def test_interpolating_tokens_is_interpolating_their_image(kind, granularity):
     """Pixel granularity is PyTorch's interpolation of the latent, token granularity that of the grid of tokens."""
     h, w = 3, 5
     image = torch.randn(2, 4, 2 * h, 2 * w) if granularity == "pixel" else torch.randn(2, 16, h, w)
@@ -74,33 +74,33 @@ def mixed_plan(batch, h, w):
 
 
 def moments(kind, matching, granularity, stage, e=0.4, c=0.1, batch=6000):
-    """Mean and variance over many samples of a move from a flow at time e to a known picture, and what is due."""
+    """Many samples of a transition of a flow at time e towards a known image, the transition, and the image."""
     h, w, channels = 3, 4, 8
-    move = match_noise("select", e, c, matching, kind)
+    transition = match_noise("select", e, c, matching, kind)
     generator = torch.Generator().manual_seed(stage)
     plan, seed = mixed_plan(batch, h, w), torch.arange(batch) * 7919
-    x1 = torch.linspace(-2, 2, channels // 4).repeat_interleave(4)  # a flat picture: no upsampler changes it
+    x1 = torch.linspace(-2, 2, channels // 4).repeat_interleave(4)  # a flat image: no upsampler changes it
     rows = h * w if stage == 2 else plan.source.shape[0] // batch
     x = e * x1 + (1 - e) * torch.randn(batch, rows, channels, generator=generator)
     if stage == 3:
         x = x.flatten(0, 1)
     if kind == "nearest":
         fused = upsample_selected if stage == 2 else upsample_remaining
-        out = fused(x, plan, move.scale, move.noise_scale, move.c, seed, granularity=granularity)
+        out = fused(x, plan, transition.scale, transition.noise_scale, transition.c, seed, granularity=granularity)
     else:
-        out = (select if stage == 2 else complete)(x, plan, move, seed, Options(granularity=granularity))
+        out = (select if stage == 2 else complete)(x, plan, transition, seed, Options(granularity=granularity))
     out = out.view(batch, -1, channels).double()
-    return out, move, x1
+    return out, transition, x1
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("kind", INTERPOLATIONS)
 def test_the_signal_to_noise_ratio_is_the_flows_at_every_value(kind, granularity, stage):
-    out, move, x1 = moments(kind, "snr", granularity, stage)
+    out, transition, x1 = moments(kind, "snr", granularity, stage)
     count = out.shape[0]
-    std = 1 - move.start
-    assert ((out.mean(0) - move.start * x1).abs() < 5 * std / math.sqrt(count)).all()
+    std = 1 - transition.start
+    assert ((out.mean(0) - transition.start * x1).abs() < 5 * std / math.sqrt(count)).all()
     assert ((out.var(0) / std**2 - 1).abs() < 5.5 * math.sqrt(2 / count)).all()
 
 
@@ -108,8 +108,8 @@ def test_snr_matching_leaves_the_covariance_wrong():
     """Siblings share a²·(1-e)²: c of their variance. With covariance matching nothing is shared."""
     shared = {}
     for matching in ("snr", "covariance"):
-        out, move, x1 = moments("nearest", matching, "token", 2)
-        noise = (out - move.start * x1) / (1 - move.start)
+        out, transition, x1 = moments("nearest", matching, "token", 2)
+        noise = (out - transition.start * x1) / (1 - transition.start)
         shared[matching] = (noise[:, 0] * noise[:, 1]).mean().item()  # the first two children of token 0
     assert shared["snr"] == pytest.approx(0.1, abs=0.02)
     assert shared["covariance"] == pytest.approx(0.0, abs=0.02)
@@ -134,21 +134,21 @@ def test_without_matching_tokens_are_copied_and_time_goes_on(granularity):
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
-def test_promoted_tokens_alone_are_interpolated(kind):
-    """Without noise left (the last moment of the flow) a move only interpolates: against PyTorch, token by token."""
+def test_selected_tokens_alone_are_interpolated(kind):
+    """Without noise left, at the end of the flow, a transition only interpolates: against PyTorch, token by token."""
     h, w = 3, 4
-    plan, move = mixed_plan(2, h, w), match_noise("select", 1 - 1e-9, 0.1, "snr", kind)
+    plan, transition = mixed_plan(2, h, w), match_noise("select", 1 - 1e-9, 0.1, "snr", kind)
     low = torch.randn(2, h * w, 8)
     high, _ = upsampled(low, (h, w), kind, "pixel")
-    packed = select(low, plan, move, torch.zeros(2, dtype=torch.int64), Options())
+    packed = select(low, plan, transition, torch.zeros(2, dtype=torch.int64), Options())
     for row, (source, child) in enumerate(zip(plan.source.tolist(), plan.child.tolist(), strict=True)):
         sample, y, x = int(row >= plan.cu_seqlens[1]), source // w, source % w
         place = (2 * y + child // 2) * 2 * w + 2 * x + child % 2
         expected = low[sample, source] if child < 0 else high[sample, place]
         torch.testing.assert_close(packed[row], expected, rtol=0, atol=1e-5)
-    # What was promoted stays; a flat remainder is enlarged without a seam.
+    # What was selected stays; a flat remainder is interpolated without a seam.
     flat = torch.where(plan.child[:, None] >= 0, packed, torch.full((), 0.5))
-    merged = complete(flat, plan, move, torch.zeros(2, dtype=torch.int64), Options())
+    merged = complete(flat, plan, transition, torch.zeros(2, dtype=torch.int64), Options())
     children = (plan.child >= 0)[plan.inverse.long()]
     torch.testing.assert_close(merged[children], flat[plan.inverse.long()][children], rtol=0, atol=1e-5)
 
@@ -158,17 +158,17 @@ def test_promoted_tokens_alone_are_interpolated(kind):
 def test_a_batch_equals_its_single_runs(family, kind):
     pipe = tiny.flux() if family == "flux" else tiny.sd3()
     ralu.enable(pipe, upsampler=kind, matching="snr")
-    together = tiny.paint(pipe, tiny.PROMPTS[:2], seeds=(1, 2))
-    alone = [tiny.paint(pipe, prompt, seeds=(seed,)) for prompt, seed in zip(tiny.PROMPTS[:2], (1, 2), strict=True)]
+    together = tiny.generate(pipe, tiny.PROMPTS[:2], seeds=(1, 2))
+    alone = [tiny.generate(pipe, prompt, seeds=(seed,)) for prompt, seed in zip(tiny.PROMPTS[:2], (1, 2), strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-4)
-    assert not torch.equal(together, tiny.paint(ralu.enable(pipe), tiny.PROMPTS[:2], seeds=(1, 2)))
+    assert not torch.equal(together, tiny.generate(ralu.enable(pipe), tiny.PROMPTS[:2], seeds=(1, 2)))
 
 
 def test_threshold_counts_may_differ():
     pipe = ralu.enable(tiny.flux(), upsampler="bicubic", matching="snr", regions="gradient", threshold=0.4)
-    together = tiny.paint(pipe, tiny.PROMPTS, seeds=(1, 2, 3), output_type="latent")
+    together = tiny.generate(pipe, tiny.PROMPTS, seeds=(1, 2, 3), output_type="latent")
     alone = [
-        tiny.paint(pipe, p, seeds=(s,), output_type="latent") for p, s in zip(tiny.PROMPTS, (1, 2, 3), strict=True)
+        tiny.generate(pipe, p, seeds=(s,), output_type="latent") for p, s in zip(tiny.PROMPTS, (1, 2, 3), strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-4)
 

@@ -72,17 +72,17 @@ def test_parse_and_print(text, canonical, expected):
 
 
 def test_random_methods_parse_back():
-    room = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(300):
-        options = {name: str(room.choice(values)) for name, values in method.CHOICES.items() if room.random() < 0.5}
-        options |= {["ratio", "threshold"][room.integers(2)]: float(10 ** room.uniform(-9, 0))}
+        options = {name: str(rng.choice(values)) for name, values in method.CHOICES.items() if rng.random() < 0.5}
+        options |= {["ratio", "threshold"][rng.integers(2)]: float(10 ** rng.uniform(-9, 0))}
         if options.get("upsampler", "nearest") != "nearest":
             options["matching"] = "snr"
-        cache = Toy(int(room.integers(-9, 99)), float(room.normal()), bool(room.integers(2)))
+        cache = Toy(int(rng.integers(-9, 99)), float(rng.normal()), bool(rng.integers(2)))
         fitting = method.PRESETS if options.get("regions") == "change" else method.SPATIAL  # distilled-4's step is one
-        made = Method(str(room.choice(list(fitting))), Options(**options), cache if room.random() < 0.5 else None)
-        assert Method.parse(str(made)) == made
-        assert all(getattr(made.options, name) in (value, None) for name, value in options.items())
+        built = Method(str(rng.choice(list(fitting))), Options(**options), cache if rng.random() < 0.5 else None)
+        assert Method.parse(str(built)) == built
+        assert all(getattr(built.options, name) in (value, None) for name, value in options.items())
 
 
 def test_what_it_stands_for():
@@ -153,7 +153,7 @@ def test_an_unregistered_cache():
         Method("flux-5x", cache=dataclass(frozen=True)(type("Other", (), {}))())
 
 
-def test_the_words_are_those_of_the_other_rooms():
+def test_the_choices_are_those_of_the_modules_that_make_them():
     from ralu import regions, scheduler
     from ralu_kernels import _backend, tokens
 

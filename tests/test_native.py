@@ -87,10 +87,10 @@ def call(function, isa, source, target, *rest):
 @compiler
 def test_every_instruction_set_gives_the_same_noise(loops):
     x, key, best = torch.randn(11, 35), 2**62 + 12345, loops.best()
-    found = [call(loops.upsample, isa, x, torch.empty(22, 70), key, 35, x.numel()) for isa in range(best + 1)]
+    outputs = [call(loops.upsample, isa, x, torch.empty(22, 70), key, 35, x.numel()) for isa in range(best + 1)]
     c = 2 * 0.02 - 4 * 0.02**2
     expected = reference.upsample_renoise(x[None, None], 0.9, 0.4, c, torch.tensor([key]), 2)[0, 0]
-    for actual in found:
+    for actual in outputs:
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
@@ -139,6 +139,7 @@ def test_the_number_of_threads_changes_no_bit(threads):
 
 
 @native
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="Linux alone lists a process's threads, in /proc")
 def test_a_dataloader_worker_starts_no_threads():
     """Its share is one core: PyTorch says so, and the extension asks PyTorch."""
     code = """
@@ -160,8 +161,6 @@ here = len(os.listdir("/proc/self/task"))
 assert started == [0, 0], started
 assert here >= 4, here  # outside a worker the same call does use them
 """
-    if not os.path.isdir("/proc/self/task"):
-        pytest.skip("counts threads in /proc")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -214,7 +213,7 @@ def test_only_what_is_traced_sees_the_op():
 
 
 def copy_of(folder, name, extension=None):
-    """A copy of the package, under a name, whose extension is ``extension`` (None: it has none)."""
+    """Copy the package under a name, with ``extension`` for an extension (None: it has none)."""
     package = folder / name
     shutil.copytree(Path(ralu_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if extension is not None:
@@ -325,9 +324,9 @@ def test_the_embedded_model_generates_the_same_image():
     pipe = FluxPipeline.from_pretrained(ralu.mini_path())
     pipe.set_progress_bar_config(disable=True)
     arguments = dict(height=256, width=256, max_sequence_length=16, output_type="np")
-    pictures = {}
+    images = {}
     for backend in ("native", "reference"):
         ralu.enable(pipe, "flux-7x", backend=backend)
-        pictures[backend] = pipe("penguin", generator=torch.Generator().manual_seed(3), **arguments).images
-    assert pictures["reference"].std() > 0.1
-    np.testing.assert_allclose(pictures["native"], pictures["reference"], rtol=0, atol=2e-3)  # half an 8-bit level
+        images[backend] = pipe("penguin", generator=torch.Generator().manual_seed(3), **arguments).images
+    assert images["reference"].std() > 0.1
+    np.testing.assert_allclose(images["native"], images["reference"], rtol=0, atol=2e-3)  # half an 8-bit level

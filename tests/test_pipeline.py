@@ -40,7 +40,7 @@ def pipe(stock):
 
 
 def plan_of(scores, grid, ratio):
-    """The stage-2 layout of one sample written out anew: rows as (token, child or None)."""
+    """Write out the stage-2 layout of one sample anew: rows as (token, child or None)."""
     n = len(scores)
     chosen = set(sorted(range(n), key=lambda i: (-scores[i], i))[: int(ratio * n + 1e-6)])
     rows = []
@@ -54,7 +54,7 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
     """RALU for one image: the stock transformer with fractional 2-D ids, and noise drawn value by value."""
     schedule, transformer, vae = PRESETS[preset], pipe.transformer, pipe.vae
     embeds, pooled, text_ids = pipe.encode_prompt(prompt, prompt, max_sequence_length=16)
-    g = size // 8  # low grid: a token is 4x4 pixels of the picture
+    g = size // 8  # low grid: a token is 4x4 pixels of the image
     noise = torch.randn(1, 4, 4 * g, 4 * g, generator=torch.Generator().manual_seed(seed))
     key = seeds_of(FluxPipeline._pack_latents(noise, 1, 4, 4 * g, 4 * g))[0]
 
@@ -75,21 +75,21 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
 
     def upsample(token, i, stage):
         """One low token (16 values) to its four children, (4, 16), nearest neighbour on latent pixels."""
-        move = schedule.transitions[stage - 2]
-        k = (1 - (1 - 4 * move.c) ** 0.5) / 4
+        transition = schedule.transitions[stage - 2]
+        k = (1 - (1 - 4 * transition.c) ** 0.5) / 4
         row, col = divmod(i, g)
         children = torch.empty(4, 16)
         for ch in range(16):
             c, py, px = ch // 4, ch // 2 % 2, ch % 2
             eps = normals((c * 2 * g + 2 * row + py) * 2 * g + 2 * col + px, stage, 0)
             z = eps - k * eps.sum()
-            children[2 * py + px, 4 * c : 4 * c + 4] = move.scale * token[ch] + move.noise_scale * z
+            children[2 * py + px, 4 * c : 4 * c + 4] = transition.scale * token[ch] + transition.noise_scale * z
         return children
 
-    def carry(token, row, col, width, stage):
-        move = schedule.transitions[stage - 2]
+    def keep(token, row, col, width, stage):
+        transition = schedule.transitions[stage - 2]
         eps = torch.cat([normals((row * width + col) * 4 + four, stage, 1) for four in range(4)])
-        return move.scale * token + move.noise_scale * (1 - move.c) ** 0.5 * eps
+        return transition.scale * token + transition.noise_scale * (1 - transition.c) ** 0.5 * eps
 
     low = FluxPipeline._pack_latents(noise[..., ::2, ::2], 1, 4, 2 * g, 2 * g)[0]
     tokens, x0 = denoise(low, [divmod(i, g) for i in range(g * g)], 1)
@@ -98,7 +98,7 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
     rows = plan_of(edge_density(image, (g, g))[0].tolist(), g, schedule.ratio)
     children = {i: upsample(tokens[i], i, 2) for i, child in rows if child == 0}
     mixed = torch.stack([
-        carry(tokens[i], *divmod(i, g), g, 2) if child is None else children[i][child] for i, child in rows
+        keep(tokens[i], *divmod(i, g), g, 2) if child is None else children[i][child] for i, child in rows
     ])  # fmt: skip
     places = [(i // g + (child or 0) // 2 / 2, i % g + (child or 0) % 2 / 2) for i, child in rows]
     tokens, _ = denoise(mixed, places, 2)
@@ -110,7 +110,7 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
                 full[(2 * row + kid // 2) * 2 * g + 2 * col + kid % 2] = value
         else:
             y, x = 2 * row + child // 2, 2 * col + child % 2
-            full[y * 2 * g + x] = carry(token, y, x, 2 * g, 3)
+            full[y * 2 * g + x] = keep(token, y, x, 2 * g, 3)
     tokens, _ = denoise(full, [divmod(i, 2 * g) for i in range(4 * g * g)], 3)
     return tokens[None]
 
@@ -118,7 +118,7 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
 def test_whole_run_equals_the_method_written_out_by_hand(stock):
     expected = by_hand(stock, PROMPTS[0], seed=3)
     ralu.enable(stock, "flux-5x")
-    got = tiny.paint(stock, seeds=(3,), output_type="latent")
+    got = tiny.generate(stock, seeds=(3,), output_type="latent")
     ralu.disable(stock)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -133,7 +133,7 @@ def test_steps_tokens_and_the_global_callback_index(stock, preset):
         seen.append((i, values["latents"].shape[1]))
         return values
 
-    tiny.paint(stock, callback_on_step_end=callback)
+    tiny.generate(stock, callback_on_step_end=callback)
     steps = stock.scheduler.schedule.steps
     ralu.disable(stock)
     low, high = 64, 256
@@ -151,32 +151,32 @@ def test_ragged_batches_equal_their_single_runs(stock):
         scores.append(gradient(x0, grid))
         return scores[-1]
 
-    tiny.paint(ralu.enable(stock, regions=record), PROMPTS, seeds=(5, 6, 7))
+    tiny.generate(ralu.enable(stock, regions=record), PROMPTS, seeds=(5, 6, 7))
     threshold = scores[0].quantile(0.7).item()
     assert len({int((row >= threshold).sum()) for row in scores[0]}) > 1
     ralu.enable(stock, regions="gradient", threshold=threshold)
-    batch = tiny.paint(stock, PROMPTS, seeds=(5, 6, 7))
+    batch = tiny.generate(stock, PROMPTS, seeds=(5, 6, 7))
     for i in range(3):
-        torch.testing.assert_close(batch[i : i + 1], tiny.paint(stock, PROMPTS[i], seeds=(5 + i,)), **close)
+        torch.testing.assert_close(batch[i : i + 1], tiny.generate(stock, PROMPTS[i], seeds=(5 + i,)), **close)
     ralu.disable(stock)
 
 
 def test_true_cfg_and_guidance():
     pipe = ralu.enable(tiny.flux(guidance_embeds=True))
     call = {"negative_prompt": "blue", "true_cfg_scale": 3.0}
-    batch = tiny.paint(pipe, PROMPTS[:2], seeds=(1, 2), **(call | {"negative_prompt": ["blue", "blue"]}))
+    batch = tiny.generate(pipe, PROMPTS[:2], seeds=(1, 2), **(call | {"negative_prompt": ["blue", "blue"]}))
     for i in range(2):
-        torch.testing.assert_close(batch[i : i + 1], tiny.paint(pipe, PROMPTS[i], seeds=(1 + i,), **call), **close)
-    assert (tiny.paint(pipe, seeds=(1,)) - batch[:1]).abs().max() > 1e-3
+        torch.testing.assert_close(batch[i : i + 1], tiny.generate(pipe, PROMPTS[i], seeds=(1 + i,), **call), **close)
+    assert (tiny.generate(pipe, seeds=(1,)) - batch[:1]).abs().max() > 1e-3
 
 
 def test_ip_adapter_scales_as_in_stock():
     pipe = ralu.enable(tiny.flux())
-    plain = tiny.paint(pipe)
+    plain = tiny.generate(pipe)
     given = tiny.load_ip_adapter(pipe)
-    assert (tiny.paint(pipe, **given) - plain).abs().max() > 1e-2
+    assert (tiny.generate(pipe, **given) - plain).abs().max() > 1e-2
     pipe.set_ip_adapter_scale(0.0)
-    torch.testing.assert_close(tiny.paint(pipe, **given), plain, **close)
+    torch.testing.assert_close(tiny.generate(pipe, **given), plain, **close)
 
 
 @pytest.mark.parametrize(
@@ -184,19 +184,19 @@ def test_ip_adapter_scales_as_in_stock():
     [FirstBlockCacheConfig(threshold=0.0), TaylorSeerCacheConfig(cache_interval=1, disable_cache_before_step=1)],
 )
 def test_caches_start_anew_in_every_stage(pipe, cache):
-    """With settings that never reuse anything the picture is the uncached one, through two changes of token count."""
-    expected = tiny.paint(pipe)
+    """With settings that never reuse anything the image is the uncached one, through two changes of token count."""
+    expected = tiny.generate(pipe)
     pipe.transformer.enable_cache(cache)
     try:
-        torch.testing.assert_close(tiny.paint(pipe), expected, **close)
+        torch.testing.assert_close(tiny.generate(pipe), expected, **close)
     finally:
         pipe.transformer.disable_cache()
 
 
 @pytest.mark.parametrize("step", [6, 12])
 def test_caches_after_an_exception(stock, step):
-    expected = tiny.paint(stock, num_inference_steps=4)
-    whole = tiny.paint(ralu.enable(stock))
+    expected = tiny.generate(stock, num_inference_steps=4)
+    whole = tiny.generate(ralu.enable(stock))
 
     def fail(pipe, i, t, values):
         if i == step:
@@ -206,12 +206,12 @@ def test_caches_after_an_exception(stock, step):
     stock.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     try:
         with pytest.raises(KeyboardInterrupt):
-            tiny.paint(stock, callback_on_step_end=fail)
-        torch.testing.assert_close(tiny.paint(stock), whole, **close)
+            tiny.generate(stock, callback_on_step_end=fail)
+        torch.testing.assert_close(tiny.generate(stock), whole, **close)
         with pytest.raises(KeyboardInterrupt):
-            tiny.paint(stock, callback_on_step_end=fail)
+            tiny.generate(stock, callback_on_step_end=fail)
         ralu.disable(stock)
-        torch.testing.assert_close(tiny.paint(stock, num_inference_steps=4), expected, **close)
+        torch.testing.assert_close(tiny.generate(stock, num_inference_steps=4), expected, **close)
     finally:
         stock.transformer.disable_cache()
 
@@ -221,14 +221,14 @@ def config_of(scheduler):
 
 
 def test_from_pipe_shares_the_enabled_parts(pipe):
-    expected = tiny.paint(pipe)
+    expected = tiny.generate(pipe)
     twin = FluxPipeline.from_pipe(pipe, dtype=torch.float32)
     twin.set_progress_bar_config(disable=True)
-    assert torch.equal(tiny.paint(twin), expected)
+    assert torch.equal(tiny.generate(twin), expected)
     ralu.disable(twin)
     assert type(twin.scheduler) is type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
     ralu.enable(pipe)
-    assert torch.equal(tiny.paint(pipe), expected)
+    assert torch.equal(tiny.generate(pipe), expected)
 
 
 def test_image_to_image_from_an_enabled_pipe_is_refused(pipe):
@@ -259,16 +259,16 @@ def test_enable_is_all_or_nothing(stock, change, message):
 
 
 def test_one_transformer_serves_one_enabled_pipeline_at_a_time(stock):
-    expected = tiny.paint(stock, num_inference_steps=4)
+    expected = tiny.generate(stock, num_inference_steps=4)
     twin = FluxPipeline.from_pipe(stock, dtype=torch.float32)
     twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config)
     twin.set_progress_bar_config(disable=True)
-    enabled = tiny.paint(ralu.enable(stock))
-    assert torch.equal(tiny.paint(twin, num_inference_steps=4), expected)  # a stock neighbour stays stock
-    assert torch.equal(tiny.paint(ralu.enable(twin)), enabled)
-    assert torch.equal(tiny.paint(stock, num_inference_steps=4), expected)
+    enabled = tiny.generate(ralu.enable(stock))
+    assert torch.equal(tiny.generate(twin, num_inference_steps=4), expected)  # a stock neighbour stays stock
+    assert torch.equal(tiny.generate(ralu.enable(twin)), enabled)
+    assert torch.equal(tiny.generate(stock, num_inference_steps=4), expected)
     twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(twin.scheduler.config)  # behind RALU's back
-    assert torch.equal(tiny.paint(ralu.disable(twin), num_inference_steps=4), expected)
+    assert torch.equal(tiny.generate(ralu.disable(twin), num_inference_steps=4), expected)
 
 
 class Offload(accelerate.hooks.ModelHook):
@@ -282,41 +282,41 @@ class Offload(accelerate.hooks.ModelHook):
 
 
 def test_a_copied_scheduler_leaves_the_model_behind(pipe):
-    expected = tiny.paint(pipe)
+    expected = tiny.generate(pipe)
     for copied in (copy.deepcopy(pipe.scheduler), pickle.loads(pickle.dumps(pipe.scheduler))):
         assert not copied.bound and config_of(copied) == config_of(pipe.scheduler)
         assert len(pickle.dumps(copied)) < 100_000
-    assert torch.equal(tiny.paint(pipe), expected)
+    assert torch.equal(tiny.generate(pipe), expected)
 
 
 def test_an_enabled_pipeline_is_enabled_anew(pipe):
-    expected = tiny.paint(ralu.enable(pipe, "flux-7x"))
+    expected = tiny.generate(ralu.enable(pipe, "flux-7x"))
     ralu.enable(pipe, "flux-5x", granularity="token", threshold=0.3, regions=gradient)
-    assert torch.equal(tiny.paint(ralu.enable(pipe, "flux-7x")), expected)
+    assert torch.equal(tiny.generate(ralu.enable(pipe, "flux-7x")), expected)
 
 
 def test_a_scorer_of_ones_own_cannot_be_saved(pipe, tmp_path):
-    expected = tiny.paint(ralu.enable(pipe, "flux-7x", regions=gradient))
+    expected = tiny.generate(ralu.enable(pipe, "flux-7x", regions=gradient))
     pipe.save_pretrained(tmp_path)
     loaded = FluxPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="regions="):
         ralu.enable(loaded)
-    torch.testing.assert_close(tiny.paint(ralu.enable(loaded, regions=gradient)), expected, **close)
+    torch.testing.assert_close(tiny.generate(ralu.enable(loaded, regions=gradient)), expected, **close)
 
 
 def test_a_schedule_of_ones_own_is_saved(pipe, tmp_path):
     schedule = ralu.solve([1, 2, 2], [0.25, 0.5, 1.0], ratio=0.5)
-    expected = tiny.paint(ralu.enable(pipe, schedule))
+    expected = tiny.generate(ralu.enable(pipe, schedule))
     pipe.save_pretrained(tmp_path)
     loaded = FluxPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(tiny.paint(ralu.enable(loaded)), expected, **close)
+    torch.testing.assert_close(tiny.generate(ralu.enable(loaded)), expected, **close)
     assert loaded.num_timesteps == 5 and loaded.scheduler.schedule == schedule
 
 
 def test_sample_is_the_pipelines_loop(pipe):
-    expected = tiny.paint(pipe, seeds=(4,), output_type="latent")
+    expected = tiny.generate(pipe, seeds=(4,), output_type="latent")
     embeds, pooled, text_ids = pipe.encode_prompt(PROMPTS[0], PROMPTS[0], max_sequence_length=16)
     ralu.disable(pipe)
 
@@ -349,17 +349,17 @@ def test_seeds_depend_on_the_samples_own_noise_alone():
     assert (seeds_of(swapped) != seeds).all()
 
 
-def test_the_distilled_embedded_model_paints_what_it_was_asked_for():
-    """Of the pictures that its teacher paints in six steps, each of its own is nearest to that of the same prompt."""
+def test_the_distilled_embedded_model_generates_what_it_was_asked_for():
+    """Of the images of its teacher in six steps, the one of the same prompt is nearest to each of its images."""
     prompts = mini.PROMPTS[:3]
 
-    def paint(name, preset=None, **call):
+    def generate(name, preset=None, **call):
         pipe = DiffusionPipeline.from_pretrained(ralu.mini_path(name), dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         if preset:
             ralu.enable(pipe, preset)
-        return tiny.paint(pipe, prompts, seeds=range(len(prompts)), height=256, width=256, **call).flatten(1)
+        return tiny.generate(pipe, prompts, seeds=range(len(prompts)), height=256, width=256, **call).flatten(1)
 
-    taught = paint("flux", num_inference_steps=6)
-    for painted in (paint("schnell", num_inference_steps=4), paint("schnell", "distilled-4")):
-        assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(prompts)))
+    taught = generate("flux", num_inference_steps=6)
+    for distilled in (generate("schnell", num_inference_steps=4), generate("schnell", "distilled-4")):
+        assert torch.cdist(distilled, taught).argmin(1).tolist() == list(range(len(prompts)))

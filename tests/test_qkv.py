@@ -50,7 +50,7 @@ def eager(streams, heads, rotary):
 
 
 def exact(streams, heads, rotary):
-    """The same in float64, the rotation as a product of complex numbers."""
+    """Compute the same in float64, the rotation as a product of complex numbers."""
     joint = []
     for name in "qkv":
         parts = []
@@ -69,7 +69,7 @@ def exact(streams, heads, rotary):
 
 
 def ragged_mask(b, length, device):
-    """Padding at the end of the first sample, in the middle of the second, all over the third."""
+    """Pad the end of the first sample, the middle of the second, and all of the third."""
     mask = torch.ones(b, length, dtype=torch.bool)
     mask[0, length - length // 4 :] = False
     mask[1, length // 3 : length // 2] = False
@@ -110,12 +110,12 @@ def test_pack_against_oracle(block_backend, device, case, dtype):
         assert_as_exact_as(x, y[kept], oracle[kept])
     unpacked = unpack(packed[2], layout, lengths, backend=block_backend)
     masks = kept.split(lengths, dim=1)
-    for found, stream, mask in zip(unpacked, streams, masks, strict=True):
-        assert torch.equal(found, torch.where(mask[..., None], stream.v, 0))
+    for actual, stream, mask in zip(unpacked, streams, masks, strict=True):
+        assert torch.equal(actual, torch.where(mask[..., None], stream.v, 0))
 
 
 def test_tables_without_pairs(block_backend, device):
-    """cos and sin may differ inside a pair, as apply_rotary_emb allows; a weight for q alone."""
+    """The tables may differ inside a pair, as apply_rotary_emb allows; a weight for q alone."""
     stream = make_stream(2, 7, 3, 16, torch.float32, device)._replace(norm_k=None)
     rotary = torch.randn(7, 16, device=device), torch.randn(7, 16, device=device)
     packed = pack_qkv([stream], packed_layout(None, 2, 7, device), 3, rotary=rotary, backend=block_backend)
@@ -132,11 +132,11 @@ def test_strides(block_backend, device):
     layout = packed_layout(ragged_mask(b, 12, device), b, 12, device)
 
     def check(*streams):
-        found, expected = (
+        actual, expected = (
             pack_qkv(s, layout, heads, rotary=rotary, backend=block_backend)
             for s in (streams, [QKV(*(x.contiguous() for x in stream[:3])) for stream in streams])
         )
-        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
     check(QKV(q, k, v))
     check(QKV(q[:, :5], k[:, :5], v[:, :5]), QKV(q[:, 5:], k[:, 5:], v[:, 5:]))
@@ -147,11 +147,11 @@ def test_strides(block_backend, device):
     check(QKV(every_other, every_other, every_other))
 
     tables = [table.mT.contiguous().mT for table in rotary]
-    found = pack_qkv([QKV(q, k, v)], layout, heads, rotary=tables, backend=block_backend)
+    actual = pack_qkv([QKV(q, k, v)], layout, heads, rotary=tables, backend=block_backend)
     expected = pack_qkv([QKV(q, k, v)], layout, heads, rotary=rotary, backend=block_backend)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    transposed = found[0].transpose(0, 1).contiguous().transpose(0, 1)
-    for pair in zip(*(unpack(x, layout, (5, 7), backend=block_backend) for x in (transposed, found[0])), strict=True):
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    transposed = actual[0].transpose(0, 1).contiguous().transpose(0, 1)
+    for pair in zip(*(unpack(x, layout, (5, 7), backend=block_backend) for x in (transposed, actual[0])), strict=True):
         assert torch.equal(*pair)
 
 
@@ -356,9 +356,9 @@ def test_a_layout_made_by_hand_is_as_good(device):
     layout = small_layout()
     # Inside a sample any order will do: attention does not see it.
     rows, inverse = torch.tensor([1, 0, 4, 5]), torch.tensor([1, 0, -1, -1, 2, 3])
-    made = replace(layout, rows=rows.int(), inverse=inverse.int())
+    rebuilt = replace(layout, rows=rows.int(), inverse=inverse.int())
     x = torch.randn(4, 3, 16)
-    (other,), (out,) = unpack(x, made, (3,)), unpack(x, layout, (3,))
+    (other,), (out,) = unpack(x, rebuilt, (3,)), unpack(x, layout, (3,))
     assert torch.equal(other[1], out[1]) and torch.equal(other[0, [1, 0, 2]], out[0])
     empty = packed_layout(None, 0, 3, "cpu")
     assert replace(empty, max_seqlen=0).total == 0

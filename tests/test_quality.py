@@ -1,4 +1,4 @@
-"""The measures of benchmarks/quality.py against closed forms, SciPy and a picture whose answer is known."""
+"""The measures of benchmarks/quality.py against closed forms, SciPy and an image whose answer is known."""
 
 import sys
 from pathlib import Path
@@ -14,12 +14,12 @@ from ralu.method import Method
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
 
-ROOM = np.random.default_rng(0)
+RNG = np.random.default_rng(0)
 
 
 def test_frechet_of_diagonal_normals():
     """Against its closed form for independent features: (m - n)² + (s - t)², feature by feature."""
-    a, b = ROOM.standard_normal((2, 4000, 3)) * np.array([[[1.0, 2.0, 0.5]], [[3.0, 2.0, 1.0]]])
+    a, b = RNG.standard_normal((2, 4000, 3)) * np.array([[[1.0, 2.0, 0.5]], [[3.0, 2.0, 1.0]]])
     a, b = (x @ whiten(x) * scale for x, scale in ((a, [1.0, 2.0, 0.5]), (b, [3.0, 2.0, 1.0])))
     b = b - b.mean(0) + a.mean(0) + [0.0, 0.3, -1.0]
     assert quality.frechet(a, b) == pytest.approx(2.0**2 + 0.5**2 + 0.3**2 + 1.0, rel=1e-6)
@@ -27,12 +27,12 @@ def test_frechet_of_diagonal_normals():
 
 
 def whiten(x):
-    """Makes the sample covariance the identity, exactly."""
+    """Make the sample covariance the identity, exactly."""
     return np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
-    values = ROOM.standard_normal(64)
+    values = RNG.standard_normal(64)
     value, error = quality.jackknife(lambda mask: values[mask].mean(), 64, blocks=64)
     assert value == pytest.approx(values.mean())
     assert error == pytest.approx(scipy.stats.sem(values), rel=1e-9)
@@ -60,7 +60,7 @@ def test_blockiness_of_a_known_grid():
 
 
 def test_features_are_moments_of_the_channels():
-    z = torch.from_numpy(ROOM.standard_normal((2, 16, 8, 8)))
+    z = torch.from_numpy(RNG.standard_normal((2, 16, 8, 8)))
     got = quality.features(z)
     np.testing.assert_allclose(got[:, :16], z.numpy().mean((2, 3)))
     np.testing.assert_allclose(got[:, 16:], z.numpy().std((2, 3), ddof=1))

@@ -120,16 +120,16 @@ def test_normals_are_normal():
 
 
 def blocks_of(latent):
-    """(B, C, 2H, 2W) -> (B * C * H * W, 4)"""
+    """Cut a latent into blocks: (B, C, 2H, 2W) -> (B * C * H * W, 4)."""
     return latent.unfold(2, 2, 2).unfold(3, 2, 2).reshape(-1, 4).double()
 
 
 def assert_covariance(samples, expected):
     """Every entry within 5 standard deviations of its sampling distribution; the mean is known to be 0."""
     n = len(samples)
-    found = samples.T @ samples / n
+    covariance = samples.T @ samples / n
     sigma = ((expected.diag().outer(expected.diag()) + expected**2) / n).sqrt()
-    assert ((found - expected).abs() <= 5 * sigma + 1e-9).all(), (found - expected).abs().div(sigma).max()
+    assert ((covariance - expected).abs() <= 5 * sigma + 1e-9).all(), (covariance - expected).abs().div(sigma).max()
 
 
 def assert_independent(pairs):
@@ -202,7 +202,7 @@ def test_kept_variance(c, kept_noise, variance):
 
 
 def matched(e, c):
-    """a, b and s of supplement A.1."""
+    """Compute a, b and s of supplement A.1."""
     delta = (1 - e) / math.sqrt(c)
     return 1 / (delta + e), delta / (delta + e), e / (delta + e)
 

@@ -36,7 +36,7 @@ def test_sample():
 
 
 def test_regions(tmp_path, monkeypatch):
-    """Each line's choice of tokens, in a picture of 8x8 low tokens whose left half is masked."""
+    """Each line's choice of tokens, in an image of 8x8 low tokens whose left half is masked."""
     monkeypatch.chdir(tmp_path)
     mask = torch.zeros(64, 64)
     mask[:, :32] = 1
@@ -52,7 +52,7 @@ def test_regions(tmp_path, monkeypatch):
     for line in example("face-mask").splitlines():
         exec(line, scope)
         if "enable" in line:
-            tiny.paint(pipe, callback_on_step_end=keep)
+            tiny.generate(pipe, callback_on_step_end=keep)
     chosen = [plan.source[plan.child == 0] for plan in plans[::5]]
     left = torch.arange(64).view(8, 8)[:, :4].flatten()
     assert [len(tokens) for tokens in chosen] == [19, 32, 12, 12, 12]

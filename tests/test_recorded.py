@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tiny import vae
 
 import ralu
 from ralu.schedule import PRESETS, preset
@@ -50,7 +50,7 @@ def velocity(x, sigma, layout):
 
 
 def decode(x0, grid):
-    """A picture of stripes that does not depend on what it is asked for."""
+    """Decode to stripes, whatever is asked for."""
     height, width = 8 * grid[0], 8 * grid[1]
     rows, cols = torch.arange(height)[:, None], torch.arange(width)
     return torch.where((rows * cols // 37) % 2 == 0, 0.9, -0.9).expand(len(x0), 3, height, width)
@@ -87,14 +87,6 @@ def sd3(dual):
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
-
-
-def vae():
-    return AutoencoderKL(
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611,
-    ).eval()  # fmt: skip
 
 
 def run(pipe, name, batch=1, guidance=1.0, fused=False, **options):
@@ -195,5 +187,5 @@ if __name__ == "__main__":
     def bits(latents):
         return hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()
 
-    made = {name: (bits if args.bits else digest)(make()) for name, make in RUNS.items()}
-    args.file.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in made.items()) + "\n}\n")
+    values = {name: (bits if args.bits else digest)(make()) for name, make in RUNS.items()}
+    args.file.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()) + "\n}\n")

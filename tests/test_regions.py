@@ -1,4 +1,4 @@
-"""Scores against OpenCV on the same picture, and pictures whose edges are known."""
+"""Scores against OpenCV on the same image, and images whose edges are known."""
 
 import functools
 import io
@@ -20,15 +20,15 @@ from ralu.schedule import PRESETS, Schedule, Stage, match_noise, resample_noise,
 from ralu_kernels import plan_tokens
 
 
-def picture(seed=0, height=96, width=160):
-    """A smooth background with a dark disc, (3, H, W) in [-1, 1]."""
+def scene(seed=0, height=96, width=160):
+    """Draw a smooth background with a dark disc, (3, H, W) in [-1, 1]."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     disc = ((y - 30 - 5 * seed).square() + (x - 60).square() < 20**2).float()
     return torch.stack([0.2 + 0.4 * disc, -0.3 + 0.9 * disc, y / height - 0.5 - 0.3 * disc])
 
 
 def test_edge_counts_equal_opencv_on_the_8_bit_luma():
-    image = picture()
+    image = scene()
     scores = edge_density(image[None], (6, 10))[0]
     rgb = ((image * 0.5 + 0.5) * 255).permute(1, 2, 0).double().numpy()
     luma = np.rint(rgb @ [0.299, 0.587, 0.114]).astype(np.uint8)
@@ -38,9 +38,9 @@ def test_edge_counts_equal_opencv_on_the_8_bit_luma():
     assert 20 < edges.sum() < 400
 
 
-def test_dark_pictures_keep_their_edges():
+def test_dark_images_keep_their_edges():
     """Decoded values lie in [-1, 1]; clipping them at 0, as the paper's release does, loses the dark half."""
-    dark = picture() * 0.45 - 0.55
+    dark = scene() * 0.45 - 0.55
     assert (dark < 0).all() and (edge_density(dark[None], (6, 10)) * 256).floor().sum() > 20
 
 
@@ -57,7 +57,7 @@ def test_ties_go_to_contrast_and_never_overtake_an_edge_pixel():
 
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")  # of no image
 def test_a_batch_scores_like_its_images_and_may_be_empty():
-    images = torch.stack([picture(seed) for seed in range(3)])
+    images = torch.stack([scene(seed) for seed in range(3)])
     batch = edge_density(images, (6, 10))
     for i in range(3):
         torch.testing.assert_close(batch[i : i + 1], edge_density(images[i : i + 1], (6, 10)), rtol=0, atol=0)
@@ -76,14 +76,14 @@ def test_choosing_a_share_of_the_regions_needs_no_value_on_the_host():
 
 
 def test_canny_scores_what_the_decoder_shows():
-    images = picture()[None]
+    images = scene()[None]
     scorer = canny(lambda x0, grid: images * x0.mean(), low=50, high=120)
     torch.testing.assert_close(scorer(torch.ones(1, 60, 4), (6, 10)), edge_density(images, (6, 10), 50, 120))
 
 
-def test_grid_that_does_not_divide_the_picture():
+def test_grid_that_does_not_divide_the_image():
     with pytest.raises(ValueError, match=r"96x160.*5x10"):
-        edge_density(picture()[None], (5, 10))
+        edge_density(scene()[None], (5, 10))
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (1, 6), (6, 1), (2, 2)])
@@ -113,9 +113,9 @@ def test_random_scores_are_even_and_each_samples_own():
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_a_mask_scores_by_the_mean_of_each_block(batch):
-    picture = torch.rand(*batch, 24, 40, generator=torch.Generator().manual_seed(0))
-    scores = mask(picture)(torch.zeros(3, 15, 8), (3, 5))
-    blocks = picture.double().numpy().reshape(-1, 3, 8, 5, 8).mean((2, 4)).reshape(-1, 15)
+    given = torch.rand(*batch, 24, 40, generator=torch.Generator().manual_seed(0))
+    scores = mask(given)(torch.zeros(3, 15, 8), (3, 5))
+    blocks = given.double().numpy().reshape(-1, 3, 8, 5, 8).mean((2, 4)).reshape(-1, 15)
     np.testing.assert_allclose(scores.numpy(), np.broadcast_to(blocks, (3, 15)), rtol=1e-5)
 
 
@@ -178,20 +178,20 @@ TWO_VALUED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("picture", FORMATS.values(), ids=FORMATS)
-def test_a_mask_means_the_same_in_every_format(picture):
-    scores = mask(picture)(torch.zeros(1, 16, 4), (4, 4))[0].view(4, 4)
+@pytest.mark.parametrize("given", FORMATS.values(), ids=FORMATS)
+def test_a_mask_means_the_same_in_every_format(given):
+    scores = mask(given)(torch.zeros(1, 16, 4), (4, 4))[0].view(4, 4)
     expected = torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(4, 4)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1.01 / 255)  # eight bits hold neither quarter
 
 
-@pytest.mark.parametrize("picture", TWO_VALUED.values(), ids=TWO_VALUED)
-def test_a_mask_of_two_values_is_black_and_white(picture):
-    assert mask(picture)(torch.zeros(1, 4, 4), (2, 2)).tolist() == [[0, 1, 0, 1]]
+@pytest.mark.parametrize("given", TWO_VALUED.values(), ids=TWO_VALUED)
+def test_a_mask_of_two_values_is_black_and_white(given):
+    assert mask(given)(torch.zeros(1, 4, 4), (2, 2)).tolist() == [[0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize(
-    "picture, error, message",
+    "given, error, message",
     [
         (torch.full((4, 4), torch.nan), ValueError, "finite"),
         (np.full((4, 4), np.inf), ValueError, "finite"),
@@ -211,13 +211,13 @@ def test_a_mask_of_two_values_is_black_and_white(picture):
         ("mask.png", TypeError, "got str"),
     ],
 )
-def test_what_is_no_mask_is_refused(picture, error, message):
+def test_what_is_no_mask_is_refused(given, error, message):
     with pytest.raises(error, match=message):
-        mask(picture)
+        mask(given)
 
 
 def chosen(pipe, **options):
-    """The tokens promoted in each picture of a run of three."""
+    """List the tokens selected in each image of a run of three."""
     plans = []
     ralu.enable(pipe, **options)
 
@@ -225,7 +225,7 @@ def chosen(pipe, **options):
         plans.append(pipe.scheduler.layout and pipe.scheduler.layout.plan)
         return kwargs
 
-    images = tiny.paint(pipe, tiny.PROMPTS, seeds=(5, 6, 7), callback_on_step_end=keep)
+    images = tiny.generate(pipe, tiny.PROMPTS, seeds=(5, 6, 7), callback_on_step_end=keep)
     plan = next(plan for plan in plans if plan is not None)
     ends = plan.cu_seqlens.tolist()
     spans = [slice(*span) for span in pairwise(ends)]
@@ -234,18 +234,18 @@ def chosen(pipe, **options):
 
 def test_pipelines_take_masks():
     wanted = [[0, 9, 63], [8], []]
-    picture = torch.zeros(3, 64)
-    for row, tokens in zip(picture, wanted, strict=True):
+    given = torch.zeros(3, 64)
+    for row, tokens in zip(given, wanted, strict=True):
         row[tokens] = 1
-    _, promoted = chosen(tiny.flux(), regions=picture.view(3, 8, 8), threshold=0.5)
-    assert promoted == wanted
+    _, selected = chosen(tiny.flux(), regions=given.view(3, 8, 8), threshold=0.5)
+    assert selected == wanted
 
 
-def test_pipelines_choose_at_random_but_every_picture_always_the_same():
+def test_pipelines_choose_at_random_but_for_an_image_always_the_same():
     pipe = tiny.flux()
-    images, promoted = chosen(pipe, regions="random", ratio=0.25)
-    assert len({tuple(tokens) for tokens in promoted}) == 3 and {len(tokens) for tokens in promoted} == {16}
-    torch.testing.assert_close(tiny.paint(pipe, tiny.PROMPTS[1], seeds=(6,)), images[1:2], rtol=0, atol=1e-4)
+    images, selected = chosen(pipe, regions="random", ratio=0.25)
+    assert len({tuple(tokens) for tokens in selected}) == 3 and {len(tokens) for tokens in selected} == {16}
+    torch.testing.assert_close(tiny.generate(pipe, tiny.PROMPTS[1], seeds=(6,)), images[1:2], rtol=0, atol=1e-4)
 
 
 # ---- change, even spacing, combinations ----
@@ -318,15 +318,15 @@ def test_change_is_added_up_in_float32():
     estimates, layouts = [], []
 
     def velocity(x, sigma, layout):
-        v = torch.randn(x.shape, generator=room).bfloat16()
+        v = torch.randn(x.shape, generator=generator).bfloat16()
         if layout.resolution == "low":
             assert x.dtype == torch.bfloat16 or not estimates
             estimates.append(x.double() - sigma * v.double())
         layouts.append(layout)
         return v
 
-    room = torch.Generator().manual_seed(0)
-    ralu.sample(velocity, torch.randn(1, 96, 4, generator=room), (8, 12), "flux-5x", regions="change")
+    generator = torch.Generator().manual_seed(0)
+    ralu.sample(velocity, torch.randn(1, 96, 4, generator=generator), (8, 12), "flux-5x", regions="change")
     scores = layouts[4].scores
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), summed_change(torch.stack(estimates)), rtol=1e-5, atol=0)
@@ -352,7 +352,7 @@ def estimates_of_a_run(pipe, prompts, seeds, **call):
 
     scheduler.step = noted
     try:
-        tiny.paint(pipe, prompts, seeds, callback_on_step_end=note, output_type="latent", **call)
+        tiny.generate(pipe, prompts, seeds, callback_on_step_end=note, output_type="latent", **call)
     finally:
         del scheduler.step
     return torch.stack(made), next(layout.scores for layout in layouts if layout is not None and layout.plan)
@@ -399,9 +399,9 @@ def test_an_interrupted_run_leaves_no_change_behind(watched):
     def fail(pipe, step, timestep, tensors):
         raise RuntimeError("on purpose")
 
-    tiny.paint(pipe, tiny.PROMPTS[1], (7,), callback_on_step_end=stop)
+    tiny.generate(pipe, tiny.PROMPTS[1], (7,), callback_on_step_end=stop)
     with pytest.raises(RuntimeError, match="on purpose"):
-        tiny.paint(pipe, tiny.PROMPTS[1], (7,), callback_on_step_end=fail)
+        tiny.generate(pipe, tiny.PROMPTS[1], (7,), callback_on_step_end=fail)
     _, again = estimates_of_a_run(pipe, tiny.PROMPTS[0], (5,))
     assert torch.equal(again, scores)
 
@@ -415,7 +415,7 @@ def test_change_is_refused_where_the_selection_follows_a_single_step(stock):
         with pytest.raises(ValueError, match=words.format(name)):
             ralu.sample(lambda *_: pytest.fail("called"), torch.zeros(1, 64, 4), (8, 8), preset, regions="change")
     ralu.enable(stock, two_resolutions((1, 2), 0.5, (1.0, 1.0), 0.1), regions="change")  # nothing is selected
-    assert tiny.paint(stock, output_type="latent").isfinite().all()
+    assert tiny.generate(stock, output_type="latent").isfinite().all()
 
 
 def bayer(size):
@@ -464,7 +464,7 @@ def test_the_combination_of_scorers_in_the_documentation(tmp_path, monkeypatch):
         layouts.append(pipe.scheduler.layout)
         return tensors
 
-    tiny.paint(pipe, callback_on_step_end=note)
+    tiny.generate(pipe, callback_on_step_end=note)
     layout = next(layout for layout in layouts if layout is not None and layout.plan)
     edges = gradient(layout.x0, (8, 8)).view(8, 8)
     expected = (edges / edges.max()).numpy() + 0.5 * (np.arange(8) < 4)

@@ -47,10 +47,10 @@ def test_preset_is_table_s1(name):
 @pytest.mark.parametrize("name", TABLE_S1)
 def test_solve_reproduces_table_s1(name):
     totals, ends, shifts, c = TABLE_S1[name]
-    found = solve(tuple(np.diff([0, *totals]).tolist()), tuple(ends), shift=3.0)
-    assert found.c == pytest.approx(c, abs=5.1e-5)  # the table has 4 decimals
+    solved = solve(tuple(np.diff([0, *totals]).tolist()), tuple(ends), shift=3.0)
+    assert solved.c == pytest.approx(c, abs=5.1e-5)  # the table has 4 decimals
     for k in range(3):
-        assert found.shifts[k] == pytest.approx(shifts[k], abs=0.1 if (name, k) in SLIPS else 0.05)
+        assert solved.shifts[k] == pytest.approx(shifts[k], abs=0.1 if (name, k) in SLIPS else 0.05)
 
 
 @pytest.mark.parametrize("name", DISTILLED)
@@ -68,24 +68,24 @@ def distance(schedule, shift):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_solve_is_a_minimum_for_that_shift(shift):
-    found = solve([4, 5, 6], [0.3, 0.45, 1.0], shift=shift)
-    best = distance(found, shift)
+    solved = solve([4, 5, 6], [0.3, 0.45, 1.0], shift=shift)
+    best = distance(solved, shift)
     for k in range(3):
         for factor in (0.97, 1.03):
-            shifts = [h * factor if i == k else h for i, h in enumerate(found.shifts)]
+            shifts = [h * factor if i == k else h for i, h in enumerate(solved.shifts)]
             if 0.5 <= shifts[k] <= 10:  # the search's bounds
-                assert distance(found.replace(shifts=shifts), shift) > best
-    assert distance(found, 4.0 - shift) > best + 0.01  # the other shift's target is another one
+                assert distance(solved.replace(shifts=shifts), shift) > best
+    assert distance(solved, 4.0 - shift) > best + 0.01  # the other shift's target is another one
 
 
 @pytest.mark.parametrize("end", [0.05, 0.3, 0.45, 0.9])
 @pytest.mark.parametrize("c", [1e-4, 0.0177, 0.25])
 def test_transition_satisfies_s3_to_s6(end, c):
-    move = match_noise("select", end, c)
-    assert move.scale * end == pytest.approx(move.start, abs=1e-12)  # S3
-    assert move.scale * (1 - end) == pytest.approx(move.noise_scale * math.sqrt(c), abs=1e-12)  # S5
-    assert move.noise_scale == pytest.approx(1 - move.start, abs=1e-12)  # S6
-    assert move.start < end
+    transition = match_noise("select", end, c)
+    assert transition.scale * end == pytest.approx(transition.start, abs=1e-12)  # S3
+    assert transition.scale * (1 - end) == pytest.approx(transition.noise_scale * math.sqrt(c), abs=1e-12)  # S5
+    assert transition.noise_scale == pytest.approx(1 - transition.start, abs=1e-12)  # S6
+    assert transition.start < end
 
 
 @pytest.mark.parametrize("name", TABLE_S1)
@@ -185,10 +185,10 @@ def test_a_schedule_comes_back_from_json(chosen):
 def test_speeds_transition_is_renoising_at_a_quarter():
     """SPEED with the Haar basis: a = 1 / (1 + sigma), b = sigma' = 2·sigma / (1 + sigma)."""
     for end in (0.2, 0.3, 0.45):
-        (move,) = two_resolutions((3, 4), end, (1.0, 1.0), 0.25).transitions
+        (transition,) = two_resolutions((3, 4), end, (1.0, 1.0), 0.25).transitions
         sigma = 1 - end
-        assert move.kind == "renoise" and move.c == 0.25
-        assert move.scale == pytest.approx(1 / (1 + sigma)) and move.noise_scale == pytest.approx(
+        assert transition.kind == "renoise" and transition.c == 0.25
+        assert transition.scale == pytest.approx(1 / (1 + sigma)) and transition.noise_scale == pytest.approx(
             2 * sigma / (1 + sigma)
         )
 

@@ -52,7 +52,7 @@ def sincos(config, places):
 
 
 def on_tokens(transformer, patches, places, timestep, text, pooled):
-    """The transformer of tokens anywhere. patches: (L, C, 2, 2); places: L (row, column) on the stored grid."""
+    """Run the transformer on tokens anywhere. patches: (L, C, 2, 2); places: L (row, column) on the stored grid."""
     embed, n = transformer.pos_embed, len(patches)
     x = F.linear(patches.flatten(1), embed.proj.weight.flatten(1), embed.proj.bias)
     x = (x + sincos(transformer.config, places))[None]
@@ -64,7 +64,7 @@ def on_tokens(transformer, patches, places, timestep, text, pooled):
 
 
 def patches_of(image):
-    """(C, 2h, 2w) -> (h·w, C, 2, 2)"""
+    """Cut an image into patches: (C, 2h, 2w) -> (h·w, C, 2, 2)."""
     c, h, w = image.shape
     return image.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 0, 2, 4).reshape(-1, c, 2, 2)
 
@@ -75,7 +75,7 @@ def image_of(patches, h, w):
 
 @torch.no_grad()
 def by_hand(pipe, prompt, seed, preset, ratio, guidance=3.5, height=64, width=48):
-    """One image, half of guidance at a time. Where all tokens are promoted, stage 2 is the stock transformer's own."""
+    """One image, half of guidance at a time. Where all tokens are selected, stage 2 is the stock transformer's own."""
     schedule, transformer, vae = PRESETS[preset], pipe.transformer, pipe.vae
     text, no_text, pooled, no_pooled = pipe.encode_prompt(prompt, None, None, max_sequence_length=16)
     h, w = height // 8, width // 8  # low grid
@@ -102,52 +102,52 @@ def by_hand(pipe, prompt, seed, preset, ratio, guidance=3.5, height=64, width=48
         count = int(np.prod(shape))
         return torch.stack(reference.randn4x(key, torch.arange(count), stage, kind)).view(4, *shape)
 
-    def enlarged(x, stage):
-        move = schedule.transitions[stage - 2]
+    def upsampled(x, stage):
+        transition = schedule.transitions[stage - 2]
         eps = normals(x.shape, stage, 0)
-        z = eps - (1 - (1 - 4 * move.c) ** 0.5) / 4 * eps.sum(0)
+        z = eps - (1 - (1 - 4 * transition.c) ** 0.5) / 4 * eps.sum(0)
         z = F.pixel_shuffle(z.transpose(0, 1).flatten(0, 1)[None], 2)[0]
-        return move.scale * F.interpolate(x[None], scale_factor=2)[0] + move.noise_scale * z
+        return transition.scale * F.interpolate(x[None], scale_factor=2)[0] + transition.noise_scale * z
 
-    def carried(x, stage):
-        move = schedule.transitions[stage - 2]
+    def kept(x, stage):
+        transition = schedule.transitions[stage - 2]
         channels, rows, columns = x.shape
         eps = normals((rows // 2, columns // 2, channels), stage, 1)  # of a 2x2 patch, all channels
         eps = eps.permute(3, 1, 2, 0).unflatten(-1, (2, 2)).transpose(2, 3).reshape(x.shape)
-        return move.scale * x + move.noise_scale * (1 - move.c) ** 0.5 * eps
+        return transition.scale * x + transition.noise_scale * (1 - transition.c) ** 0.5 * eps
 
     low, x0 = denoise(noise[0, :, ::2, ::2], 1, as_image)
     image = vae.decode(x0[None] / vae.config.scaling_factor + vae.config.shift_factor).sample
     scores = edge_density(image, (h, w))[0].tolist()
     chosen = sorted(range(h * w), key=lambda i: (-scores[i], i))[: int(ratio * h * w + 1e-6)]
-    promoted = torch.zeros(h * w, dtype=torch.bool)
-    promoted[chosen] = True
-    up, same = enlarged(low, 2), patches_of(carried(low, 2))
-    if promoted.all():
+    selected = torch.zeros(h * w, dtype=torch.bool)
+    selected[chosen] = True
+    up, same = upsampled(low, 2), patches_of(kept(low, 2))
+    if selected.all():
         halves = [(top + y / 2, left + x / 2) for y in range(2 * h) for x in range(2 * w)]
         embed = transformer.pos_embed
         embed.cropped_pos_embed = lambda *size: sincos(transformer.config, halves)
         high = denoise(up, 2, as_image)[0]
         del embed.cropped_pos_embed
-        return carried(high, 3), denoise(carried(high, 3), 3, as_image)[0][None]
+        return kept(high, 3), denoise(kept(high, 3), 3, as_image)[0][None]
     children = patches_of(up).view(h, 2, w, 2, 4, 2, 2).transpose(1, 2).reshape(h * w, 4, 4, 2, 2)
     tokens, places = [], []
     for i in range(h * w):
         y, x = top + i // w, left + i % w
-        tokens += list(children[i]) if promoted[i] else [same[i]]
-        places += [(y + dy, x + dx) for dy in (0, 0.5) for dx in (0, 0.5)] if promoted[i] else [(y, x)]
+        tokens += list(children[i]) if selected[i] else [same[i]]
+        places += [(y + dy, x + dx) for dy in (0, 0.5) for dx in (0, 0.5)] if selected[i] else [(y, x)]
     mixed, _ = denoise(
         torch.stack(tokens), 2, lambda x, t, text, pooled: on_tokens(transformer, x, places, t, text, pooled)
     )
     mixed, coarse, fine = iter(mixed), torch.zeros_like(same), torch.zeros_like(children)
     for i in range(h * w):
-        if promoted[i]:
+        if selected[i]:
             fine[i] = torch.stack([next(mixed) for _ in range(4)])
         else:
             coarse[i] = next(mixed)
     fine = image_of(fine.view(h, w, 2, 2, 4, 2, 2).transpose(1, 2).flatten(0, 3), 2 * h, 2 * w)
-    where = F.interpolate(promoted.view(1, 1, h, w).float(), scale_factor=4)[0] > 0
-    third = torch.where(where, carried(fine, 3), enlarged(image_of(coarse, h, w), 3))
+    where = F.interpolate(selected.view(1, 1, h, w).float(), scale_factor=4)[0] > 0
+    third = torch.where(where, kept(fine, 3), upsampled(image_of(coarse, h, w), 3))
     return third, denoise(third, 3, as_image)[0][None]
 
 
@@ -163,7 +163,7 @@ def test_whole_runs_equal_the_method_written_out_by_hand(version, preset, ratio)
         return values
 
     ralu.enable(pipe, preset, ratio=ratio)
-    got = tiny.paint(pipe, seeds=(3,), width=48, output_type="latent", callback_on_step_end=callback)
+    got = tiny.generate(pipe, seeds=(3,), width=48, output_type="latent", callback_on_step_end=callback)
     torch.testing.assert_close(seen[sum(PRESETS[preset].steps[:2]) - 1][0], third, rtol=0, atol=1e-4)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -206,7 +206,7 @@ def test_rounded_positions_still_count_as_the_formulas(dtype):
     pipe = tiny.sd3().to(dtype=dtype)
     assert pipe.transformer.pos_embed.pos_embed.dtype == dtype
     assert Positions(pipe.transformer.pos_embed).analytic
-    assert tiny.paint(ralu.enable(pipe)).isfinite().all()
+    assert tiny.generate(ralu.enable(pipe)).isfinite().all()
 
 
 # ---- inside the pipeline ----
@@ -215,19 +215,19 @@ def test_rounded_positions_still_count_as_the_formulas(dtype):
 def test_skip_layer_guidance_in_batches(pipe):
     """3.5-medium's own guidance calls the transformer a second time, with the batch not doubled."""
     call = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
-    batch = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7), **call)
+    batch = tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7), **call)
     for i in range(3):
-        torch.testing.assert_close(batch[i : i + 1], tiny.paint(pipe, PROMPTS[i], seeds=(5 + i,), **call), **close)
-    assert (batch - tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7))).abs().max() > 1e-3
-    unmoved = tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7), **call, skip_layer_guidance_scale=0.0)
-    torch.testing.assert_close(unmoved, tiny.paint(pipe, PROMPTS, seeds=(5, 6, 7)), **close)
+        torch.testing.assert_close(batch[i : i + 1], tiny.generate(pipe, PROMPTS[i], seeds=(5 + i,), **call), **close)
+    assert (batch - tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7))).abs().max() > 1e-3
+    unmoved = tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7), **call, skip_layer_guidance_scale=0.0)
+    torch.testing.assert_close(unmoved, tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7)), **close)
 
 
 def test_without_guidance_and_with_a_negative_prompt(pipe):
-    plain = tiny.paint(pipe, seeds=(1,), guidance_scale=1.0)
-    assert (tiny.paint(pipe, seeds=(1,)) - plain).abs().max() > 1e-3
+    plain = tiny.generate(pipe, seeds=(1,), guidance_scale=1.0)
+    assert (tiny.generate(pipe, seeds=(1,)) - plain).abs().max() > 1e-3
     # The same prompt on both sides guides nowhere.
-    itself = tiny.paint(pipe, seeds=(1,), guidance_scale=3.0, negative_prompt=PROMPTS[0])
+    itself = tiny.generate(pipe, seeds=(1,), guidance_scale=3.0, negative_prompt=PROMPTS[0])
     torch.testing.assert_close(itself, plain, **close)
 
 
@@ -241,7 +241,7 @@ def test_shapes_of_the_stages_and_the_callback_index(stock, preset):
         seen.append((i, tuple(values["latents"].shape)))
         return values
 
-    tiny.paint(stock, callback_on_step_end=callback)
+    tiny.generate(stock, callback_on_step_end=callback)
     steps, ratio = stock.scheduler.schedule.steps, stock.scheduler.schedule.ratio
     ralu.disable(stock)
     strip = 2 * (64 + 3 * int(64 * ratio))
@@ -250,20 +250,20 @@ def test_shapes_of_the_stages_and_the_callback_index(stock, preset):
     assert seen == list(enumerate(shapes)) and set(totals) == {sum(steps)}
 
 
-def test_thresholds_serve_one_picture_at_a_time(stock):
+def test_thresholds_serve_one_image_at_a_time(stock):
     """The attention of SD3 ignores masks without a word, so padded sequences must not reach it."""
     scores = []
     ralu.enable(stock, regions=lambda x0, grid: scores.append(gradient(x0, grid)) or scores[-1])
-    tiny.paint(stock, PROMPTS, seeds=(5, 6, 7))
+    tiny.generate(stock, PROMPTS, seeds=(5, 6, 7))
     threshold = scores[0].quantile(0.7).item()
     assert len({int((row >= threshold).sum()) for row in scores[0]}) > 1
     ralu.enable(stock, regions="gradient", threshold=threshold)
     with pytest.raises(ValueError, match="threshold= generate one at a time"):
-        tiny.paint(stock, PROMPTS, seeds=(5, 6, 7))
-    single = tiny.paint(stock, PROMPTS[0], seeds=(5,))
+        tiny.generate(stock, PROMPTS, seeds=(5, 6, 7))
+    single = tiny.generate(stock, PROMPTS[0], seeds=(5,))
     share = (scores[0][0] >= threshold).float().mean().item()
     torch.testing.assert_close(
-        tiny.paint(ralu.enable(stock, regions="gradient", ratio=share), PROMPTS[0], seeds=(5,)), single, **close
+        tiny.generate(ralu.enable(stock, regions="gradient", ratio=share), PROMPTS[0], seeds=(5,)), single, **close
     )
     ralu.disable(stock)
 
@@ -279,7 +279,7 @@ def test_latents_of_an_interrupted_run_are_decoded_as_they_are(pipe, step):
         pipe._interrupt = i == step
         return values
 
-    latents = tiny.paint(pipe, callback_on_step_end=stop, output_type="latent")
+    latents = tiny.generate(pipe, callback_on_step_end=stop, output_type="latent")
     full = pipe.scheduler.full_resolution(latents)
     assert latents.shape != full.shape == (1, 4, 32, 32)
     decode = type(pipe.vae).decode.__get__(pipe.vae)
@@ -298,7 +298,7 @@ def test_an_interruption_does_not_touch_the_preview(pipe, monkeypatch):
         return run(*args, **kwargs)
 
     monkeypatch.setattr(pipe.transformer, "forward", forward)
-    latents = tiny.paint(pipe, output_type="latent")
+    latents = tiny.generate(pipe, output_type="latent")
     assert pipe.scheduler.running and pipe.scheduler.layout.stage == 2
     assert latents.shape == (1, 4, 2, 2 * pipe.scheduler.layout.plan.max_seqlen)
 
@@ -310,32 +310,32 @@ def test_pipelines_that_share_a_vae(stock):
     for first, last in ((stock, other), (other, stock)):
         ralu.enable(stock), ralu.enable(other)
         ralu.disable(first)
-        assert tiny.paint(last).isfinite().all()
+        assert tiny.generate(last).isfinite().all()
         ralu.disable(last)
         assert "decode" not in vars(stock.vae)
 
 
 def test_copies_of_the_parts_are_stock_and_on_their_own(pipe):
     ralu.disable(pipe)
-    expected = tiny.paint(pipe, num_inference_steps=4)
-    tiny.paint(ralu.enable(pipe))
+    expected = tiny.generate(pipe, num_inference_steps=4)
+    tiny.generate(ralu.enable(pipe))
     parts = copy.deepcopy({"vae": pipe.vae, "transformer": pipe.transformer})
     twin = StableDiffusion3Pipeline(**{**pipe.components, **parts, "scheduler": ralu.disable(pipe).scheduler})
     twin.set_progress_bar_config(disable=True)
-    tiny.paint(ralu.enable(pipe))  # leaves a strip's positions behind in the original
+    tiny.generate(ralu.enable(pipe))  # leaves a strip's positions behind in the original
     bias = pipe.vae.decoder.conv_out.bias.data
     bias += 1.0
-    assert torch.equal(tiny.paint(twin, num_inference_steps=4), expected)
+    assert torch.equal(tiny.generate(twin, num_inference_steps=4), expected)
     bias -= 1.0
 
 
 def test_from_pipe_shares_the_enabled_parts(pipe):
-    expected = tiny.paint(pipe)
-    unguided = tiny.paint(pipe, guidance_scale=1.0)
+    expected = tiny.generate(pipe)
+    unguided = tiny.generate(pipe, guidance_scale=1.0)
     twin = StableDiffusion3Pipeline.from_pipe(pipe, dtype=torch.float32)
     twin.set_progress_bar_config(disable=True)
-    assert torch.equal(tiny.paint(twin), expected)  # though the pipe itself last ran without guidance
-    assert torch.equal(tiny.paint(twin, guidance_scale=1.0), unguided)
+    assert torch.equal(tiny.generate(twin), expected)  # though the pipe itself last ran without guidance
+    assert torch.equal(tiny.generate(twin, guidance_scale=1.0), unguided)
     ralu.disable(twin)
     assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
 
@@ -366,7 +366,7 @@ def test_distilled_models_go_by_their_own_shift(family, shift):
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     ralu.enable(pipe, "distilled-4")
     assert pipe.scheduler.schedule == ralu.solve((1, 1, 2), (0.3, 0.45, 1.0), shift=shift)
-    image = tiny.paint(pipe, guidance_scale=0.0, num_inference_steps=4)
+    image = tiny.generate(pipe, guidance_scale=0.0, num_inference_steps=4)
     assert image.isfinite().all() and image.std() > 0 and pipe.num_timesteps == 4
 
 
@@ -375,11 +375,11 @@ def test_packing_is_the_fluxes():
     assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
 
 
-def test_the_embedded_model_paints_stock_pictures():
+def test_the_embedded_model_generates_stock_images():
     pipe = StableDiffusion3Pipeline.from_pretrained(ralu.mini_path("sd3"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 256, "width": 256, "guidance_scale": 2.0}
-    sunflower, fox = (tiny.paint(pipe, prompt, num_inference_steps=6, **call) for prompt in ("sunflower", "fox"))
+    sunflower, fox = (tiny.generate(pipe, prompt, num_inference_steps=6, **call) for prompt in ("sunflower", "fox"))
     for preset in ("sd3-2x", "sd3-3x"):
-        painted = tiny.paint(ralu.enable(pipe, preset), "sunflower", seeds=(1,), **call)
-        assert (painted - sunflower).abs().mean() < 0.1 * (painted - fox).abs().mean()
+        generated = tiny.generate(ralu.enable(pipe, preset), "sunflower", seeds=(1,), **call)
+        assert (generated - sunflower).abs().mean() < 0.1 * (generated - fox).abs().mean()

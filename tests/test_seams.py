@@ -14,7 +14,7 @@ from ralu.method import Method
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    """Registered for a test, and forgotten after it."""
+    """Register them for a test, and forget them after it."""
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     for name in ("cost", "models", "pipeline", "blocks"):
         module = sys.modules.get(f"ralu.{name}")
@@ -38,29 +38,29 @@ def pipe(toys):
 
 
 def test_enable_serves_the_new_family(pipe):
-    expected = tiny.paint(ralu.enable(tiny.flux(), "flux-7x"))
-    assert torch.equal(tiny.paint(ralu.enable(pipe)), expected) and pipe.num_timesteps == 10
+    expected = tiny.generate(ralu.enable(tiny.flux(), "flux-7x"))
+    assert torch.equal(tiny.generate(ralu.enable(pipe)), expected) and pipe.num_timesteps == 10
     assert torch.equal(
-        tiny.paint(ralu.enable(pipe, fused=True)), tiny.paint(ralu.enable(tiny.flux(), "flux-7x", fused=True))
+        tiny.generate(ralu.enable(pipe, fused=True)), tiny.generate(ralu.enable(tiny.flux(), "flux-7x", fused=True))
     )
     with pytest.raises(ValueError, match="preset must be one of flux-7x or a Schedule"):
         ralu.enable(pipe, "flux-5x")
 
 
 def test_enable_serves_the_new_cache(pipe):
-    stock = tiny.paint(pipe, num_inference_steps=4)
-    plain = tiny.paint(ralu.enable(pipe))
-    assert torch.equal(tiny.paint(ralu.enable(pipe, cache="again(every=1)")), plain)
+    stock = tiny.generate(pipe, num_inference_steps=4)
+    plain = tiny.generate(ralu.enable(pipe))
+    assert torch.equal(tiny.generate(ralu.enable(pipe, cache="again(every=1)")), plain)
     calls = []
     hook = pipe.transformer.x_embedder.register_forward_hook(lambda *_: calls.append(1))
     ralu.enable(pipe, "flux-7x+again")
-    cached = tiny.paint(pipe)
+    cached = tiny.generate(pipe)
     hook.remove()
     assert not torch.equal(cached, plain)
     assert len(calls) == 1 + 2 + 3  # of 2, 3 and 5 steps: the history begins anew in every stage
     assert pipe.transformer.again["begun"] == [(1, 2), (2, 3), (3, 5)]
     ralu.disable(pipe)
-    assert torch.equal(tiny.paint(pipe, num_inference_steps=4), stock) and not hasattr(pipe.transformer, "again")
+    assert torch.equal(tiny.generate(pipe, num_inference_steps=4), stock) and not hasattr(pipe.transformer, "again")
     with pytest.raises(ValueError, match="cache Again serves toy, flux, and the pipeline's family is sd3"):
         ralu.enable(tiny.sd3(), cache="again")
 
@@ -84,7 +84,7 @@ def test_the_command_line_and_evaluation_know_them(pipe, tmp_path, capsys):
     arguments = ["evaluate", "--prompts", str(tmp_path / "prompts.txt"), "--methods", *methods, *call, "-o", str(out)]
     assert main([*arguments, "--metrics", "geneval"]) == 0
     images = {method: sorted((out / method).glob("*.png")) for method in methods}
-    assert all(len(found) == 2 for found in images.values())
+    assert all(len(files) == 2 for files in images.values())
     assert images["flux-7x"][0].read_bytes() != images["flux-7x+again(every=3)"][0].read_bytes()
     manifest = (out / "manifest.json").read_text()
     assert "flux-7x+again(every=3)" in manifest and '"every": 3' in manifest

@@ -20,7 +20,7 @@ from ralu_kernels import plan_tokens, reference
 
 
 def gaussian(mean, variance):
-    """The exact velocity of a flow from N(0, I) to N(mean, variance): d x / d sigma, value by value."""
+    """Compute the exact velocity of a flow from N(0, I) to N(mean, variance): d x / d sigma, value by value."""
 
     def velocity(x, sigma, layout):
         m = mean(layout)
@@ -220,8 +220,8 @@ def four_normals(key, element, stage):
     return [z.item() for z in reference.randn4x(key, torch.tensor([element]), stage, 0)]
 
 
-def moving(x, sigma, layout):
-    """A velocity that depends on the value, the level and the place."""
+def swirl(x, sigma, layout):
+    """Return a velocity that depends on the value, the level and the place."""
     return torch.tanh(x) * (0.5 + sigma) + torch.sin(layout.positions.sum(-1, keepdim=True))
 
 
@@ -229,7 +229,7 @@ def euler(tokens, levels, grid):
     """Of tokens (n, C) on a whole grid; also the clean estimate of the last step."""
     places = torch.tensor([[float(i), float(j)] for i in range(grid[0]) for j in range(grid[1])])
     for sigma, following in pairwise(levels):
-        v = moving(tokens, torch.tensor(sigma, dtype=torch.float32).item(), SimpleNamespace(positions=places))
+        v = swirl(tokens, torch.tensor(sigma, dtype=torch.float32).item(), SimpleNamespace(positions=places))
         x0, tokens = tokens - sigma * v, tokens + (following - sigma) * v
     return tokens, x0
 
@@ -238,7 +238,7 @@ def test_two_stages_equal_the_method_written_out_by_hand():
     """Half resolution, then full: SPEED with the Haar basis at c = 1/4, one value after the other."""
     schedule = two_resolutions((3, 4), 0.4, (2.0, 1.5), 0.25)
     noise = torch.randn(2, 4 * 6, 8, generator=torch.Generator().manual_seed(3))
-    got = ralu.sample(moving, noise, (4, 6), schedule)
+    got = ralu.sample(swirl, noise, (4, 6), schedule)
     for tokens, key, result in zip(noise, seeds_of(noise), got, strict=True):
         low, _ = euler(to_tokens(to_pixels(tokens, (4, 6))[:, ::2, ::2]), schedule.sigmas(1), (2, 3))
         pixels, full = to_pixels(low, (2, 3)), torch.empty(2, 8, 12)
@@ -263,7 +263,7 @@ def test_full_low_full_equals_the_method_written_out_by_hand():
 
     def watched(x, sigma, layout):
         seen.append((layout.stage, layout.resolution, x.shape[1], sigma))
-        return moving(x, sigma, layout)
+        return swirl(x, sigma, layout)
 
     got = ralu.sample(watched, noise, (4, 6), schedule)[0]
     lengths = [("full", 24)] * 2 + [("low", 6)] * 3 + [("full", 24)] * 2
@@ -296,12 +296,12 @@ def test_one_full_stage_is_the_stock_schedule():
     places = torch.cartesian_prod(torch.arange(5.0), torch.arange(3.0))[None]
     x = noise
     for t, sigma in zip(stock.timesteps, stock.sigmas, strict=False):
-        v = moving(x, sigma.item(), SimpleNamespace(positions=places))
+        v = swirl(x, sigma.item(), SimpleNamespace(positions=places))
         x = stock.step(v, t, x, return_dict=False)[0]
-    got = ralu.sample(moving, noise, (5, 3), single(6, 3.0))
+    got = ralu.sample(swirl, noise, (5, 3), single(6, 3.0))
     torch.testing.assert_close(got, x, rtol=0, atol=2e-5)
-    plain = ralu.sample(moving, noise, (5, 3), "stock-6")
-    torch.testing.assert_close(plain, ralu.sample(moving, noise, (5, 3), single(6, 1.0)), rtol=0, atol=0)
+    plain = ralu.sample(swirl, noise, (5, 3), "stock-6")
+    torch.testing.assert_close(plain, ralu.sample(swirl, noise, (5, 3), single(6, 1.0)), rtol=0, atol=0)
 
 
 def test_a_layout_tells_what_chose_its_tokens():

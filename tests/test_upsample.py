@@ -34,7 +34,7 @@ def seeds(b, device):
 
 
 def exact_normals(seed, element, stage, kind):
-    """The four normals of each element, (B, *element.shape, 4): float64 from the float32 uniform numbers on."""
+    """Draw the four normals of each element, (B, *element.shape, 4): float64 from the float32 uniform numbers on."""
     words = reference.philox(seed.view(-1, *[1] * element.dim()), element, stage, kind, 0)
     u0, u1, u2, u3 = (reference._uniform(word).double() for word in words)
     one = torch.polar((-2 * u0.clamp_min(1e-7).log()).sqrt(), 2 * torch.pi * u1)
@@ -43,7 +43,7 @@ def exact_normals(seed, element, stage, kind):
 
 
 def oracle(x, scale, noise_scale, c, seed, stage=2):
-    """The definition in float64, with the square root of I - cJ from its eigendecomposition."""
+    """Upsample by the definition in float64, with the square root of I - cJ from its eigendecomposition."""
     channels, h, w = x.shape[1:]
     values, vectors = torch.linalg.eigh(torch.eye(4).double() - c)
     root = vectors @ values.clamp_min(0).sqrt().diag() @ vectors.T
@@ -124,7 +124,7 @@ def test_compile(backend, device, dynamic):
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x, 5), f(x, 5))
 
 
-@pytest.mark.skipif(INTERPRET, reason="the operation is opaque to inductor: the reference's run says as much")
+@pytest.mark.skipif(INTERPRET, reason="Inductor never looks into the operation: its code is the same for all backends")
 def test_inductor(backend, device, monkeypatch, tmp_path):
     # PyTorch's usual cache gives a run without vector instructions the code of one that had them.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Whole FLUX and SD3 pipelines with random weights that paint in milliseconds. One token is 4x4 pixels."""
+"""Whole FLUX and SD3 pipelines with random weights that generate in milliseconds. One token is 4x4 pixels."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -43,7 +43,7 @@ def t5_encoder(tok, width):
 
 
 def vae():
-    """It shrinks by 2."""
+    """Make a VAE that shrinks by 2."""
     return AutoencoderKL(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -70,7 +70,7 @@ def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
 def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
     torch.manual_seed(seed)
     tok, tok3 = tokenizers()
-    own = {
+    extra = {
         "3.0": {"pos_embed_max_size": 24},
         "3.5-medium": {"pos_embed_max_size": 48, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
         "3.5-large": {"pos_embed_max_size": 24, "qk_norm": "rms_norm"},
@@ -82,7 +82,7 @@ def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
         text_encoder_3=t5_encoder(tok3, 64), vae=vae(),
         transformer=SD3Transformer2DModel(
             sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, **own,
+            num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, **extra,
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
@@ -91,7 +91,7 @@ def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
 
 
 def shallow(pipe):
-    """The pipeline with the first block of each kind and SD3's last one: what is compiled takes a second a block."""
+    """Leave a pipeline the first block of each kind and SD3's last one: what is compiled takes a second a block."""
     transformer = pipe.transformer
     del transformer.transformer_blocks[1 : -1 if isinstance(pipe, StableDiffusion3Pipeline) else None]
     if isinstance(pipe, FluxPipeline):
@@ -103,7 +103,7 @@ class Family(NamedTuple):
     """What tests that hold for every family have to know of one.
 
     latents: (B, 4, H, W) to what the pipeline's `latents` are at full size, and `image` back from there, at any size.
-    patches: the second stage's latents of one picture, as (L, 4, 2, 2).
+    patches: the second stage's latents of one image, as (L, 4, 2, 2).
     """
 
     make: Callable[..., DiffusionPipeline]
@@ -139,7 +139,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def paint(pipe, prompt=PROMPTS[0], seeds=(0,), height=64, width=64, **call):
+def generate(pipe, prompt=PROMPTS[0], seeds=(0,), height=64, width=64, **call):
     """Images as a tensor (B, 3, H, W) in [0, 1]."""
     call = {"max_sequence_length": 16, "output_type": "pt", "guidance_scale": 3.5} | call
     return pipe(prompt, height=height, width=width, generator=generators(*seeds), **call).images

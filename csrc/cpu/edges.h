@@ -9,8 +9,8 @@
 
 namespace ralu::cpu {
 
-struct Picture {
-  const uint8_t* image;
+struct Image {
+  const uint8_t* pixels;
   uint8_t* edges;
   int64_t height, width;
 };
@@ -23,15 +23,15 @@ struct GradientRow {
 };
 
 // A row outside the image is flat.
-RALU_INLINE void fill_row(const Picture& picture, int64_t y, GradientRow& row) {
-  const int64_t width = picture.width;
-  if (y < 0 || y >= picture.height) {
+RALU_INLINE void fill_row(const Image& image, int64_t y, GradientRow& row) {
+  const int64_t width = image.width;
+  if (y < 0 || y >= image.height) {
     std::fill(row.steepness.begin(), row.steepness.end(), 0);
     return;
   }
   const uint8_t* lines[3];  // the borders are replicated
   for (int64_t i = 0; i < 3; ++i)
-    lines[i] = picture.image + std::clamp<int64_t>(y + i - 1, 0, picture.height - 1) * width;
+    lines[i] = image.pixels + std::clamp<int64_t>(y + i - 1, 0, image.height - 1) * width;
   // Bytes may alias anything, which would keep the loop from being vectorised.
   int16_t* __restrict__ gx = row.x.data();
   int16_t* __restrict__ gy = row.y.data();
@@ -57,18 +57,18 @@ RALU_INLINE void fill_row(const Picture& picture, int64_t y, GradientRow& row) {
 }
 
 // The class of the pixels of rows [begin, end).
-RALU_INLINE void classify_rows(const Picture& picture, int64_t begin, int64_t end, int low, int high) {
-  const int64_t width = picture.width;
+RALU_INLINE void classify_rows(const Image& image, int64_t begin, int64_t end, int low, int high) {
+  const int64_t width = image.width;
   GradientRow rows[3] = {GradientRow(width), GradientRow(width), GradientRow(width)};
-  fill_row(picture, begin - 1, rows[(begin + 2) % 3]);
-  fill_row(picture, begin, rows[begin % 3]);
+  fill_row(image, begin - 1, rows[(begin + 2) % 3]);
+  fill_row(image, begin, rows[begin % 3]);
   for (int64_t y = begin; y < end; ++y) {
     const GradientRow& row = rows[y % 3];
-    fill_row(picture, y + 1, rows[(y + 1) % 3]);
+    fill_row(image, y + 1, rows[(y + 1) % 3]);
     const int16_t* steepness[3] = {rows[(y + 2) % 3].steepness.data(), row.steepness.data(),
                                    rows[(y + 1) % 3].steepness.data()};
     const int16_t *gx = row.x.data(), *gy = row.y.data(), *here = steepness[1] + 1;
-    uint8_t* __restrict__ edges = picture.edges + y * width;
+    uint8_t* __restrict__ edges = image.edges + y * width;
     memset(edges, NONE, width);
     for (int64_t x = 0; x < width; ++x) {
       if (here[x] > low && is_ridge({gx[x], gy[x]}, steepness, 1, static_cast<int>(x + 1)))
@@ -78,9 +78,9 @@ RALU_INLINE void classify_rows(const Picture& picture, int64_t begin, int64_t en
 }
 
 // Hysteresis: what is connected to a strong pixel is strong, the other weak pixels are none.
-inline void connect(const Picture& picture) {
-  const int64_t height = picture.height, width = picture.width, size = height * width;
-  uint8_t *edges = picture.edges, *end = edges + size;
+inline void connect(const Image& image) {
+  const int64_t height = image.height, width = image.width, size = height * width;
+  uint8_t *edges = image.edges, *end = edges + size;
   std::vector<int64_t> open;
   for (uint8_t* p = edges; (p = static_cast<uint8_t*>(memchr(p, STRONG, end - p))); ++p) {
     open.push_back(p - edges);

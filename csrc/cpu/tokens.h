@@ -86,7 +86,7 @@ class Kept {
  public:
   RALU_INLINE Kept(Isa isa, const Transition& t) : isa_(isa), t_(t) {}
 
-  // token: its place in the grid of its own size.
+  // token: its place in the grid of its size.
   RALU_INLINE void add(const T* from, T* to, int64_t token, uint64_t key) {
     const int64_t fours = (t_.channels + 3) / 4;
     for (int64_t first = 0; first < fours; first += RUN) {

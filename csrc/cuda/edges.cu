@@ -5,8 +5,8 @@
 namespace ralu::cuda {
 
 void canny(Tensor image, Tensor edges, Tensor parent, int64_t low, int64_t high) {
-  const Pictures pictures{narrow(image.size(0)), narrow(image.size(1)), narrow(image.size(2))};
-  canny(Launch(image), input<uint8_t>(image), output<uint8_t>(edges), output<int32_t>(parent), pictures,
+  const ImageBatch images{narrow(image.size(0)), narrow(image.size(1)), narrow(image.size(2))};
+  canny(Launch(image), input<uint8_t>(image), output<uint8_t>(edges), output<int32_t>(parent), images,
         static_cast<int>(low), static_cast<int>(high));
 }
 

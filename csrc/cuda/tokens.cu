@@ -1,3 +1,5 @@
+#include <array>
+
 #include "launch.h"
 #include "tokens.cuh"
 
@@ -25,22 +27,30 @@ void plan_tokens(Tensor scores, Tensor cu_seqlens, Tensor source, Tensor child, 
   });
 }
 
+// packed: the mixed sequences; strides: of what is read.
+static Transition transition_of(const Tensor& inverse, const Tensor& packed, std::array<int64_t, 3> strides,
+                                int64_t width, uint32_t stage, double scale, double noise_scale, double kept_scale,
+                                double k) {
+  return {narrow(inverse.size(0)),
+          narrow(inverse.size(1) / (4 * width)),
+          narrow(width),
+          narrow(packed.size(1)),
+          narrow(packed.size(0)),
+          strides[0],
+          strides[1],
+          strides[2],
+          stage,
+          static_cast<float>(scale),
+          static_cast<float>(noise_scale),
+          static_cast<float>(kept_scale),
+          static_cast<float>(k)};
+}
+
 void upsample_selected(Tensor low, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
                        double noise_scale, double kept_scale, double k, bool pixel) {
   check_plan(inverse, seed, low.size(0), low.size(1), width);
-  const Transition t{narrow(low.size(0)),
-                     narrow(low.size(1) / width),
-                     narrow(width),
-                     narrow(low.size(2)),
-                     narrow(out.size(0)),
-                     low.stride(0),
-                     low.stride(1),
-                     low.stride(2),
-                     TO_MIXED,
-                     static_cast<float>(scale),
-                     static_cast<float>(noise_scale),
-                     static_cast<float>(kept_scale),
-                     static_cast<float>(k)};
+  const Transition t = transition_of(inverse, out, {low.stride(0), low.stride(1), low.stride(2)}, width, TO_MIXED,
+                                     scale, noise_scale, kept_scale, k);
   for_dtype(low, [&](auto type) {
     using T = decltype(type);
     upsample_selected(Launch(low), input<T>(low), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed), t,
@@ -51,19 +61,8 @@ void upsample_selected(Tensor low, Tensor out, Tensor inverse, Tensor seed, int6
 void upsample_remaining(Tensor packed, Tensor out, Tensor inverse, Tensor seed, int64_t width, double scale,
                         double noise_scale, double kept_scale, double k, bool pixel) {
   check_plan(inverse, seed, inverse.size(0), inverse.size(1) / 4, width);
-  const Transition t{narrow(inverse.size(0)),
-                     narrow(inverse.size(1) / (4 * width)),
-                     narrow(width),
-                     narrow(packed.size(1)),
-                     narrow(packed.size(0)),
-                     0,
-                     packed.stride(0),
-                     packed.stride(1),
-                     TO_FULL,
-                     static_cast<float>(scale),
-                     static_cast<float>(noise_scale),
-                     static_cast<float>(kept_scale),
-                     static_cast<float>(k)};
+  const Transition t = transition_of(inverse, packed, {0, packed.stride(0), packed.stride(1)}, width, TO_FULL, scale,
+                                     noise_scale, kept_scale, k);
   for_dtype(packed, [&](auto type) {
     using T = decltype(type);
     upsample_remaining(Launch(packed), input<T>(packed), output<T>(out), input<int32_t>(inverse), input<int64_t>(seed),

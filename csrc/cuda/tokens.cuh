@@ -45,12 +45,12 @@ __device__ uint32_t select(const T* scores, int64_t stride, uint32_t n, uint32_t
     }
     __syncthreads();
     // Every warp for itself: a lane has eight digits.
-    uint32_t own = 0;
-    for (int i = 0; i < 8; ++i) own += histogram[8 * lane + i];
-    const uint32_t reached = sum_from_here(own, lane);
+    uint32_t keys = 0;
+    for (int i = 0; i < 8; ++i) keys += histogram[8 * lane + i];
+    const uint32_t reached = sum_from_here(keys, lane);
     const uint32_t finder = 31 - __clz(__ballot_sync(WARP, reached >= count));
     uint32_t digit = 8 * finder + 7,
-             left = count - (__shfl_sync(WARP, reached, finder) - __shfl_sync(WARP, own, finder));
+             left = count - (__shfl_sync(WARP, reached, finder) - __shfl_sync(WARP, keys, finder));
     while (histogram[digit] < left) left -= histogram[digit--];
     kth |= digit << shift;
     count = left;
@@ -188,7 +188,7 @@ __device__ __forceinline__ void upsample_token(const float (&value)[V], const El
   }
 }
 
-// token: its place in the grid of its own size. Four channels share a counter.
+// token: its place in the grid of its size. Four channels share a counter.
 template <class T, int V>
 __device__ __forceinline__ Vector<T, V> keep_token(const float (&value)[V], uint32_t token, uint32_t channel,
                                                    uint64_t key, const Transition& t) {
@@ -283,38 +283,37 @@ __global__ void __launch_bounds__(TOKEN_THREADS)
   }
 }
 
-// run(granularity, V): 16 bytes of a row where its length allows, else as little as the granularity does.
+// run(granularity, V, grid, whole): V is 16 bytes of a row where its length allows, else as little as the granularity
+// does; whole is whether all that is read are aligned vectors of V.
 template <class T, class F>
-void for_channels(const Transition& t, bool pixel, const F& run) {
+void for_channels(const Transition& t, const T* from, bool pixel, const F& run) {
   constexpr int WIDE = 16 / sizeof(T);
+  const int64_t values = static_cast<int64_t>(t.height) * t.width * t.channels;
+  if (values * t.batch == 0) return;
+  const auto run_at = [&](auto granularity, auto v) {
+    const bool whole = whole_vectors<v>(from, t.stride_c, {t.stride_b, t.stride_n});
+    run(granularity, v, grid_of(values / v, TOKEN_THREADS, t.batch), whole);
+  };
   if (pixel) {
-    t.channels % WIDE == 0 ? run(std::true_type{}, Count<WIDE>{}) : run(std::true_type{}, Count<4>{});
+    t.channels % WIDE == 0 ? run_at(std::true_type{}, Count<WIDE>{}) : run_at(std::true_type{}, Count<4>{});
   } else {
-    t.channels % WIDE == 0 ? run(std::false_type{}, Count<WIDE>{}) : run(std::false_type{}, Count<1>{});
+    t.channels % WIDE == 0 ? run_at(std::false_type{}, Count<WIDE>{}) : run_at(std::false_type{}, Count<1>{});
   }
 }
 
 template <class T, class Launch>
 void upsample_selected(const Launch& launch, const T* low, T* out, const int32_t* inverse, const int64_t* seed,
                        const Transition& t, bool pixel) {
-  const int64_t values = static_cast<int64_t>(t.height) * t.width * t.channels;
-  if (values * t.batch == 0) return;
-  for_channels<T>(t, pixel, [&](auto granularity, auto v) {
-    const bool whole = whole_vectors<v>(low, t.stride_c, {t.stride_b, t.stride_n});
-    launch(upsample_selected_kernel<T, granularity, v>, grid_of(values / v, TOKEN_THREADS, t.batch), TOKEN_THREADS, low,
-           out, inverse, seed, t, whole);
+  for_channels(t, low, pixel, [&](auto granularity, auto v, dim3 grid, bool whole) {
+    launch(upsample_selected_kernel<T, granularity, v>, grid, TOKEN_THREADS, low, out, inverse, seed, t, whole);
   });
 }
 
 template <class T, class Launch>
 void upsample_remaining(const Launch& launch, const T* packed, T* out, const int32_t* inverse, const int64_t* seed,
                         const Transition& t, bool pixel) {
-  const int64_t values = static_cast<int64_t>(t.height) * t.width * t.channels;
-  if (values * t.batch == 0) return;
-  for_channels<T>(t, pixel, [&](auto granularity, auto v) {
-    const bool whole = whole_vectors<v>(packed, t.stride_c, {t.stride_n});
-    launch(upsample_remaining_kernel<T, granularity, v>, grid_of(values / v, TOKEN_THREADS, t.batch), TOKEN_THREADS,
-           packed, out, inverse, seed, t, whole);
+  for_channels(t, packed, pixel, [&](auto granularity, auto v, dim3 grid, bool whole) {
+    launch(upsample_remaining_kernel<T, granularity, v>, grid, TOKEN_THREADS, packed, out, inverse, seed, t, whole);
   });
 }
 

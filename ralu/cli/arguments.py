@@ -1,4 +1,7 @@
-"""Types, groups and checks of the arguments that several commands share."""
+"""Types, groups and checks of the arguments that several commands share.
+
+Types raise argparse's ArgumentTypeError, checks UsageError: either way the user reads one line.
+"""
 
 import argparse
 import os

@@ -113,7 +113,7 @@ def check_manifest(folder: Path, manifest: dict, write: bool = True):
         for key, value in manifest[kind].items():
             before = held.get(kind, {}).get(key, value)
             if before != value:
-                if isinstance(before, dict) and isinstance(value, dict):  # what differs is all there is room for
+                if isinstance(before, dict) and isinstance(value, dict):  # of these only what differs is told
                     differing = [name for name in before | value if before.get(name) != value.get(name)]
                     before, value = ({name: x.get(name) for name in differing} for x in (before, value))
                 was, now = (textwrap.shorten(json.dumps(x), 80, placeholder=" …") for x in (before, value))

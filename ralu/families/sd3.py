@@ -219,7 +219,7 @@ class SD3(Family):
         return height // 2, width // 2
 
     def set_layout(self, module: Any, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
-        """Give a strip the positions of its tokens."""
+        """Give a strip the positions of its tokens. Raises ValueError for unequal counts where attention is stock."""
         if layout.mask is not None:
             if not is_fused(module):
                 raise ValueError(
