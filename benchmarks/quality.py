@@ -67,7 +67,10 @@ def prepare(pipe, method: str) -> int:
         ralu.enable(pipe, SCHEDULES[method])
         return 50
     parsed = Method.parse(method)
-    if parsed.preset:
+    if parsed.speedup:
+        size = {"height": SIZE, "width": SIZE, "text_tokens": TEXT_TOKENS}
+        ralu.enable(pipe, ralu.schedule_for(parsed.speedup, pipe, **size), **parsed.options.given())
+    elif parsed.preset:
         ralu.enable(pipe, parsed.preset, **parsed.options.given())
     return parsed.steps or 50
 
