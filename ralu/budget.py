@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .families import DISTILLED_STEPS
 from .schedule import DISTILLED, PRESETS, Schedule, own_shift, solve
 
 if TYPE_CHECKING:
@@ -79,18 +80,18 @@ def schedule_for(
     Steps, ends and ratio lie as near as may be to a line through the family's presets, see `fit`; the shifts and c are
     those of `ralu.solve`.
 
-    speedup:       from 1.5 to 12, or to what is as much as can be had; the work is within 1 % of what it asks for.
+    speedup:       from 1.5 to 12, as far as three steps do not take more; the work is within 1 % of what it asks for.
     model:         as `ralu.estimate` takes it.
-    height, width: of the images, in pixels; None for a loaded pipeline's default, else 1024. The schedule makes any
-                   other size too, but then the work is another part, which `ralu.estimate` tells.
+    height, width: of the images, in pixels; None for a loaded pipeline's default, else 1024. The schedule makes other
+                   sizes too, but then the work is another part, which `ralu.estimate(model, schedule, ...)` tells.
     text_tokens:   of T5 (`max_sequence_length`); None for the pipeline's default, 512 for FLUX and 256 for SD3.
     stock_steps:   of the stock run; None for the family's, 50 for FLUX and 28 for SD3, or 4 for FLUX.1-schnell.
                    SD3.5-large-turbo cannot be told from its configuration, so give 4 for it.
     shift:         the model's own timestep shift; None for what its configuration says.
     matching, upsampler: for comparison, see `ralu.schedule.match_noise`.
 
-    Raises TypeError for a speedup that is no number, ValueError for what cannot be reached, an unknown model or a size
-    that does not fit, and ImportError without SciPy.
+    Raises TypeError for what is no number, ValueError for what cannot be reached, an unknown model or a size that does
+    not fit, and ImportError without SciPy.
     """
     speedup = check_speedup(speedup)
     from .cost import check_size, describe
@@ -99,11 +100,14 @@ def schedule_for(
     family, config = parts.family, _complete(parts.transformer.kind, json.loads(parts.transformer.config))
     text_tokens = family.text_tokens if text_tokens is None else text_tokens
     stock_steps = family.entry.stock_steps_of(parts.scheduler) if stock_steps is None else stock_steps
-    for name, value in (("text_tokens", text_tokens), ("stock_steps", stock_steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     pixels = model.default_sample_size * parts.shrink if hasattr(model, "default_sample_size") else 1024
     height, width = (pixels if side is None else side for side in (height, width))
+    numbers = {"height": height, "width": width, "text_tokens": text_tokens, "stock_steps": stock_steps}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     check_size(height, width, 4 * parts.shrink)
     text_tokens += parts.clip_tokens if family.joins_clip else 0
 
@@ -111,7 +115,8 @@ def schedule_for(
         return family.flop(config, tokens, text_tokens)
 
     low = height * width // (4 * parts.shrink) ** 2
-    kind = "distilled" if family.entry.is_distilled(parts.scheduler) else family.name
+    distilled = family.entry.is_distilled(parts.scheduler) or stock_steps == DISTILLED_STEPS
+    kind = "distilled" if distilled else family.name
     point, calls = fit(stock_steps / speedup, _anchors(family, kind), work, low)
     if abs(calls * speedup / stock_steps - 1) > TOLERANCE:
         least = 1 + (work(low) + work(low + 3 * _selectable(low)[0])) / work(4 * low)

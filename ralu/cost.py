@@ -135,8 +135,8 @@ def estimate(
     model:         a published model's name ("flux-dev", "sd3-medium", ..., see `ralu.families`), a pipeline, its folder
                    or hub id (of which only configurations are read), or a transformer's configuration with
                    "_class_name", to which the published VAE and text encoders are added.
-    method:        a method's name, see `ralu.method`, of which a cache counts nothing less; a `Schedule`, or the number
-                   of steps of a stock run; None for the default preset.
+    method:        a method's name, see `ralu.method`, of which a cache counts nothing less, and a speedup is for this
+                   size; a `Schedule`, or the number of steps of a stock run; None for the default preset.
     height, width: of the images, in pixels.
     ratio:         share of the tokens to upsample early; None for the schedule's.
     text_tokens:   of T5 (`max_sequence_length`); None for the pipeline's default, 512 for FLUX and 256 for SD3.

@@ -37,9 +37,9 @@ def enable(
              "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
              its configuration), "stock-STEPS" for no stages, a `Schedule`, or a whole method, see `ralu.method`:
              "flux-5x(ratio=0.3)+taylorseer(interval=3)".
-    speedup: instead of a preset, how many times less work than in a stock run the transformer shall do in images of the
-             pipeline's default size, from 1.5 to 12. It chooses steps, ends and ratio; `ralu.schedule_for` makes the
-             schedule, also for other sizes. "speedup-6" as a preset is the same.
+    speedup: instead of a preset, how many times less work than in a stock run the transformer shall do, from 1.5 to 12.
+             It chooses steps, ends and ratio by `ralu.schedule_for`, for the pipeline's default size whatever is
+             generated; for another give what that returns. "speedup-6" as a preset is the same.
     cache:   a cache of `ralu.caches` that is combined with it, or its name, "taylorseer(interval=3)".
     fused:   run the transformer's blocks on `ralu_kernels`, see `ralu.fuse`. "auto": where Triton compiles them, on a
              GPU that the pipeline is on by now, or is offloaded from; and where the transformer is fused already.

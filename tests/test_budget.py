@@ -164,7 +164,7 @@ def test_the_range_that_is_told_can_be_reached(unsolved, case):
             "speedup=6 cannot be reached at 64x64 .* at most 12, and the nearest to it is",
         ),
         ({"speedup": 6, "width": 1000}, "height and width must be positive and divide by 32, got 1024x1000"),
-        ({"speedup": 6, "height": 0}, "height and width must be positive"),
+        ({"speedup": 6, "height": 0}, "height must be at least 1, got 0"),
         ({"speedup": 6, "text_tokens": 0}, "text_tokens must be at least 1, got 0"),
         ({"speedup": 6, "stock_steps": 0}, "stock_steps must be at least 1, got 0"),
         ({"speedup": 6, "model": "flux-9"}, "model must be one of flux-dev, .* got 'flux-9'"),
@@ -177,10 +177,11 @@ def test_refusals(arguments, words):
         schedule_for(**arguments)
 
 
-@pytest.mark.parametrize("wrong", [None, "6", True, [6], 6j, torch.tensor(6.0)])
-def test_a_speedup_is_a_number(wrong):
-    with pytest.raises(TypeError, match="speedup must be a number"):
-        schedule_for(wrong)
+@pytest.mark.parametrize("name", ["speedup", "height", "width", "text_tokens", "stock_steps", "shift"])
+def test_numbers_are_numbers(name):
+    for wrong in ("6", True, [6], 6j, torch.tensor(6.0), *([None] if name == "speedup" else [])):
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be a"):
+            schedule_for(**{"speedup": 6} | {name: wrong})
 
 
 # ---- in pipelines ----
