@@ -78,7 +78,11 @@ def prepare(pipe, method: str) -> int:
         ralu.enable(pipe, SCHEDULES[method])
         return 50
     parsed = Method.parse(method)
-    if parsed.preset or parsed.cache:
+    if parsed.speedup:
+        size = {"height": SIZE, "width": SIZE, "text_tokens": TEXT_TOKENS}
+        schedule = ralu.schedule_for(parsed.speedup, pipe, **size)
+        ralu.enable(pipe, schedule, cache=parsed.cache, **parsed.options.given())
+    elif parsed.preset or parsed.cache:
         ralu.enable(pipe, parsed)
     return parsed.steps or 50
 

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .budget import schedule_for
 from .errors import lacking
 from .mini import mini_path
 from .options import Options
@@ -35,6 +36,7 @@ __all__ = [
     "mini_path",
     "preset",
     "sample",
+    "schedule_for",
     "solve",
     "unfuse",
 ]

@@ -6,7 +6,7 @@ Nothing is allocated: a pipeline's modules run on PyTorch's meta device, once fo
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -17,17 +17,19 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, T5EncoderModel
 
 from . import families
 from .blocks import unwrapped
+from .budget import schedule_for
 from .counting import FusedAttention, LiveBytes
 from .families import FAMILIES, Family
 from .method import Method
 from .models import published as published_models
+from .models import published_scheduler
 from .schedule import RESOLUTIONS, Schedule, preset
 
 # What all published models decode with; of a configuration only what differs from the class's defaults.
@@ -133,8 +135,8 @@ def estimate(
     model:         a published model's name ("flux-dev", "sd3-medium", ..., see `ralu.families`), a pipeline, its folder
                    or hub id (of which only configurations are read), or a transformer's configuration with
                    "_class_name", to which the published VAE and text encoders are added.
-    method:        a method's name, see `ralu.method`, of which a cache counts nothing less; a `Schedule`, or the number
-                   of steps of a stock run; None for the default preset.
+    method:        a method's name, see `ralu.method`, of which a cache counts nothing less, and a speedup is for this
+                   size; a `Schedule`, or the number of steps of a stock run; None for the default preset.
     height, width: of the images, in pixels.
     ratio:         share of the tokens to upsample early; None for the schedule's.
     text_tokens:   of T5 (`max_sequence_length`); None for the pipeline's default, 512 for FLUX and 256 for SD3.
@@ -153,7 +155,13 @@ def estimate(
     """
     parts = describe(model)
     family = parts.family
-    method = _method(method, family, ratio)
+    if parts.vae is None:
+        raise ValueError("model must have a VAE, which decodes its images: pipe.vae is None")
+
+    def budget(speedup):
+        return schedule_for(speedup, model, height=height, width=width, text_tokens=text_tokens)
+
+    method = _method(method, family, ratio, budget)
     stock = isinstance(method, int)
     text_tokens = family.text_tokens if text_tokens is None else text_tokens
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
@@ -161,10 +169,8 @@ def estimate(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if dtype is None:
         dtype = model.dtype if isinstance(model, DiffusionPipeline) else torch.bfloat16
-    shrink = 2 ** (len(_built(parts.vae, dtype).config.block_out_channels) - 1)
-    unit = shrink * (2 if stock else 4)
-    if min(height, width) < 1 or height % unit or width % unit:
-        raise ValueError(f"height and width must be positive and divide by {unit}, got {height}x{width}")
+    shrink = parts.shrink
+    check_size(height, width, shrink * (2 if stock else 4))
     passes = 2 if (family.guided if guided is None else guided) else 1
 
     def encoder(model):
@@ -200,8 +206,19 @@ def estimate(
     return Estimate(tuple(rows), weights)
 
 
-def _method(method: str | int | Method | Schedule | None, family: Family, ratio: float | None) -> int | Schedule:
-    """Return the schedule that is meant, or a number of stock steps."""
+def check_size(height: int, width: int, unit: int):
+    """Raise ValueError for an image's size in pixels that does not divide by `unit`."""
+    if min(height, width) < 1 or height % unit or width % unit:
+        raise ValueError(f"height and width must be positive and divide by {unit}, got {height}x{width}")
+
+
+def _method(
+    method: str | int | Method | Schedule | None,
+    family: Family,
+    ratio: float | None,
+    budget: Callable[[float], Schedule],
+) -> int | Schedule:
+    """Return the schedule that is meant, or a number of stock steps. budget: makes the schedule of a speedup."""
     known = family.entry.presets
     method = known[0] if method is None else method
     if isinstance(method, str):
@@ -210,6 +227,10 @@ def _method(method: str | int | Method | Schedule | None, family: Family, ratio:
         except ValueError as error:
             raise ValueError(f"method: {error}") from None
     if isinstance(method, Method):
+        if method.speedup is not None:
+            if ratio is not None:
+                raise ValueError(f"{method} chooses its own ratio, so ratio must be None, got {ratio}")
+            return budget(method.speedup)
         if method.preset is not None and method.preset not in known:
             raise ValueError(f"method must be one of {', '.join(known)}, a Schedule or a number of steps, got {method}")
         if method.preset is None and method.steps is None:
@@ -236,13 +257,22 @@ class _Model(NamedTuple):
 
 
 class Description(NamedTuple):
-    """A pipeline's models, of which nothing is loaded or built, and the length its CLIP prompts are padded to."""
+    """A pipeline's models, of which nothing is loaded or built, and its scheduler's configuration.
+
+    clip_tokens: length that its CLIP prompts are padded to.
+    """
 
     transformer: _Model
-    vae: _Model
+    vae: _Model | None
     encoders: list[_Model]
     clip_tokens: int
     family: Family
+    scheduler: Mapping[str, Any]
+
+    @property
+    def shrink(self) -> int:
+        """Side of a latent pixel, in pixels."""
+        return 8 if self.vae is None else 2 ** (len(json.loads(self.vae.config)["block_out_channels"]) - 1)
 
 
 def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
@@ -252,12 +282,14 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     that cannot be read.
     """
     clip_tokens, published = 77, published_models()
+    scheduler: Mapping[str, Any] = published_scheduler(model if isinstance(model, str) else None)
     family: Family | None
     parts: dict[str, Any]
     if isinstance(model, DiffusionPipeline):
         modules = {name: unwrapped(part) for name, part in model.components.items() if isinstance(part, Module)}
         parts = {name: (type(part), part.config) for name, part in modules.items()}
         clip_tokens = model.tokenizer_max_length
+        scheduler = getattr(model.scheduler, "config", scheduler)
     elif isinstance(model, dict):
         kind = getattr(diffusers, str(model.get("_class_name")), None)
         parts = _published(family, model) if (family := _family(kind)) else {"transformer": (kind, model)}
@@ -267,6 +299,7 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     elif isinstance(model, str | Path) and (Path(model).is_dir() or "/" in str(model)):
         parts = dict(_stored(model))
         clip_tokens = AutoTokenizer.from_pretrained(model, subfolder="tokenizer").model_max_length
+        scheduler = FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler")
     else:
         known = f"{', '.join(published)}, a pipeline, its folder or hub id, or a transformer's configuration"
         raise ValueError(f"model must be one of {known}, got {model!r}")
@@ -277,7 +310,7 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
         raise ValueError(f"the model's transformer must be one of {known}, got {getattr(kind, '__name__', kind)}")
     built = {name: _Model(kind, _json(config)) for name, (kind, config) in sorted(parts.items())}
     encoders = [part for name, part in built.items() if name.startswith("text_encoder")]
-    return Description(built["transformer"], built["vae"], encoders, clip_tokens, family)
+    return Description(built["transformer"], built.get("vae"), encoders, clip_tokens, family, scheduler)
 
 
 def _family(kind: type | None) -> Family | None:

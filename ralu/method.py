@@ -1,7 +1,8 @@
 """The grammar of methods, `SPATIAL[(option=value,...)][+CACHE[(option=value,...)]]`, parsed and printed here alone.
 
-SPATIAL is a preset of `ralu.schedule`, "stock-STEPS", or "stock" for the pipeline's own number of steps; CACHE is a
-name in `ralu.caches`. For example "flux-5x(ratio=0.3,regions=gradient)+taylorseer(interval=3)".
+SPATIAL is a preset of `ralu.schedule`, "speedup-X" for X times less work than a stock run's (`ralu.schedule_for`),
+"stock-STEPS", or "stock" for the pipeline's own number of steps; CACHE is a name in `ralu.caches`. For example
+"flux-5x(ratio=0.3,regions=gradient)+taylorseer(interval=3)".
 """
 
 import math
@@ -9,6 +10,7 @@ import re
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
+from .budget import speedup_of
 from .caches import CACHES
 from .options import CHOICES, Options
 from .schedule import DISTILLED, PRESETS
@@ -25,7 +27,7 @@ FORM = "SPATIAL[(option=value,...)][+CACHE[(option=value,...)]]"
 class Method:
     """A way to sample: a spatial method with its options and, beside it, a cache.
 
-    spatial: a name in `SPATIAL`, "stock", or "stock-STEPS".
+    spatial: a name in `SPATIAL`, "speedup-X", "stock", or "stock-STEPS".
     options: of the spatial method; a value that is the preset's own or the default becomes None, so that one way to
              sample has one name.
     cache:   an instance of a class in `ralu.caches.CACHES`, or None.
@@ -41,13 +43,16 @@ class Method:
     def __post_init__(self):
         if not isinstance(self.spatial, str):
             raise TypeError(f"spatial must be a string, got {self.spatial!r}")
-        if self.spatial not in SPATIAL and not re.fullmatch(r"stock(-[1-9]\d*)?", self.spatial):
-            raise ValueError(f"{self.spatial!r} is none of {', '.join(SPATIAL)}, stock, stock-STEPS")
+        if (speedup := speedup_of(self.spatial)) is not None:
+            object.__setattr__(self, "spatial", f"speedup-{_number(speedup)}")
+        elif self.spatial not in SPATIAL and not re.fullmatch(r"stock(-[1-9]\d*)?", self.spatial):
+            raise ValueError(f"{self.spatial!r} is none of {', '.join(SPATIAL)}, stock, stock-STEPS, speedup-X")
         if self.cache is not None and type(self.cache) not in CACHES.values():
             raise ValueError(f"cache must be one of {_known_caches()}, got {self.cache!r}")
         given = self.options.given()
-        if self.preset is None and (odd := given.keys() - set(_STOCK_OPTIONS)):
-            raise ValueError(f"{self.spatial} upsamples nothing and has no {', '.join(sorted(odd))}")
+        if odd := given.keys() - set(self._options()):
+            why = "upsamples nothing" if self.preset is None else "chooses its own ratio"
+            raise ValueError(f"{self.spatial} {why} and has no {', '.join(sorted(odd))}")
         if self.spatial in DISTILLED:
             self.options.check_steps(DISTILLED[self.spatial][0][0], self.spatial)
         defaults, printable = _defaults(self.spatial), str | float | int
@@ -56,8 +61,13 @@ class Method:
 
     @property
     def preset(self) -> str | None:
-        """The name of the preset; None for the stock pipeline."""
-        return self.spatial if self.spatial in SPATIAL else None
+        """The name of the preset, or "speedup-X"; None for the stock pipeline."""
+        return None if self.spatial.startswith("stock") else self.spatial
+
+    @property
+    def speedup(self) -> float | None:
+        """The X of "speedup-X"; None for others."""
+        return speedup_of(self.spatial)
 
     @property
     def steps(self) -> int | None:
@@ -79,8 +89,7 @@ class Method:
             raise ValueError(f"{text!r} is no method: it must have the form {FORM}")
         spatial, options, name, cache_options = match.groups()
         method = cls(spatial)  # an unknown name is told before its options
-        allowed = [field.name for field in fields(Options)] if method.preset else _STOCK_OPTIONS
-        types = {name: _TYPES.get(name, str) for name in allowed}
+        types = {name: _TYPES.get(name, str) for name in method._options()}
         chosen = _assignments(options, spatial, types)
         if name is None:
             return cls(spatial, Options(**chosen))
@@ -91,6 +100,13 @@ class Method:
         if lacking := [field.name for field in fields(kind) if field.default is MISSING and field.name not in given]:
             raise ValueError(f"{name} needs {', '.join(lacking)}, as in {name}({lacking[0]}=...)")
         return cls(spatial, Options(**chosen), kind(**given))
+
+    def _options(self) -> tuple[str, ...]:
+        """List the options that mean something for this spatial method."""
+        if self.preset is None:
+            return _STOCK_OPTIONS
+        every = tuple(field.name for field in fields(Options))
+        return every if self.speedup is None else tuple(name for name in every if name not in ("ratio", "threshold"))
 
     def __str__(self) -> str:
         """Print the name, with the options that differ from the defaults: `Method.parse` undoes it.
@@ -152,10 +168,14 @@ def _value(name: str, text: str, kind: type) -> Any:
     return value
 
 
+def _number(x: float) -> str:
+    return f"{x:g}" if float(f"{x:g}") == x else str(x)
+
+
 def _printed(options: dict[str, Any]) -> str:
     def value(x):
         if isinstance(x, bool):
             return str(x).lower()
-        return f"{x:g}" if isinstance(x, float) and float(f"{x:g}") == x else str(x)
+        return _number(x) if isinstance(x, float) else str(x)
 
     return f"({','.join(f'{name}={value(x)}' for name, x in options.items())})" if options else ""

@@ -5,11 +5,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .errors import UsageError, nearest_sizes, shortened
-from .families import FAMILIES, Entry, name_of_pipeline
+from .budget import check_speedup, schedule_for
+from .errors import UsageError, nearest_sizes, shortened, usage
+from .families import DISTILLED_STEPS, FAMILIES, Entry, name_of_pipeline
 from .method import Method
 from .mini import CALL_ARGUMENTS, NAMES, mini_path
+from .schedule import Schedule
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "RaluScheduler")
 
@@ -44,7 +47,7 @@ class Model:
     @property
     def stock_steps(self) -> int:
         """Steps of the stock run that RALU is compared with."""
-        return 4 if self.distilled else FAMILIES[self.family].stock_steps
+        return DISTILLED_STEPS if self.distilled else FAMILIES[self.family].stock_steps
 
     @property
     def methods(self) -> list[Method]:
@@ -63,7 +66,7 @@ class Model:
     def check_methods(self, methods: Iterable[Method]):
         """Raise UsageError for a preset or a cache that is made for another family."""
         for method in methods:
-            if method.preset and method.preset not in self.presets:
+            if method.preset and method.speedup is None and method.preset not in self.presets:
                 raise UsageError(f"{method} is not for a {self.pipeline}; choose of {', '.join(self.presets)}")
             if method.cache is not None and self.family not in method.cache.families:
                 served = ", ".join(method.cache.families)
@@ -79,6 +82,21 @@ class Model:
                 f"--size: width and height must divide by {unit}, got {width}x{height}; "
                 f"the nearest {nearest_sizes(width, height, unit)}"
             )
+
+    def budget(self, method: Method, width: int, height: int, pipe: Any = None, shift: float | None = None) -> Schedule:
+        """Return the schedule of a method that names a speedup, for images of this size in pixels.
+
+        pipe: the model, if it is loaded. shift: in place of the model's own. Raises UsageError for what cannot be
+        reached.
+        """
+        options = method.options.given()
+        matched = {name: options[name] for name in ("matching", "upsampler") if name in options}
+        text_tokens = self.call_arguments.get("max_sequence_length")
+        with usage(str(method)):
+            return schedule_for(
+                check_speedup(method.speedup), pipe or self.location, height=height, width=width,
+                text_tokens=text_tokens, shift=shift, **matched,
+            )  # fmt: skip
 
 
 def find_model(name: str, others: Iterable[str] = ()) -> Model:
@@ -121,10 +139,15 @@ def published() -> dict[str, Entry]:
     return {name: entry for entry in FAMILIES.values() for name in entry.published}
 
 
+def published_scheduler(name: str | None) -> dict:
+    """Return what matters here of a published model's scheduler; without a name of one that is not distilled."""
+    return {"use_dynamic_shifting": False, "shift": 1.0} if name == "flux-schnell" else {"use_dynamic_shifting": True}
+
+
 def published_model(name: str) -> Model:
     """Describe a published model without any file."""
     family, entry = next((family, entry) for family, entry in FAMILIES.items() if name in entry.published)
-    scheduler = {"use_dynamic_shifting": name != "flux-schnell"}
+    scheduler = published_scheduler(name)
     return Model(
         name, name, entry.pipelines[0], family, tuple(entry.fitting_presets(scheduler)), entry.is_distilled(scheduler),
         embedded=False, pixels=1024, latent=8,

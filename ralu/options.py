@@ -132,6 +132,8 @@ def schedule_of(name: str | dict | Schedule, options: Options, shift: float = 1.
 def _schedule_of(name: str | dict | Schedule, options: Options, shift: float) -> Schedule:
     if isinstance(name, str) and name.startswith("stock-") and name[6:].isdecimal() and int(name[6:]):
         return single(int(name[6:]), shift)
+    if isinstance(name, str) and name.startswith("speedup-"):
+        raise ValueError(f"{name!r} needs to know the model's work: give ralu.schedule_for(speedup, model) instead")
     if isinstance(name, str):
         return preset(name, shift, options.ratio, **options.chosen("matching", "upsampler"))
     if not isinstance(name, dict | Schedule):

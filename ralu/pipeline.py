@@ -10,6 +10,7 @@ from ralu_kernels import adaln
 from ralu_kernels._backend import resolve
 
 from . import blocks
+from .budget import check_speedup, schedule_for, speedup_of
 from .caches import CACHES, Cache
 from .families import FAMILIES, Family, family_of
 from .method import Method
@@ -23,6 +24,7 @@ def enable(
     pipe: DiffusionPipeline,
     preset: str | Method | Schedule | None = None,
     *,
+    speedup: float | None = None,
     cache: str | Cache | None = None,
     fused: bool | str = "auto",
     trim_text: bool = False,
@@ -35,6 +37,9 @@ def enable(
              "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
              its configuration), "stock-STEPS" for no stages, a `Schedule`, or a whole method, see `ralu.method`:
              "flux-5x(ratio=0.3)+taylorseer(interval=3)".
+    speedup: instead of a preset, how many times less work than in a stock run the transformer shall do, from 1.5 to 12.
+             It chooses steps, ends and ratio by `ralu.schedule_for`, for the pipeline's default size whatever is
+             generated; for another give what that returns. "speedup-6" as a preset is the same.
     cache:   a cache of `ralu.caches` that is combined with it, or its name, "taylorseer(interval=3)".
     fused:   run the transformer's blocks on `ralu_kernels`, see `ralu.fuse`. "auto": where Triton compiles them, on a
              GPU that the pipeline is on by now, or is offloaded from; and where the transformer is fused already.
@@ -62,6 +67,10 @@ def enable(
     if trim_text and not fused:
         raise ValueError("trim_text=True needs fused=True or 'auto', got fused=False")
     check(pipe, family)
+    if speedup is not None:
+        if preset is not None:
+            raise ValueError(f"give preset or speedup, not both: got preset={preset!r}, speedup={speedup!r}")
+        preset = f"speedup-{check_speedup(speedup)}"
     if not isinstance(preset, str | Method | Schedule | None):
         raise TypeError(f"preset must be one of {', '.join(family.entry.presets)} or a Schedule, got {preset!r}")
     if isinstance(preset, str):
@@ -73,7 +82,7 @@ def enable(
         with _argument("cache"):
             cache = Method.parse(f"stock+{cache}").cache
     cache = _checked_cache(pipe, family, cache)
-    if isinstance(preset, str) and not preset.startswith("stock") and preset not in family.entry.presets:
+    if isinstance(preset, str) and not preset.startswith(("stock", "speedup")) and preset not in family.entry.presets:
         fitting = ", ".join(family.entry.presets)
         raise ValueError(f"{type(pipe).__name__}'s preset must be one of {fitting} or a Schedule, got {preset!r}")
     scheduler = _scheduler(pipe, family, preset, options)
@@ -143,6 +152,11 @@ def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule |
         options.pop("preset", None)
     if preset is None:
         preset = family.entry.fitting_presets(config)[0]
+    if isinstance(preset, str) and (speedup := speedup_of(preset)) is not None:
+        if odd := [name for name in ("ratio", "threshold") if options.get(name) is not None]:
+            raise ValueError(f"a speedup chooses its own ratio, so {odd[0]} must be None, got {options[odd[0]]}")
+        matched = {name: options.pop(name) for name in ("matching", "upsampler") if options.get(name) is not None}
+        preset = schedule_for(speedup, pipe, **matched)
     scheduler = RaluScheduler(preset, **stock_arguments(config), **options)
     if scheduler.config.regions == "canny" and pipe.vae is None and not scheduler.is_stock:
         raise ValueError("regions='canny' needs a VAE, and pipe.vae is None: regions='gradient' does without")

@@ -83,6 +83,8 @@ class Runner:
 
         Raises UsageError where the pipeline cannot be run so.
         """
+        if method.speedup is not None and schedule is None:
+            schedule = self.model.budget(method, self.call_arguments["width"], self.call_arguments["height"], self.pipe)
         self._pipeline.disable(self.pipe)  # also what a folder was saved with: a method's name says all
         if method.preset or method.cache:
             # With another schedule its own ratio, and transitions that are matched already.

@@ -5,6 +5,7 @@ Time t runs from 0 (noise) to 1 (image); sigma = 1 - t. Equations: the paper's s
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -24,6 +25,14 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 def shifted(u, h):
     """Shift a noise level u by a timestep shift h: h·u / (1 + (h-1)·u). `shifted(s, 1 / h)` undoes it."""
     return h * u / (1 + (h - 1) * u)
+
+
+def own_shift(scheduler: Mapping[str, Any]) -> float:
+    """Read a model's own timestep shift off its scheduler's configuration.
+
+    FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
+    """
+    return 3.0 if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .options import Options, schedule_of
 from .regions import scorer_of
-from .schedule import Schedule
+from .schedule import Schedule, own_shift
 from .stages import Layout, Run
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
@@ -62,9 +62,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         options = Options(ratio, threshold, regions, granularity, kept_noise, matching, upsampler, backend, seeds)
         if distorting := ", ".join(key for key in _DISTORTING if self.config.get(key)):
             raise ValueError(f"the stock scheduler's {distorting} must be off: it would distort RALU's schedule")
-        # FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
-        shift = 3.0 if self.config.use_dynamic_shifting else self.config.shift
-        self.schedule = None if preset == "stock" else schedule_of(preset, options, shift)
+        self.schedule = None if preset == "stock" else schedule_of(preset, options, own_shift(self.config))
         self.is_stock = isinstance(preset, str) and preset.startswith("stock")
         # Only a name can be saved: None is for a mask or a scorer.
         name = regions if isinstance(regions, str) else None

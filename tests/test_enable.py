@@ -404,6 +404,7 @@ NO_NAME = [*STRANGE, 3, 0.5, True, float("nan"), "Nearest ", torch.ones(1)]
 NO_BOOL = [*STRANGE, 0, 1, 2.0, None, "no", "True"]
 WRONG = {
     "preset": [x for x in NO_NAME if x is not None] + ["flux-6x", "sd3-4x", "stock-0"],
+    "speedup": [x for x in NO_NUMBER if x is not None] + [0, 1.4, 12.1, -6],
     "ratio": [*NO_NUMBER, -0.1, 1.1, 30],
     "threshold": [*NO_NUMBER, -0.1, 1.1, 100],
     "regions": [x for x in NO_NAME if x is not float and not isinstance(x, torch.Tensor)] + ["sobel", "Canny"],

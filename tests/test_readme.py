@@ -35,6 +35,14 @@ def test_sample():
     torch.testing.assert_close(scope["tokens"], torch.full((1, 64, 16), 0.7), rtol=0, atol=1e-5)
 
 
+def test_budgets():
+    pipe, seen = tiny.flux(), []
+    for line in example("speedup=6").splitlines():
+        exec(line, {"pipe": pipe, "ralu": ralu})
+        seen.append(pipe.scheduler.schedule)
+    assert seen == [ralu.schedule_for(6, pipe, height=h, width=w) for h, w in ((256, 256), (512, 768))]
+
+
 def test_regions(tmp_path, monkeypatch):
     """Each line's choice of tokens, in an image of 8x8 low tokens whose left half is masked."""
     monkeypatch.chdir(tmp_path)

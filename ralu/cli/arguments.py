@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..budget import check_speedup
 from ..errors import UsageError, usage
 from ..method import CHOICES, SPATIAL, Method
 from ..mini import NAMES
@@ -18,7 +19,7 @@ from ..models import Model, find_model
 if TYPE_CHECKING:
     from ..runner import Runner
 
-PRESET_NAMES = ", ".join(SPATIAL)
+PRESET_NAMES = f"{', '.join(SPATIAL)}, speedup-X"
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_SEED = 2**63 - 1
 
@@ -67,6 +68,18 @@ def method(text: str) -> Method:
     try:
         return Method.parse(text)
     except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def speedup(text: str) -> float:
+    """Parse how many times less work than a stock run's."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    try:
+        return check_speedup(value)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
@@ -155,6 +168,12 @@ def add_size(parser, default: str):
     parser.add_argument("--height", type=count, metavar="N", help="in pixels, instead of --size")
 
 
+def add_speedup(parser: argparse.ArgumentParser, more: str = ""):
+    """Add --speedup."""
+    how = "how many times less work than in a stock run the transformer shall do, from 1.5 to 12, instead of a preset"
+    parser.add_argument("--speedup", type=speedup, metavar="X", help=how + more)
+
+
 def add_regions(parser: argparse.ArgumentParser):
     """Add --regions."""
     parser.add_argument(
@@ -201,6 +220,12 @@ def checked_model(args: argparse.Namespace, methods: Iterable[Method]) -> tuple[
     model.check_methods(methods)
     width, height = chosen_size(args, model.pixels)
     model.check_size(width, height, methods)
+    if budgets := [method for method in methods if method.speedup is not None]:
+        from ..runner import quiet
+
+        with quiet():
+            for method in budgets:
+                model.budget(method, width, height)
     return model, (width, height)
 
 

@@ -20,7 +20,7 @@ def add(commands):
         """  ralu generate "fox"
   ralu generate "fox" "penguin" --preset flux-7x --seed 3 -o images/animal.png
   ralu generate "fox" --preset "flux-5x(ratio=0.3,granularity=token)"
-  ralu generate "fox" --model mini-sd3
+  ralu generate "fox" --model mini-sd3 --speedup 4
   ralu generate "fox" --preset stock --steps 50
   ralu generate "a lighthouse at dusk" --model black-forest-labs/FLUX.1-dev --size 1024x768""",
     )
@@ -30,6 +30,7 @@ def add(commands):
         "--preset", type=arguments.method, metavar="METHOD",
         help=f"{arguments.PRESET_NAMES}, also as 'flux-5x(ratio=0.3)', or stock (default: the model's first)",
     )  # fmt: skip
+    arguments.add_speedup(parser)
     add("--steps", type=arguments.count, metavar="N", help="for --preset stock alone: a RALU preset has its own")
     add("--ratio", type=arguments.share, help="share of the regions to upsample early (default: the preset's)")
     arguments.add_regions(parser)
@@ -55,8 +56,12 @@ def run(args: argparse.Namespace):
 
 
 def _method(args: argparse.Namespace) -> Method:
-    """Return --preset with --steps, --ratio and --regions as part of it."""
+    """Return --preset or --speedup with --steps, --ratio and --regions as part of it."""
     method = args.preset
+    if args.speedup:
+        if method:
+            raise UsageError("--speedup: give a speedup, or a --preset, not both")
+        method = Method(f"speedup-{args.speedup}")
     if args.steps:
         if method is None or method.preset:
             raise UsageError("--steps: RALU's presets have their own steps, only --preset stock takes a number")

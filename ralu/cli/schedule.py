@@ -3,7 +3,8 @@
 import argparse
 
 from ..errors import UsageError, usage
-from ..method import SPATIAL
+from ..method import SPATIAL, Method
+from ..models import find_model, published, published_model
 from ..schedule import RESOLUTIONS, preset, solve
 from . import arguments
 
@@ -15,12 +16,17 @@ def add(commands):
         run,
         "schedule",
         "print and plot a time schedule",
-        "Either a preset's, or the best one for given steps and stage ends, which is solved for.",
+        "A preset's, the one of a speedup, or the best one for given steps and stage ends, which is solved for.",
         """  ralu schedule --preset flux-7x
+  ralu schedule --speedup 3 --model sd3-medium
   ralu schedule --steps 4 5 6 --ends .3 .45 1 --shift 3""",
     )
     add = parser.add_argument
-    add("--preset", choices=SPATIAL, metavar="PRESET", help=f"{arguments.PRESET_NAMES} (default: flux-5x)")
+    add("--preset", choices=SPATIAL, metavar="PRESET", help=f"{', '.join(SPATIAL)} (default: flux-5x)")
+    arguments.add_speedup(parser)
+    known = "flux-dev, sd3-medium, ..., mini, mini-sd3, a pipeline folder, or a hub id (default: flux-dev)"
+    add("--model", default="flux-dev", help=f"for --speedup: {known}")
+    arguments.add_size(parser, "for --speedup (default: 1024; 256 for the embedded models)")
     add("--steps", nargs=3, type=arguments.count, metavar="N", help="transformer calls of the three stages")
     add("--ends", nargs=3, type=float, metavar="T", help="times at which the three stages end, the last 1")
     add("--shift", type=float, default=3.0, help="the model's own: 3 for FLUX.1-dev, 1 for FLUX.1-schnell (default: 3)")
@@ -31,12 +37,22 @@ def run(args: argparse.Namespace):
     """Print the stages and the transitions, and save the plot."""
     if (args.steps is None) != (args.ends is None):
         raise UsageError("--steps and --ends belong together: give both, or a --preset")
-    if args.steps and args.preset:
-        raise UsageError("--preset: give a preset, or --steps and --ends, not both")
+    if sum(map(bool, (args.preset, args.speedup, args.steps))) > 1:
+        raise UsageError("--preset, --speedup, and --steps and --ends: give one of them, not both")
     if not 0 < args.shift < float("inf"):
         raise UsageError(f"--shift: must be positive and finite, got {args.shift:g}")
     arguments.check_output(args.output)
-    if args.steps:
+    if args.speedup:
+        method = Method(f"speedup-{args.speedup}")
+        model = published_model(args.model) if args.model in published() else find_model(args.model, published())
+        size = arguments.chosen_size(args, 256 if model.embedded else 1024)
+        model.check_size(*size, [method])
+
+        from ..runner import quiet
+
+        with quiet():
+            name, schedule = str(method), model.budget(method, *size, shift=args.shift)
+    elif args.steps:
         with usage("--ends"):
             name, schedule = "solved", solve(tuple(args.steps), tuple(args.ends), shift=args.shift)
     else:

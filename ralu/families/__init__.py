@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from ..schedule import DISTILLED
 
+DISTILLED_STEPS = 4  # of a distilled model's stock run
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -21,7 +23,7 @@ class Entry:
     pipelines:        names of the pipeline classes it serves, in diffusers.
     transformer:      name of their transformer's class.
     presets:          names of the presets that fit, the default one first and the distilled models' last.
-    stock_steps:      of a stock run, which RALU is compared with.
+    stock_steps:      of a stock run, which RALU is compared with; the distilled models' have `DISTILLED_STEPS`.
     published:        names of models that `ralu.estimate` knows.
     dynamic_shifting: whether the noise levels of all but the distilled models are shifted by resolution.
     sample_size:      side of the latents by default; None for what the transformer's configuration says.
@@ -41,6 +43,10 @@ class Entry:
     def is_distilled(self, scheduler: Mapping[str, Any]) -> bool:
         """Say whether a model is a few-step one, as far as its scheduler's configuration tells."""
         return self.dynamic_shifting and not scheduler.get("use_dynamic_shifting")
+
+    def stock_steps_of(self, scheduler: Mapping[str, Any]) -> int:
+        """Return the steps of a stock run of a model with this scheduler."""
+        return DISTILLED_STEPS if self.is_distilled(scheduler) else self.stock_steps
 
     def fitting_presets(self, scheduler: Mapping[str, Any]) -> list[str]:
         """List the presets for a model with this scheduler, the one for it first."""
@@ -153,6 +159,13 @@ class Family(ABC):
 
     def patch(self, pipe: Any) -> None:  # noqa: B027, most pipelines need none
         """Put stand-ins into a pipeline, see `ralu.patch.StandIn`; they are removed by their type."""
+
+    @abstractmethod
+    def flop(self, config: Mapping[str, Any], tokens: int, text_tokens: int) -> int:
+        """Count the floating-point operations of a call for one image, as `ralu.estimate` does, by formula.
+
+        config: the transformer's, complete. text_tokens: CLIP's included where they are in the sequence.
+        """
 
     @abstractmethod
     def dummy_call(self, module: Any, dtype: Any, batch: int, tokens: int, text_tokens: int) -> None:

@@ -1,5 +1,6 @@
 """FLUX.1: per-sample positions in a batch, and how its blocks run on `ralu_kernels`."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -156,6 +157,18 @@ class Flux(Family):
     def patch(self, pipe: FluxPipeline) -> None:
         """Make the pipeline ready for interruptions."""
         Unpacking.put_into(pipe)
+
+    def flop(self, config: Mapping[str, Any], tokens: int, text_tokens: int) -> int:
+        """Count the floating-point operations of a call for one image, as `ralu.estimate` does, by formula."""
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        double, single, both = config["num_layers"], config["num_single_layers"], tokens + text_tokens
+        blocks = (double + single) * (12 * both * width**2 + 2 * both**2 * width)
+        modulations = (2 * 6 * double + 3 * single + 2) * width**2
+        conditions = (1 + config["guidance_embeds"]) * 256 + config["pooled_projection_dim"]
+        vectors = conditions * width + (2 + config["guidance_embeds"]) * width**2
+        inputs = config["in_channels"] * tokens + config["joint_attention_dim"] * text_tokens
+        outputs = (config["out_channels"] or config["in_channels"]) * tokens
+        return 2 * (blocks + modulations + vectors + (inputs + outputs) * width)
 
     def dummy_call(self, module: Any, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
         """Call the model with empty tensors."""

@@ -5,6 +5,7 @@ sequence of L tokens travels as a strip (B, C, 2, 2L), a token for each 2x2 patc
 the unpatching treat it as L tokens without knowing, and only the positions that are added are not the strip's own.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -253,6 +254,18 @@ class SD3(Family):
         """Make the pipeline ready for interruptions."""
         if pipe.vae is not None:
             WholeDecode.put_into(pipe.vae)
+
+    def flop(self, config: Mapping[str, Any], tokens: int, text_tokens: int) -> int:
+        """Count the floating-point operations of a call for one image, as `ralu.estimate` does, by formula."""
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        layers, dual, both = config["num_layers"], len(config["dual_attention_layers"]), tokens + text_tokens
+        blocks = layers * (12 * both * width**2 + 2 * both**2 * width) - 9 * text_tokens * width**2  # the last: no text
+        second = dual * (4 * tokens * width**2 + 2 * tokens**2 * width)
+        modulations = (2 * 6 * layers - 4 + 3 * dual + 2) * width**2
+        vectors = (256 + config["pooled_projection_dim"]) * width + 2 * width**2
+        pixels = (config["in_channels"] + config["out_channels"]) * config["patch_size"] ** 2
+        embedded = (pixels * tokens + config["joint_attention_dim"] * text_tokens) * width
+        return 2 * (blocks + second + modulations + vectors + embedded)
 
     def dummy_call(self, module: Any, dtype: torch.dtype, batch: int, tokens: int, text_tokens: int) -> None:
         """Call the model with empty tensors, the image a strip: one token a patch, and positions of its own."""
