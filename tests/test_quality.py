@@ -6,7 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import tiny
 import torch
+
+import ralu
+from ralu.patch import LayoutHook
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
@@ -61,3 +65,14 @@ def test_features_are_moments_of_the_channels():
     got = quality.features(z)
     np.testing.assert_allclose(got[:, :16], z.numpy().mean((2, 3)))
     np.testing.assert_allclose(got[:, 16:], z.numpy().std((2, 3), ddof=1))
+
+
+def test_a_method_is_prepared_whole():
+    """With its options and its cache, and the next one without them."""
+    pipe = tiny.flux()
+    assert quality.prepare(pipe, "flux-7x(ratio=0.5)+taylorseer(interval=2)") == 50
+    hook = LayoutHook.find(pipe.transformer)
+    assert hook.cache == ralu.TaylorSeer(interval=2) and pipe.scheduler.schedule.ratio == 0.5
+    assert quality.prepare(pipe, "stock-4+taylorseer") == 4
+    assert LayoutHook.find(pipe.transformer).cache == ralu.TaylorSeer()
+    assert quality.prepare(pipe, "stock-4") == 4 and LayoutHook.find(pipe.transformer) is None
