@@ -20,11 +20,11 @@ from typing import Any
 
 import record
 import torch
+from cases import tensors
 from models import TINY, flux_call, transformer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ralu
 from ralu_kernels import attention, packed_layout
@@ -38,15 +38,10 @@ def size(x: Tensor) -> int:
     return prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.element_size()
 
 
-def tensors(tree) -> list[Tensor]:
-    """List the tensors of nested arguments."""
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
-
-
 class Traffic:
     """A context in which `launches` lists what is run on meta tensors: (name, bytes read and written)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.launches: list[tuple[str, int]] = []
         traffic = self
 

@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None):
     switch: dict[str, Any] = {"nargs": "+", "metavar": "SWITCH"}
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--models", nargs="+", choices=known, metavar="MODEL", help=f"{', '.join(known)} (default: the device's)")
-    add("--methods", nargs="+", type=Method.parse, metavar="METHOD", help="(default: a ladder of all switches)")
+    add("--methods", nargs="+", metavar="METHOD", help="(default: a ladder of all switches)")
     for name in ("--fused", "--compile"):
         add(name, choices=("no", "yes"), default=["no"], help="of the methods: no, yes or both", **switch)
     add("--attention", choices=attention.BACKENDS, default=[""], help=", ".join(attention.BACKENDS), **switch)
@@ -286,10 +286,13 @@ def main(argv: list[str] | None = None):
     output = args.output or record.RESULTS / f"e2e-{record.slug(device)}.csv"
     common = record.provenance(device) | {"diffusers": diffusers.__version__}
     torch._dynamo.config.recompile_limit = 64  # beyond it a graph would silently run uncompiled
-    for method in args.methods or ():
-        if not (method.preset or method.steps):
-            parser.error(f"--methods: {method} needs its number of steps, such as stock-50")
-    switches = product(args.methods or (), args.fused, args.compile, args.attention, args.diffusers_cache)
+    try:
+        methods = [Method.parse(text) for text in args.methods or ()]
+    except ValueError as error:
+        parser.error(f"--methods: {error}")
+    if any(method.spatial == "stock" for method in methods):
+        parser.error("--methods: stock needs its number of steps, such as stock-50")
+    switches = product(methods, args.fused, args.compile, args.attention, args.diffusers_cache)
     asked = [Case(method, fused == "yes", compiled == "yes", *rest) for method, fused, compiled, *rest in switches]
     for name in args.models or (FULL if device.type == "cuda" else ("mini-flux", "mini-sd3")):
         model = Model(name, args.pixels, device)

@@ -243,6 +243,13 @@ def test_the_ladder_leaves_out_what_cannot_run():
     assert not any(case.diffusers_cache for case in e2e.ladder("sd3", torch.device("cuda")))
 
 
+@pytest.mark.parametrize("method, message", [("stock", "needs its number of steps"), ("flux-5x+fused", "is no cache")])
+def test_what_is_no_method_to_time_is_refused(capsys, method, message):
+    with pytest.raises(SystemExit):
+        e2e.main(["--methods", "flux-5x", method])
+    assert message in capsys.readouterr().err
+
+
 # ---- provenance ----
 
 

@@ -614,7 +614,7 @@ def test_three_stages_compile_three_graphs_at_most(model):
 
 
 @pytest.mark.parametrize("kind", ["double", "single"])
-def test_fused_blocks_move_a_third_of_the_bytes(kind):
+def test_fused_blocks_read_and_write_a_third_of_the_bytes(kind):
     """FLUX.1-dev at 1024 pixels: 512 text and 4096 image tokens of 3072 channels, bfloat16."""
     stock, fused = (benchmark.block_traffic(kind, fused) for fused in (False, True))
     matmuls = [[row for row in traffic.launches if row[0] == "addmm"] for traffic in (stock, fused)]

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import tiny
 import torch
 
+import ralu
 from ralu.families import FAMILIES
 from ralu.method import Method
+from ralu.patch import LayoutHook
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
@@ -76,3 +79,14 @@ def test_the_table_has_every_scorer_at_equal_ratio():
             plain = [method for method in parsed.values() if method.spatial == preset]
             names = {method.options.regions for method in plain if method.options.given().keys() <= {"regions"}}
             assert names == {None, "gradient", "change", "grid", "random"}
+
+
+def test_a_method_is_prepared_whole():
+    """With its options and its cache, and the next one without them."""
+    pipe = tiny.flux()
+    assert quality.prepare(pipe, "flux-7x(ratio=0.5)+taylorseer(interval=2)") == 50
+    hook = LayoutHook.find(pipe.transformer)
+    assert hook.cache == ralu.TaylorSeer(interval=2) and pipe.scheduler.schedule.ratio == 0.5
+    assert quality.prepare(pipe, "stock-4+taylorseer") == 4
+    assert LayoutHook.find(pipe.transformer).cache == ralu.TaylorSeer()
+    assert quality.prepare(pipe, "stock-4") == 4 and LayoutHook.find(pipe.transformer) is None
