@@ -94,7 +94,7 @@ def test_operations_of_real_runs(stock, family, speedup):
 
     ralu.enable(stock, schedule_for(speedup, stock, height=64, width=64, text_tokens=16))
     hook = stock.transformer.register_forward_pre_hook(note, with_kwargs=True)
-    tiny.paint(stock)
+    tiny.generate(stock)
     hook.remove()
     ralu.disable(stock)
     fresh, text_tokens = family.make(), 16 if flux else 16 + stock.tokenizer_max_length
@@ -198,7 +198,7 @@ def test_every_spelling_is_one_schedule(stock, family):
         lambda: ralu.enable(stock, schedule_for(5, stock)),
     ):
         assert enabled().scheduler.schedule == expected
-    image = tiny.paint(stock)
+    image = tiny.generate(stock)
     assert image.isfinite().all() and stock.num_timesteps == sum(expected.steps)
     saved = ralu.RaluScheduler.from_config(json.loads(stock.scheduler.to_json_string()))
     assert saved.schedule == expected
@@ -206,7 +206,7 @@ def test_every_spelling_is_one_schedule(stock, family):
     assert stock.scheduler.config.regions == "gradient"
     assert stock.scheduler.schedule == schedule_for(5, stock, matching="snr")
     ralu.disable(stock)
-    assert not torch.equal(image, tiny.paint(stock, num_inference_steps=4))
+    assert not torch.equal(image, tiny.generate(stock, num_inference_steps=4))
 
 
 def test_four_step_models_in_pipelines():
@@ -287,7 +287,7 @@ def test_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "speedup-7.5(regions=gradient)\n" in printed and f"{sum(schedule.steps)} transformer calls" in printed
     ralu.enable(pipe, schedule, regions="gradient")
-    expected = tiny.paint(pipe, "fox", output_type="pil", max_sequence_length=512)[0]
+    expected = tiny.generate(pipe, "fox", output_type="pil", max_sequence_length=512)[0]
     assert np.array_equal(np.asarray(Image.open(output)), np.asarray(expected))
 
     assert main(["compare", "fox", "--methods", "stock-1", "speedup-7.5(regions=gradient)", *options]) == 0
