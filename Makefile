@@ -72,8 +72,10 @@ train-mini: install
 evaluate-mini: install
 	$(BIN)/python benchmarks/quality.py --family $(or $(MODEL),flux)
 
+# All kernels for all GPUs, of which the suite compiles a part.
 aot: install
 	$(BIN)/python benchmarks/aot.py
+	$(BIN)/pytest tests/test_cuda.py -m exhaustive
 
 clean:
 	rm -rf $(VENV) build dist outputs *.egg-info

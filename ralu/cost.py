@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from . import families
 from .blocks import unwrapped
 from .budget import schedule_for
-from .counting import FusedAttention, LiveBytes
+from .counting import FusedAttention, LiveBytes, Repeats
 from .families import FAMILIES, Family
 from .method import Method
 from .models import published as published_models
@@ -370,7 +370,8 @@ def _cost(
 ) -> tuple[float, float, int, int]:
     """Measure a forward pass: 10^12 operations without attention's, those of attention's, peak and scratch in bytes."""
     module, counter, memory = _built(model, dtype), FlopCounterMode(display=False), LiveBytes(threads)
-    with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory:
+    repeats = Repeats(counter, memory)
+    with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory, repeats.of(module):
         call(module, dtype, *shape)
     counts = counter.get_flop_counts()["Global"]
     weighted = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution))

@@ -2,12 +2,18 @@
 
 import math
 import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
 
@@ -38,8 +44,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        operands, results = _tensors((args, kwargs)), _tensors(result)
         before = _storages(operands)
         for key, storage in _storages(results).items():
             if key not in before:  # else a view, or written in place
@@ -51,6 +56,87 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, size: int):
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class Repeats:
+    """Let equal blocks of a model run once: a call that equals an earlier one is counted as that one was.
+
+    A block is an element of a `ModuleList`. Calls are equal where their blocks differ in nothing but their tensors'
+    values, and their arguments in nothing but values and places. The first one must have left nothing behind but its
+    results, in new memory; else all are run.
+    """
+
+    def __init__(self, counter: FlopCounterMode, memory: LiveBytes):
+        self.counter, self.memory = counter, memory
+        self.known: dict[Hashable, Any] = {}
+
+    @contextmanager
+    def of(self, module: nn.Module) -> Iterator[None]:
+        """Replace the forward of a model's blocks, on the meta device, in this context."""
+        blocks = list(_blocks(module))
+        for block in blocks:
+            block.forward = partial(self._run, _identity(block), block.forward)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def _run(self, block: Hashable, forward: Callable, *args, **kwargs):
+        inputs, structure = tree_flatten((args, kwargs))
+        sources = _storages(_tensors(inputs))
+        key = block, str(structure), *(_described(x, sources) for x in inputs)
+        if (first := self.known.get(key)) is None:
+            return self._measure(key, sources, partial(forward, *args, **kwargs))
+        counts, peak, scratch, sizes, results, structure = first
+        for operation, count in counts.items():
+            self.counter.flop_counts["Global"][operation] += count
+        self.memory.peak = max(self.memory.peak, self.memory.now + peak)
+        self.memory.scratch = max(self.memory.scratch, scratch)
+        made = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
+        views = (made[x[0]].view(x[1]).as_strided(*x[2:]) if isinstance(x, tuple) else x for x in results)
+        return tree_unflatten(views, structure)
+
+    def _measure(self, key: Hashable, sources: dict[int, torch.UntypedStorage], forward: Callable):
+        """Run a block, and remember it if what it leaves is its results alone."""
+        counts, memory = self.counter.flop_counts["Global"], self.memory
+        before, now, peak, scratch = dict(counts), memory.now, memory.peak, memory.scratch
+        memory.peak, memory.scratch = now, 0
+        results, structure = tree_flatten(forward())
+        made = _storages(_tensors(results))
+        sizes = [storage.nbytes() for storage in made.values()]
+        if not made.keys() & sources.keys() and memory.now - now == sum(sizes):
+            added = {operation: count - before.get(operation, 0) for operation, count in counts.items()}
+            leaves = [_described(x, made) for x in results]
+            self.known[key] = added, memory.peak - now, memory.scratch, sizes, leaves, structure
+        memory.peak, memory.scratch = max(peak, memory.peak), max(scratch, memory.scratch)
+        return tree_unflatten(results, structure)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
+
+
+def _identity(block: nn.Module) -> Hashable:
+    """Everything about a block but its tensors' values; of objects that are neither numbers nor text the class."""
+    plain = bool, int, float, str, tuple, list, type(None), torch.dtype
+    return tuple(
+        (name, type(part), *((key, repr(x) if isinstance(x, plain) else type(x)) for key, x in vars(part).items()))
+        for name, part in block.named_modules()
+    ), tuple((name, tuple(x.shape), x.stride(), x.dtype) for name, x in block.state_dict(keep_vars=True).items())
+
+
+def _described(x: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
+    """Return (index of its storage, dtype, shape, strides, offset) of a tensor; of anything else what it looks like."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    place = list(storages).index(x.untyped_storage()._cdata)
+    return place, x.dtype, tuple(x.shape), x.stride(), x.storage_offset()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _storages(tensors: list[torch.Tensor]) -> dict[int, torch.UntypedStorage]:

@@ -28,8 +28,9 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do processes that they start
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 if INTERPRET:
     from triton.runtime import interpreter

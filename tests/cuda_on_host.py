@@ -1,6 +1,7 @@
 """The CUDA operations without a GPU: csrc/cuda/*.cu themselves, compiled for the host by way of cuda_on_host.h."""
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -41,21 +43,34 @@ def toolkit() -> Path:
     return Path(top.strip())
 
 
+def including(sources) -> str:
+    """One source that is all of them: what they include is read once."""
+    return "".join(f'#include "{source}"\n' for source in sources)
+
+
 @cache
 def library() -> ctypes.CDLL:
+    """Compiled by whichever process of the tests is first, and again when the code has changed."""
     include = toolkit() / "include"
     compiler = shutil.which("g++") or pytest.skip("no C++ compiler: g++ is not on the PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in EMPTY_HEADERS:
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-x", "c++"]
-        flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]  # a GPU would trap too
-        paths = ["-include", TESTS / "cuda_on_host.h", f"-I{folder}", f"-I{CSRC}", "-isystem", include]
-        out = Path(folder, "cuda_on_host.so")
-        subprocess.run([compiler, *flags, *paths, *SOURCES, TESTS / "cuda_on_host.cpp", "-o", out], check=True)
-        return ctypes.CDLL(str(out))
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
+    flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]  # a GPU would trap too
+    used = sorted(path for path in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *TESTS.glob("cuda_on_host*")])
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in used) + str(include).encode()).hexdigest()
+    folder = TESTS.parent / "build/cuda_on_host"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"{key[:16]}.so"
+    with FileLock(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if not out.exists():
+            for name in EMPTY_HEADERS:
+                path = Path(scratch, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            Path(scratch, "all.cpp").write_text(including([*SOURCES, TESTS / "cuda_on_host.cpp"]))
+            paths = ["-include", TESTS / "cuda_on_host.h", f"-I{scratch}", f"-I{CSRC}", "-isystem", include]
+            subprocess.run([compiler, *flags, *paths, f"{scratch}/all.cpp", "-o", f"{scratch}/all.so"], check=True)
+            Path(scratch, "all.so").replace(out)
+    return ctypes.CDLL(str(out))
 
 
 def _c(argument):

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ralu
 from ralu.cli import main
 from ralu.cost import estimate
-from ralu.counting import cpu_scratch
+from ralu.counting import FusedAttention, LiveBytes, Repeats, cpu_scratch
 from ralu.families import FAMILIES, load
 from ralu.schedule import PRESETS
 
@@ -388,3 +388,83 @@ def test_help(capsys):
         main(["estimate", "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "examples:\n  ralu estimate" in text and "None" not in text
+
+
+# ---- equal blocks, which are run once ----
+
+
+class Block(torch.nn.Module):
+    """What a kind of block does that its neighbours do not, or with what is not its own."""
+
+    def __init__(self, kind, i):
+        super().__init__()
+        self.project = torch.nn.Linear(8, 8 + (kind == "wider" and 4 * i))
+        self.kind, self.copies, self.kept, self.calls = kind, 1 + (kind == "attribute") * i, [], 0
+
+    def forward(self, x, y, scale=1.0):
+        self.calls += 1
+        large = torch.cat([self.project(x)] * 5 * self.copies)
+        if self.kind == "keeps":
+            self.kept.append(x * scale)
+        if self.kind == "in place":
+            return x.add_(large[:4, :, :8]), y
+        if self.kind == "argument back":
+            return y, x
+        both = torch.cat([large[:4, :, :8] * scale, y.repeat(1 + (self.kind == "longer"), 1, 1)])
+        return both[:4], both[4:]
+
+
+class Blocks(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layers = kind, torch.nn.ModuleList(Block(kind, i) for i in range(4))
+
+    def forward(self, x):
+        x, y = x.split(4)  # as blocks give them back
+        for i, layer in enumerate(self.layers):
+            x, y = layer(x, y=y.mT.contiguous().mT if self.kind == "strides" and i == 2 else y,
+                         scale=2.0 if self.kind == "numbers" and i else 1.0)  # fmt: skip
+        return x @ y[:4].mT
+
+
+def counts(run, module, repeats):
+    """Operations, and bytes: the peak, those of what is left, scratch."""
+    counter, memory = FlopCounterMode(display=False), LiveBytes(1)
+    with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory:
+        if repeats:
+            with Repeats(counter, memory).of(module):
+                left = run()
+        else:
+            left = run()
+    shapes = [(x.shape, x.stride(), x.dtype) for x in tree_leaves(left) if torch.is_tensor(x)]
+    return dict(counter.flop_counts["Global"]), memory.peak, memory.now, memory.scratch, shapes
+
+
+@pytest.mark.parametrize(
+    ("kind", "runs"),
+    [("equal", 1), ("numbers", 2), ("strides", 2), ("attribute", 4), ("wider", 4), ("longer", 4), ("keeps", 4),
+     ("in place", 4), ("argument back", 4)],
+)  # fmt: skip
+def test_only_equal_blocks_are_run_once(kind, runs):
+    """Equal in what they are, are given and leave behind."""
+    with torch.device("meta"):
+        module, x = Blocks(kind), torch.empty(8, 3, 8)
+    expected = counts(lambda: module(x * 1), module, False)
+    assert [layer.calls for layer in module.layers] == [1] * 4
+    assert counts(lambda: module(x * 1), module, True) == expected
+    assert sum(layer.calls for layer in module.layers) == 4 + runs
+    assert not any("forward" in vars(layer) for layer in module.layers)
+
+
+@pytest.mark.parametrize("model", ["flux-dev", "sd3-medium", "sd3.5-medium"])
+def test_equal_blocks_of_published_models(model):
+    """At full width, with three blocks of each kind; SD3.5-medium has two kinds, and SD3's last one is its own."""
+    family = next(load(name) for name, entry in FAMILIES.items() if model in entry.published)
+    config = family.published[model] | {"num_layers": 4} | ({"num_single_layers": 3} if "flux" in model else {})
+    config |= {"dual_attention_layers": (0, 1)} if model == "sd3.5-medium" else {}
+    with torch.device("meta"):
+        module = family.transformer.from_config(config).bfloat16()
+    given = module, torch.bfloat16, 2, 1636, 512
+    assert counts(lambda: family.dummy_call(*given), module, True) == counts(
+        lambda: family.dummy_call(*given), module, False
+    )

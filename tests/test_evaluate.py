@@ -3,15 +3,20 @@
 import base64
 import io
 import json
+import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib import metadata
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
@@ -20,6 +25,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 from diffusers import FluxPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -84,25 +90,46 @@ def test_images_are_the_pipelines(whole):
             assert (written["prompt"], written["seed"], written["calls"]) == (caption, 5 + line, steps)
 
 
+def start(workspace, folder, **environment):
+    """`ralu` in a process of its own, which is forked from this one: it need not import everything again."""
+
+    def run():
+        PartialState._reset_state()
+        torch.set_num_threads(1)  # OpenMP's threads are not forked
+        os.environ.update(environment)
+        folder.mkdir(exist_ok=True)
+        with open(folder / "printed.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
+            sys.exit(main(arguments(workspace, folder)))
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
 def test_two_processes_make_the_same(workspace, whole):
-    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
-    settings = "--mixed_precision no --dynamo_backend no -m ralu"
-    command = [sys.executable, "-m", *launch.split(), *settings.split(), *arguments(workspace, workspace / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report.html") == 1  # one of them reports
+    """In the environment that `accelerate launch` gives each."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    both = [start(workspace, workspace / "two", **common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    for process in both:
+        process.join(300)
+        process.kill()
+    printed = (workspace / "two" / "printed.txt").read_text()
+    assert [process.exitcode for process in both] == [0, 0], printed
+    assert printed.count("report.html") == 1  # one of them reports
     assert same(workspace / "two", whole)
     assert all(folders.read_record(path)["processes"] == 2 for path in image_files(workspace / "two").values())
 
 
 def test_a_killed_run_goes_on(workspace, whole, monkeypatch):
     folder = workspace / "killed"
-    command = [sys.executable, "-m", "ralu", *arguments(workspace, folder)]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(folder.glob("*/*.png")) and run.poll() is None:
+    run = start(workspace, folder)
+    while not list(folder.glob("*/*.png")) and run.is_alive():
         time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
 
     left = {name: path for name, path in image_files(folder).items() if path.suffix == ".png"}
     missing = sorted(image_files(whole).keys() - left.keys())
@@ -185,6 +212,31 @@ def test_processes_share_the_work_and_seeds_stay(tmp_path, monkeypatch):
     assert kept.stat().st_ino == before
 
 
+SETTINGS = {"--prompts": "prompts.txt", "--model": "model", "--size": "64", "--methods": "stock-1 flux-7x", "-o": "out"}
+SETTINGS |= {"--metrics": "geneval"}
+
+
+def evaluate(settings):
+    return main(["evaluate", *(word for key, value in settings.items() for word in (key, *value.split()))])
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder in which `evaluate` ran."""
+    folder = tmp_path_factory.mktemp("begun")
+    pipe = tiny.flux()
+    pipe.save_pretrained(folder / "model")
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias += 1
+    pipe.save_pretrained(folder / "other")
+    (folder / "prompts.txt").write_text("a cat\na dog")
+    (folder / "other.txt").write_text("a cat\na cow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert evaluate(SETTINGS) == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -198,28 +250,13 @@ def test_processes_share_the_work_and_seeds_stay(tmp_path, monkeypatch):
         ({"--samples": "2", "--batch": "2"}, None),
     ],
 )
-def test_other_settings_do_not_mix(change, words, tmp_path, monkeypatch, capsys):
+def test_other_settings_do_not_mix(change, words, begun, tmp_path, monkeypatch, capsys):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    pipe = tiny.flux()
-    pipe.save_pretrained("model")
-    with torch.no_grad():
-        pipe.vae.decoder.conv_out.bias += 1
-    pipe.save_pretrained("other")
-    Path("prompts.txt").write_text("a cat\na dog")
-    Path("other.txt").write_text("a cat\na cow")
-    options = {"--prompts": "prompts.txt", "--model": "model", "--size": "64", "--methods": "stock-1", "-o": "out"}
-    options |= {"--metrics": "geneval"}
-    first = options | {"--methods": "stock-1 flux-7x"} if words and "flux-7x" in words else options
-
-    def run(options):
-        return main(["evaluate", *(word for key, value in options.items() for word in (key, *value.split()))])
-
-    assert run(first) == 0
     before = {path: path.read_bytes() for path in Path("out").rglob("*.*")}
     if words and "flux-7x" in words:
         monkeypatch.setitem(ralu.PRESETS, "flux-7x", ralu.PRESETS["flux-5x"])
-    capsys.readouterr()
-    assert run(options | change) == (2 if words else 0)
+    assert evaluate(SETTINGS | change) == (2 if words else 0)
     printed = capsys.readouterr().err
     if words:
         assert printed.count("\n") == 1 and words in printed

@@ -32,7 +32,7 @@ NOISE = 0.9, 0.4, 0.02  # scale, noise_scale, c
 UNIT = {torch.float32: 4e-6, torch.float16: 2e-3, BF16: 1.6e-2}  # what one unit of a value may be off by
 # An image of 1024 pixels; less on a CPU, where an interpreted kernel takes its time.
 GRID, LATENT = ((32, 32), (2, 16, 64, 64)) if CUDA else ((2, 2), (2, 4, 4, 6))
-KINDS = DTYPES if CUDA else DTYPES[::2]
+KINDS = DTYPES if CUDA else (BF16,)
 FAILED = []
 torch.manual_seed(0)
 
@@ -139,7 +139,7 @@ for backend in available("triton", "native"):
     check(f"upsample odd {backend}", upsample, backend, BF16, (3, 3, 5, 7))
     check(f"upsample transposed {backend}", upsample, backend, BF16, (2, 4, 4, 6), lambda x: x.transpose(2, 3))
     check(f"upsample nothing {backend}", upsample, backend, BF16, (0, 4, 8, 8))
-    check(f"many samples {backend}", upsample, backend, torch.float32, (70_000 if CUDA else 70, 1, 1, 2))
+    check(f"many samples {backend}", upsample, backend, torch.float32, (70_000 if CUDA else 3, 1, 1, 2))
     check(f"tokens by the other rules {backend}", tokens, backend, BF16, granularity="token", kept_noise="release")
     check(f"tokens of 12 channels {backend}", tokens, backend, BF16, channels=12)
     check(f"one token {backend}", tokens, backend, torch.float32, batch=1, side=(1, 1), channels=4)
