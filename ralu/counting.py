@@ -24,6 +24,38 @@ def _fused_attention(query, key, value, attn_mask=None, *_, **__):
     return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, False)[0]
 
 
+def own_work(counts: dict[str, dict]) -> dict[str, tuple[int, int]]:
+    """Split the operations of a model among its modules, by their names in it: each with those of none of its parts.
+
+    counts: what a `FlopCounterMode` counted in one call of the model, which itself has the name "".
+    Returns (without attention's two matrix products, of those) for each.
+    """
+    names = sorted((name.split(".")[1:], split_work(ops)) for name, ops in counts.items() if name != "Global")
+    own: dict[str, tuple[int, int]] = {}
+    for path, work in names:
+        own[".".join(path)] = work
+        above = next((".".join(path[:k]) for k in range(len(path) - 1, -1, -1) if ".".join(path[:k]) in own), None)
+        if path and above is not None:
+            own[above] = own[above][0] - work[0], own[above][1] - work[1]
+    return own
+
+
+def split_work(counts: dict) -> tuple[int, int]:
+    """Return the operations without attention's two matrix products, and those of these, of counts by operation."""
+    weighted = sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.convolution))
+    return weighted, sum(counts.values()) - weighted
+
+
+def shared_work(own: dict[str, tuple[int, int]], shares: dict[str, float]) -> tuple[float, float]:
+    """Sum up what modules do of their own work; each has the share of the longest name that is its own or above it."""
+    tflop = attention = 0.0
+    for name, (weighted, products) in own.items():
+        path = name.split(".")
+        share = next((shares[n] for k in range(len(path), 0, -1) if (n := ".".join(path[:k])) in shares), 1.0)
+        tflop, attention = tflop + share * weighted, attention + share * products
+    return tflop, attention
+
+
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of the tensors that are made under it and are still in use: `now`, and at most `peak`.
 

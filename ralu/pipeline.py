@@ -127,6 +127,7 @@ def _checked_cache(pipe: DiffusionPipeline, family: Family, cache) -> Cache | No
     ours = hook is not None and hook.cache is not None
     if not ours and any(stateful(blocks.unwrapped(pipe.transformer))):
         raise ValueError("cache must be None: the transformer has a cache of diffusers, disable_cache() takes it off")
+    cache.check(blocks.unwrapped(pipe.transformer))
     return cache
 
 

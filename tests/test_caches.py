@@ -176,14 +176,14 @@ def test_it_is_undone_also_after_an_exception(stock, family):
 @pytest.mark.parametrize(
     "cache, error, message",
     [
-        ("teleport", ValueError, "cache: 'teleport' is no cache; choose of taylorseer"),
+        ("teleport", ValueError, "cache: 'teleport' is no cache; choose of .*taylorseer"),
         ("taylorseer(steps=3)", ValueError, "cache: taylorseer has no option 'steps'; it has interval, order, warmup"),
         ("taylorseer(interval=0)", ValueError, "cache: interval must be at least 1, got 0"),
         ("taylorseer(order=3)", ValueError, "cache: order must be from 0 to 2, got 3"),
         ("taylorseer(interval=2.5)", ValueError, "interval must be a whole number"),
-        (TaylorSeer, TypeError, "cache must be one of taylorseer"),
-        (3, TypeError, "cache must be one of taylorseer, or an instance of its class, got 3"),
-        (TaylorSeerCacheConfig(), TypeError, "cache must be one of taylorseer"),
+        (TaylorSeer, TypeError, "cache must be one of .*taylorseer"),
+        (3, TypeError, "cache must be one of .*, or an instance of its class, got 3"),
+        (TaylorSeerCacheConfig(), TypeError, "cache must be one of .*taylorseer"),
     ],
 )
 def test_a_wrong_cache_changes_nothing(stock, cache, error, message):
