@@ -1,6 +1,5 @@
 """Delta-DiT (arXiv 2406.01125): what a range of blocks adds to its input is reused at skipped steps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -157,29 +156,37 @@ class _State:
         if self.kind == "full":
             self.outputs = {}
 
-    def run(self, place: Any, module: Any, compute: Callable, args: tuple, kwargs: dict) -> Any:
+    def enter(self, place: Any, module: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
         from .hooks import streams
 
+        output = None
+        if not isinstance(place, tuple):
+            hidden, encoder, temb = streams(args, kwargs)
+            for kind in self.renewed:
+                if place == self.ends[kind][0]:
+                    self.entries[kind] = self._seen(kind, hidden, encoder)
+            if place in self.spans.get(self.kind, ()):
+                output = self._moved(hidden, encoder) if place == self.ends[self.kind][0] else (encoder, hidden)
+            elif self.kind == "modules":
+                output = self._modulated(place, module, hidden, encoder, temb)
+                self._keep(place, output)
+        return output, args, kwargs
+
+    def leave(self, place: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         if isinstance(place, tuple):
-            output = compute(*args, **kwargs)
             if "modules" in self.needed:
                 self.outputs[place] = output
-            return output
-        hidden, encoder, temb = streams(args, kwargs)
-        if place in self.spans.get(self.kind, ()):
-            return self._moved(hidden, encoder) if place == self.ends[self.kind][0] else (encoder, hidden)
-        for kind in self.renewed:
-            if place == self.ends[kind][0]:
-                self.entries[kind] = self._seen(kind, hidden, encoder)
-        if self.kind == "modules":
-            encoder, hidden = self._modulated(place, module, hidden, encoder, temb)
         else:
-            encoder, hidden = compute(*args, **kwargs)
+            self._keep(place, output)
+        return output
+
+    def _keep(self, place: int, output: tuple) -> None:
+        """Keep Δ of the spans that end with a block."""
+        encoder, hidden = output
         for kind in self.renewed:
             if place == self.ends[kind][1]:
                 after = self._seen(kind, hidden, encoder)
                 self.deltas[kind] = [y - x for x, y in zip(self.entries.pop(kind), after, strict=True)]
-        return encoder, hidden
 
     def _seen(self, kind: str, hidden: Any, encoder: Any) -> list:
         """Return the streams that blocks after a span see."""
