@@ -9,6 +9,7 @@ import plain
 import pytest
 import tiny
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch._dynamo.testing import CompileCounter
 
 import ralu
@@ -319,6 +320,20 @@ def test_a_file_that_is_no_calibration_changes_nothing(stock, tmp_path, text):
         ralu.enable(stock, "stock-2", cache=TeaCache(coefficients=str(path)))
     assert stock.scheduler is scheduler and plain.hooks_left(stock) == hooks != []
     ralu.disable(stock)
+
+
+@pytest.mark.parametrize("cache", ["teacache", "delta-dit(interval=3,variant=flux-research)"])
+def test_blocks_that_are_offloaded_as_a_whole(cache):
+    """Their norms are needed while they are not called."""
+    here = dict(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    pipe = tiny.flux()
+    expected = latents(ralu.enable(pipe, "stock-4", cache=cache))
+    apply_group_offloading(pipe.transformer, **here, offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(latents(pipe), expected)
+    ralu.disable(pipe)
+    with pytest.raises(ValueError, match="offload the transformer with offload_type='leaf_level', or after"):
+        ralu.enable(pipe, cache=cache)
+    ralu.enable(pipe, cache="delta-dit")
 
 
 @pytest.mark.parametrize("option", ["delta", "coefficients"])

@@ -53,6 +53,11 @@ class DeltaDiT(Cache):
             if self.variant != "paper" and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} must be left out with variant={self.variant!r}, got {getattr(self, name)}")
 
+    @property
+    def alternates(self) -> bool:
+        """Whether there are steps of the kind "modules"."""
+        return self.variant != "paper" and self.interval > 2
+
     def kind(self, progress: Progress) -> str:
         """Name what a step does: "full", or leaves out the "rear", "front" or "single" blocks, or all ("modules")."""
         place = progress.step % self.interval
@@ -80,12 +85,16 @@ class DeltaDiT(Cache):
         return spans.get(kind, range(0))
 
     def check(self, transformer: Any) -> None:
-        """Raise ValueError for a transformer that has fewer blocks, or of a kind that the variant is not for."""
+        """Raise ValueError for a transformer that has fewer blocks, or is of a kind that the variant is not for."""
+        from .hooks import check_norms
+
         total = self.span(transformer, "rear").stop
         if self.num_blocks > total:
             raise ValueError(f"num_blocks must be at most {total}, the transformer's blocks, got {self.num_blocks}")
         if self.variant != "paper" and not hasattr(transformer, "single_transformer_blocks"):
             raise ValueError(f"variant must be 'paper' for {type(transformer).__name__}, got {self.variant!r}")
+        if self.alternates:
+            check_norms(transformer)
 
     def apply(self, transformer: Any) -> None:
         """Put hooks on the blocks of all spans, and on what is reused inside of blocks."""
@@ -93,7 +102,7 @@ class DeltaDiT(Cache):
 
         blocks, kinds = list(named_blocks(transformer).values()), ("rear", "front") * (self.variant == "paper")
         hooked: dict[Any, Any] = {i: blocks[i] for kind in kinds or ("single",) for i in self.span(transformer, kind)}
-        if self.variant != "paper" and self.interval > 2:
+        if self.alternates:
             hooked = dict(enumerate(blocks))
             for i, block in enumerate(blocks):
                 names = ("proj_out",) if hasattr(block, "proj_out") else ("attn", "ff", "ff_context")

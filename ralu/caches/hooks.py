@@ -79,7 +79,7 @@ class Hook(ModelHook):
 
     @torch.compiler.disable
     def _enter(self, call, module, args, kwargs):
-        state: Any = self.state_manager.get_state()
+        state = self.state_manager.get_state()
         if state.call is not call:
             state.call = call
             state.begin(call)
@@ -126,6 +126,17 @@ def named_blocks(transformer: Any) -> dict[str, Any]:
     """List a transformer's blocks by name, in the order in which they run."""
     parts = ("transformer_blocks", "single_transformer_blocks")
     return {f"{part}.{i}": block for part in parts for i, block in enumerate(getattr(transformer, part, ()))}
+
+
+def check_norms(transformer: Any) -> None:
+    """Raise ValueError where the weights of blocks' norms are on another device while their block is not called."""
+    for name, block in named_blocks(transformer).items():
+        registry = getattr(block, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook("group_offloading") is not None:
+            raise ValueError(
+                f"cache needs norms of {name}, which is offloaded as a whole: offload the transformer with "
+                "offload_type='leaf_level', or after ralu.enable"
+            )
 
 
 def streams(args: tuple, kwargs: dict) -> list[Tensor]:

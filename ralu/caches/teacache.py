@@ -90,8 +90,11 @@ class TeaCache(Cache):
         return Polynomial(tuple(coefficients), largest, mean)
 
     def check(self, transformer: Any) -> None:
-        """Raise ValueError for coefficients that cannot be read."""
+        """Raise ValueError for coefficients that cannot be read, and for blocks that are offloaded as a whole."""
+        from .hooks import check_norms
+
         self.polynomial(transformer)
+        check_norms(transformer)
 
     def apply(self, transformer: Any) -> None:
         """Put hooks on all blocks."""
