@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ralu_kernels import attention_backend
 
     from .blocks import fuse, unfuse
-    from .caches.taylorseer import TaylorSeer
+    from .caches import DeltaDiT, TaylorSeer, TeaCache
     from .cost import estimate
     from .method import Method
     from .pipeline import disable, enable
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "DeltaDiT",
     "Layout",
     "Method",
     "Options",
     "RaluScheduler",
     "Schedule",
     "TaylorSeer",
+    "TeaCache",
     "attention_backend",
     "disable",
     "enable",
@@ -53,7 +55,9 @@ _HOMES = {
     "fuse": ".blocks",
     "sample": ".stages",
     "unfuse": ".blocks",
+    "DeltaDiT": ".caches",
     "TaylorSeer": ".caches",
+    "TeaCache": ".caches",
     "__version__": "ralu_kernels",
     "SchedulerMixin": ".scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }

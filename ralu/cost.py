@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from . import families
 from .blocks import unwrapped
 from .budget import schedule_for
-from .counting import FusedAttention, LiveBytes, Repeats
+from .caches import Cache, Progress
+from .counting import FusedAttention, LiveBytes, Repeats, own_work, shared_work, split_work
 from .families import FAMILIES, Family
 from .method import Method
 from .models import published as published_models
@@ -68,10 +69,12 @@ class Estimate:
 
     parts:        in the order in which they run.
     weight_bytes: all parameters and buffers together.
+    at_most:      whether there is a cache of which is not known, before a run, what it saves: nothing less is counted.
     """
 
     parts: tuple[Part, ...]
     weight_bytes: int
+    at_most: bool = False
 
     @property
     def tflop(self) -> float:
@@ -135,8 +138,9 @@ def estimate(
     model:         a published model's name ("flux-dev", "sd3-medium", ..., see `ralu.families`), a pipeline, its folder
                    or hub id (of which only configurations are read), or a transformer's configuration with
                    "_class_name", to which the published VAE and text encoders are added.
-    method:        a method's name, see `ralu.method`, of which a cache counts nothing less, and a speedup is for this
-                   size; a `Schedule`, or the number of steps of a stock run; None for the default preset.
+    method:        a method or its name, see `ralu.method`, of which a speedup is for this size; a `Schedule`, or the
+                   number of steps of a stock run; None for the default preset. Of a cache that goes by the image, what
+                   is expected is counted.
     height, width: of the images, in pixels.
     ratio:         share of the tokens to upsample early; None for the schedule's.
     text_tokens:   of T5 (`max_sequence_length`); None for the pipeline's default, 512 for FLUX and 256 for SD3.
@@ -161,7 +165,9 @@ def estimate(
     def budget(speedup):
         return schedule_for(speedup, model, height=height, width=width, text_tokens=text_tokens)
 
-    method = _method(method, family, ratio, budget)
+    method, cache = _method(method, family, ratio, budget)
+    if cache is not None:
+        cache.check(_built(parts.transformer, torch.bfloat16 if dtype is None else dtype))
     stock = isinstance(method, int)
     text_tokens = family.text_tokens if text_tokens is None else text_tokens
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
@@ -197,13 +203,21 @@ def estimate(
         for k, each in enumerate(method.stages):
             stages += [selects] if preview and each.resolution == "mixed" else []
             stages.append(stage(f"stage {k + 1}, {RESOLUTIONS[each.resolution]}", each.steps, tokens[each.resolution]))
-    rows = []
+    rows, at_most, progress = [], False, iter(Progress.of((method,) if isinstance(method, int) else method.steps))
     for name, calls, tokens, *run in [*map(encoder, parts.encoders), *stages, decoder("image", height, width)]:
-        tflop, attention, *memory = _cost(torch.get_num_threads(), dtype, *run)
-        rows.append(Part(name, calls, tokens, calls * tflop, calls * attention, *memory))
+        tflop, attention, own, peak, scratch = _cost(torch.get_num_threads(), dtype, *run)
+        work: tuple[float, float] = calls * tflop, calls * attention
+        if cache is not None and run[0] is parts.transformer:
+            steps = next(progress)
+            cached = _cached_cost(cache, steps, calls // len(steps), _built(run[0], dtype), own, run[2])
+            if cached is None:
+                at_most = True
+            else:
+                work, peak = cached[:2], peak + cached[2] * dtype.itemsize
+        rows.append(Part(name, calls, tokens, *work, peak, scratch))
     modules = [_built(part, dtype) for part in (*parts.encoders, parts.transformer, parts.vae)]
     weights = sum(tensor.nbytes for module in modules for tensor in chain(module.parameters(), module.buffers()))
-    return Estimate(tuple(rows), weights)
+    return Estimate(tuple(rows), weights, at_most)
 
 
 def check_size(height: int, width: int, unit: int):
@@ -217,8 +231,12 @@ def _method(
     family: Family,
     ratio: float | None,
     budget: Callable[[float], Schedule],
-) -> int | Schedule:
-    """Return the schedule that is meant, or a number of stock steps. budget: makes the schedule of a speedup."""
+) -> tuple[int | Schedule, Cache | None]:
+    """Return the schedule that is meant, or a number of stock steps, and the cache.
+
+    budget: makes the schedule of a speedup.
+    """
+    cache = None
     known = family.entry.presets
     method = known[0] if method is None else method
     if isinstance(method, str):
@@ -227,25 +245,26 @@ def _method(
         except ValueError as error:
             raise ValueError(f"method: {error}") from None
     if isinstance(method, Method):
-        if method.speedup is not None:
-            if ratio is not None:
-                raise ValueError(f"{method} chooses its own ratio, so ratio must be None, got {ratio}")
-            return budget(method.speedup)
-        if method.preset is not None and method.preset not in known:
+        if method.speedup is not None and ratio is not None:
+            raise ValueError(f"{method} chooses its own ratio, so ratio must be None, got {ratio}")
+        if method.preset is not None and method.speedup is None and method.preset not in known:
             raise ValueError(f"method must be one of {', '.join(known)}, a Schedule or a number of steps, got {method}")
         if method.preset is None and method.steps is None:
             raise ValueError("method must say how many steps, as stock-50 does, got stock")
+        cache = method.cache
+        if cache is not None and family.name not in cache.families:
+            raise ValueError(f"method must have a cache for {family.name}, got {method}")
         ratio = method.options.ratio if ratio is None else ratio
-        method = method.steps or preset(method.spatial)
+        method = method.steps or (budget(method.speedup) if method.speedup else preset(method.spatial))
     if isinstance(method, Schedule):
-        return method if ratio is None else method.replace(ratio=ratio)
+        return method if ratio is None else method.replace(ratio=ratio), cache
     if isinstance(method, bool) or not isinstance(method, int):
         raise TypeError(f"method must be a method's name, a Schedule or a number of steps, got {method!r}")
     if method < 1:
         raise ValueError(f"method, as a number of steps, must be at least 1, got {method}")
     if ratio is not None:
         raise ValueError(f"a stock run upsamples nothing, so ratio must be None, got {ratio}")
-    return method
+    return method, cache
 
 
 # ---- what a pipeline consists of ----
@@ -367,12 +386,34 @@ def _decode(module: Any, dtype: torch.dtype, batch: int, height: int, width: int
 @lru_cache
 def _cost(
     threads: int, dtype: torch.dtype, model: _Model, call: Callable, shape: tuple[int, ...]
-) -> tuple[float, float, int, int]:
-    """Measure a forward pass: 10^12 operations without attention's, those of attention's, peak and scratch in bytes."""
+) -> tuple[float, float, dict[str, tuple[int, int]], int, int]:
+    """Measure a forward pass.
+
+    Returns (10^12 operations without attention's, those of attention's, operations by module, peak and scratch in
+    bytes).
+    """
     module, counter, memory = _built(model, dtype), FlopCounterMode(display=False), LiveBytes(threads)
     repeats = Repeats(counter, memory)
     with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory, repeats.of(module):
         call(module, dtype, *shape)
-    counts = counter.get_flop_counts()["Global"]
-    weighted = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution))
-    return weighted / 1e12, (sum(counts.values()) - weighted) / 1e12, memory.peak, memory.scratch
+    counts = counter.get_flop_counts()
+    weighted, attention = split_work(counts["Global"])
+    return weighted / 1e12, attention / 1e12, own_work(counts), memory.peak, memory.scratch
+
+
+def _cached_cost(
+    cache: Cache, steps: list[Progress], passes: int, transformer: Any, own: dict, shape: tuple[int, ...]
+) -> tuple[float, float, int] | None:
+    """Count a stage under a cache, of whose forward passes each module's operations are known.
+
+    passes: in a step, with what each keeps.
+    Returns (10^12 operations without attention's, those of attention's, elements kept); None where it is not known.
+    """
+    tflop = attention = 0.0
+    for progress in steps:
+        if (shares := cache.shares(transformer, progress)) is None:
+            return None
+        work = shared_work(own, shares)
+        tflop, attention = tflop + work[0], attention + work[1]
+    kept = max(cache.kept(transformer, progress, *shape) for progress in steps)
+    return passes * tflop / 1e12, passes * attention / 1e12, passes * kept

@@ -30,6 +30,38 @@ def _fused_attention(query, key, value, attn_mask=None, *_, **__):
     return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, False)[0]
 
 
+def own_work(counts: dict[str, dict]) -> dict[str, tuple[int, int]]:
+    """Split the operations of a model among its modules, by their names in it: each with those of none of its parts.
+
+    counts: what a `FlopCounterMode` counted in one call of the model, which itself has the name "".
+    Returns (without attention's two matrix products, of those) for each.
+    """
+    names = sorted((name.split(".")[1:], split_work(ops)) for name, ops in counts.items() if name != "Global")
+    own: dict[str, tuple[int, int]] = {}
+    for path, work in names:
+        own[".".join(path)] = work
+        above = next((".".join(path[:k]) for k in range(len(path) - 1, -1, -1) if ".".join(path[:k]) in own), None)
+        if path and above is not None:
+            own[above] = own[above][0] - work[0], own[above][1] - work[1]
+    return own
+
+
+def split_work(counts: dict) -> tuple[int, int]:
+    """Return the operations without attention's two matrix products, and those of these, of counts by operation."""
+    weighted = sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.convolution))
+    return weighted, sum(counts.values()) - weighted
+
+
+def shared_work(own: dict[str, tuple[int, int]], shares: dict[str, float]) -> tuple[float, float]:
+    """Sum up what modules do of their own work; each has the share of the longest name that is its own or above it."""
+    tflop = attention = 0.0
+    for name, (weighted, products) in own.items():
+        path = name.split(".")
+        share = next((shares[n] for k in range(len(path), 0, -1) if (n := ".".join(path[:k])) in shares), 1.0)
+        tflop, attention = tflop + share * weighted, attention + share * products
+    return tflop, attention
+
+
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of the tensors that are made under it and are still in use: `now`, and at most `peak`.
 
@@ -73,49 +105,59 @@ class Repeats:
     @contextmanager
     def of(self, module: nn.Module) -> Iterator[None]:
         """Replace the forward of a model's blocks, on the meta device, in this context."""
-        blocks = list(_blocks(module))
-        for block in blocks:
-            block.forward = partial(self._run, _identity(block), block.forward)
+        blocks = list(_blocks(module, type(module).__name__))
+        for name, block in blocks:
+            block.forward = partial(self._run, name, _identity(block), block.forward)
         try:
             yield
         finally:
-            for block in blocks:
+            for _, block in blocks:
                 del block.forward
 
-    def _run(self, block: Hashable, forward: Callable, *args, **kwargs):
+    def _run(self, name: str, block: Hashable, forward: Callable, *args, **kwargs):
         inputs, structure = tree_flatten((args, kwargs))
         sources = _storages(_tensors(inputs))
         key = block, str(structure), *(_described(x, sources) for x in inputs)
         if (first := self.known.get(key)) is None:
-            return self._measure(key, sources, partial(forward, *args, **kwargs))
-        counts, peak, scratch, sizes, results, structure = first
-        for operation, count in counts.items():
-            self.counter.flop_counts["Global"][operation] += count
+            return self._measure(name, key, sources, partial(forward, *args, **kwargs))
+        equal, counts, peak, scratch, sizes, results, structure = first
+        for (module, operation), count in counts.items():
+            inside = module == equal or module.startswith(f"{equal}.")
+            self.counter.flop_counts[name + module[len(equal) :] if inside else module][operation] += count
         self.memory.peak = max(self.memory.peak, self.memory.now + peak)
         self.memory.scratch = max(self.memory.scratch, scratch)
         made = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
         views = (made[x[0]].view(x[1]).as_strided(*x[2:]) if isinstance(x, tuple) else x for x in results)
         return tree_unflatten(views, structure)
 
-    def _measure(self, key: Hashable, sources: dict[int, torch.UntypedStorage], forward: Callable):
+    def _measure(self, name: str, key: Hashable, sources: dict[int, torch.UntypedStorage], forward: Callable):
         """Run a block, and remember it if what it leaves is its results alone."""
-        counts, memory = self.counter.flop_counts["Global"], self.memory
-        before, now, peak, scratch = dict(counts), memory.now, memory.peak, memory.scratch
+        before, memory = self._counts(), self.memory
+        now, peak, scratch = memory.now, memory.peak, memory.scratch
         memory.peak, memory.scratch = now, 0
         results, structure = tree_flatten(forward())
         made = _storages(_tensors(results))
         sizes = [storage.nbytes() for storage in made.values()]
         if not made.keys() & sources.keys() and memory.now - now == sum(sizes):
-            added = {operation: count - before.get(operation, 0) for operation, count in counts.items()}
+            added = {place: more for place, count in self._counts().items() if (more := count - before.get(place, 0))}
             leaves = [_described(x, made) for x in results]
-            self.known[key] = added, memory.peak - now, memory.scratch, sizes, leaves, structure
+            self.known[key] = name, added, memory.peak - now, memory.scratch, sizes, leaves, structure
         memory.peak, memory.scratch = max(peak, memory.peak), max(scratch, memory.scratch)
         return tree_unflatten(results, structure)
 
+    def _counts(self) -> dict[tuple[str, Any], int]:
+        """Return what was counted so far, by module and operation."""
+        return {(name, op): n for name, ops in self.counter.flop_counts.items() for op, n in ops.items()}
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
+
+def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """List the blocks under a module, with their names as a `FlopCounterMode` has them."""
+    for name, child in module.named_children():
+        place = f"{path}.{name}"
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{place}.{i}", block) for i, block in enumerate(child))
+        else:
+            yield from _blocks(child, place)
 
 
 def _identity(block: nn.Module) -> Hashable:

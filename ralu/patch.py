@@ -10,11 +10,12 @@ from weakref import WeakSet
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
-from diffusers.hooks.hooks import CacheContext, StateManager, _set_cache_context
+from diffusers.hooks.hooks import StateManager, _set_cache_context
 from torch import Tensor, nn
 
 from .blocks import named_arguments, unwrapped
 from .caches import Cache
+from .caches.hooks import Call
 from .families import Family
 from .scheduler import RaluScheduler
 
@@ -39,10 +40,14 @@ def stateful(transformer: nn.Module) -> Iterator[tuple[HookRegistry, list[StateM
     """List the registries of diffusers' hooks on a model's modules that keep something from call to call."""
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
-        hooks = registry.hooks.values() if registry is not None else ()
-        managers = [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
-        if managers:
+        if registry is not None and (managers := managers_of(registry)):
             yield registry, managers
+
+
+def managers_of(registry: HookRegistry) -> list[StateManager]:
+    """List what the hooks of one module keep from call to call."""
+    hooks = registry.hooks.values()
+    return [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
 
 
 def reset_caches(transformer: nn.Module):
@@ -105,6 +110,7 @@ class LayoutHook:
     def __init__(self, pipe: DiffusionPipeline, scheduler: RaluScheduler, family: Family):
         self.scheduler, self.stock, self.family = scheduler, pipe.scheduler, family
         self.cache: Cache | None = None
+        self.copied = False
         self.pipes = WeakSet([pipe])
         self.token_pixels = pipe.vae_scale_factor * 2
         self.parameters = named_arguments(pipe.transformer)
@@ -127,31 +133,58 @@ class LayoutHook:
         unwrapped(transformer).pos_embed.__class__ = self.family.embedding[0]
 
     def __getstate__(self):
-        return self.__dict__ | {"pipes": None}  # the copy has been in no pipeline yet
+        return self.__dict__ | {"pipes": None, "copied": True}  # the copy has been in no pipeline yet
 
     def __setstate__(self, state):
         self.__dict__ = state | {"pipes": WeakSet()}
 
+    def renew_cache(self, transformer: nn.Module):
+        """Put a copy's cache on anew: diffusers' hooks, copied, still call the original's."""
+        if self.copied and self.cache is not None:
+            self.cache.remove(transformer)
+            self.cache.apply(transformer)
+            hooks_changed(transformer)
+        self.copied = False
+
     @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):
         """Begin the run at its first call, and set sample, positions and masks of the current layout."""
-        scheduler, pipe = self.scheduler, calling_pipeline() if self.scheduler.running else None
-        if self.cache is not None and not hasattr(unwrapped(module), "cache_context"):
-            # Its pipeline sets no context, and calls for other layers have a history of their own.
-            name = "all layers" if kwargs.get("skip_layers") is None else "some layers"
-            _set_cache_context(unwrapped(module), CacheContext(name))
+        scheduler = self.scheduler
+        pipe = calling_pipeline() if scheduler.running or self.cache is not None else None
+        if self.cache is not None:
+            self._set_context(unwrapped(module), pipe, dict(zip(self.parameters, args, strict=False)) | kwargs)
         if not scheduler.running or (pipe is not None and pipe.scheduler is not scheduler):
             self.family.clear_layout(module)  # a call that is none of RALU's
             return args, kwargs
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         sample = given["hidden_states"]
         if scheduler.layout is None:
-            doubled = self.family.batched_guidance and pipe is not None and pipe.do_classifier_free_guidance
-            images = len(sample) // (2 if doubled else 1)
-            scheduler.start(sample, self.family.grid_of(given), self.token_pixels, images)
+            scheduler.start(sample, self.family.grid_of(given), self.token_pixels, self._images(pipe, given))
         given["hidden_states"] = scheduler.subsample_first(sample)
         self.family.set_layout(module, given, scheduler.layout, scheduler.grid)
         return (), given
+
+    def _images(self, pipe: Any, given: dict) -> int:
+        """Count the images of a call, which guidance may double."""
+        doubled = self.family.batched_guidance and pipe is not None and pipe.do_classifier_free_guidance
+        return len(given["hidden_states"]) // (2 if doubled and given.get("skip_layers") is None else 1)
+
+    def _set_context(self, transformer: Any, pipe: Any, given: dict):
+        """Tell the cache's hooks of a call."""
+        registry = HookRegistry.check_if_exists_or_initialize(transformer)
+        before = next((m._context for r in registry._get_child_registries() for m in managers_of(r)), None)
+        skipped = given.get("skip_layers")
+        # SD3's pipeline sets no context, and calls for other layers have a history of their own.
+        name = before.name if hasattr(transformer, "cache_context") and before else "all layers"
+        ours, layout = pipe is None or pipe.scheduler is self.scheduler, self.scheduler.layout
+        call = Call(
+            name if skipped is None else "some layers",
+            progress=self.scheduler.progress if ours else None,
+            images=self._images(pipe, given),
+            mask=None if layout is None else layout.mask,
+            skipped=tuple(skipped or ()),
+        )
+        _set_cache_context(transformer, call)
 
 
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor, decode: Callable | None = None) -> Tensor:

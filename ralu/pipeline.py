@@ -136,6 +136,7 @@ def _checked_cache(pipe: DiffusionPipeline, family: Family, cache) -> Cache | No
     ours = hook is not None and hook.cache is not None
     if not ours and any(stateful(blocks.unwrapped(pipe.transformer))):
         raise ValueError("cache must be None: the transformer has a cache of diffusers, disable_cache() takes it off")
+    cache.check(blocks.unwrapped(pipe.transformer))
     return cache
 
 
@@ -186,6 +187,7 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
     """Make the scheduler this pipeline's, and the pipeline ready for interruptions."""
     family, transformer = hook.family, blocks.unwrapped(pipe.transformer)
     family.patch(pipe)
+    hook.renew_cache(transformer)
     decode = None if pipe.vae is None else lambda tokens, grid: family.decode(pipe, tokens, grid)
 
     def stage_begins(stage: int, steps: int):

@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils import logging
 from torch import Tensor
 
+from .caches import Progress
 from .options import Options, schedule_of
 from .regions import scorer_of
 from .schedule import Schedule, own_shift
@@ -166,6 +167,14 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def running(self) -> bool:
         """Whether a run with stages (and not the stock schedule) is going on."""
         return self._run is not None
+
+    @property
+    def progress(self) -> Progress | None:
+        """Where the run is, with stages or without; None before and after."""
+        step, run = self.step_index or 0, self._run
+        counts = (len(self.timesteps),) if run is None else run.schedule.steps
+        whole = [progress for stage in Progress.of(counts) for progress in stage]
+        return whole[step] if step < len(whole) else None
 
     @property
     def layout(self) -> Layout | None:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ralu.caches import register
+from ralu.caches import Cache, register
 
 
 @register("again")
 @dataclass(frozen=True)
-class Again:
+class Again(Cache):
     families: ClassVar[tuple[str, ...]] = ("toy", "flux")
 
     every: int = 2

@@ -4,7 +4,9 @@ A cache is a frozen dataclass whose fields are its options, of type int, float, 
 modules in it import nothing heavy before a cache is applied.
 """
 
-from .base import CACHES, Cache, register
+from .base import CACHES, Cache, Progress, register
+from .delta_dit import DeltaDiT
 from .taylorseer import TaylorSeer
+from .teacache import TeaCache
 
-__all__ = ["CACHES", "Cache", "TaylorSeer", "register"]
+__all__ = ["CACHES", "Cache", "DeltaDiT", "Progress", "TaylorSeer", "TeaCache", "register"]

@@ -1,12 +1,46 @@
 """What a cache is, and the table of those that are known."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 CACHES: dict[str, type] = {}
 
 
-class Cache(Protocol):
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    stage:           number of the stage, from 1.
+    step, steps:     index of the step in the stage, from 0, and how many the stage has.
+    run_step, run_steps: the same in the whole run.
+    """
+
+    stage: int
+    step: int
+    steps: int
+    run_step: int
+    run_steps: int
+
+    def ahead(self) -> "list[Progress]":
+        """List the stage's later steps."""
+        return [
+            Progress(self.stage, self.step + k, self.steps, self.run_step + k, self.run_steps)
+            for k in range(1, self.steps - self.step)
+        ]
+
+    @staticmethod
+    def of(stages: Sequence[int]) -> "list[list[Progress]]":
+        """List the steps of a run, stage by stage, whose stages have so many."""
+        firsts, total = [sum(stages[:k]) for k in range(len(stages))], sum(stages)
+        return [
+            [Progress(k + 1, step, steps, first + step, total) for step in range(steps)]
+            for k, (first, steps) in enumerate(zip(firsts, stages, strict=True))
+        ]
+
+
+class Cache:
     """The interface of a cache. `ralu.enable` calls it: a cache never registers, resets or undoes anything by itself.
 
     families: names of the model families it serves, see `ralu.families`.
@@ -14,14 +48,31 @@ class Cache(Protocol):
 
     families: ClassVar[tuple[str, ...]]
 
+    def check(self, transformer: Any) -> None:
+        """Raise ValueError for a transformer that it cannot serve; nothing is changed before."""
+
     def apply(self, transformer: Any) -> None:
-        """Put hooks on a transformer's modules."""
+        """Put hooks on a transformer's modules. At every call their state managers' context is a `hooks.Call`."""
+        raise NotImplementedError
 
     def remove(self, transformer: Any) -> None:
         """Take them off again."""
+        raise NotImplementedError
 
     def reset(self, transformer: Any, stage: int, steps: int) -> None:
-        """Forget what is cached: a stage begins, with other tokens, that has so many steps."""
+        """Forget what is cached beside the hooks' state: a stage begins, with other tokens, that has so many steps."""
+
+    def shares(self, transformer: Any, progress: Progress) -> dict[str, float] | None:
+        """Return, by modules' names, the share of its work that each does at a step; None where this is not known.
+
+        A module's parts have its share unless they are named too; the share of what is not named is 1. Where a step
+        depends on the image, this is what is expected.
+        """
+        return None
+
+    def kept(self, transformer: Any, progress: Progress, batch: int, tokens: int, text_tokens: int) -> int:
+        """Count the elements that are kept during a step, of the transformer's dtype. batch: rows of a call."""
+        return 0
 
 
 def register(name: str) -> Callable[[type], type]:
@@ -32,3 +83,23 @@ def register(name: str) -> Callable[[type], type]:
         return kind
 
     return add
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise TypeError for what is no whole number, and ValueError for one that is not in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    _check_range(name, value, least, most)
+
+
+def check_number(name: str, value: Any, least: float, most: float | None = None) -> None:
+    """Raise TypeError for what is no number, and ValueError for one that is not in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    _check_range(name, value, least, most)
+
+
+def _check_range(name: str, value: float, least: float, most: float | None) -> None:
+    if not least <= value <= (math.inf if most is None else most) or math.isinf(value):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -1,9 +1,10 @@
 """TaylorSeer (arXiv 2503.06923): the outputs of attention and MLPs at skipped steps, by a Taylor series in the step."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .base import register
+from .base import Cache, Progress, check_whole, register
 
 # Whole modules: diffusers' default hooks attention alone, which leaves three quarters of a step's work.
 _PREDICTED = [r"transformer_blocks\.\d+\.(attn|attn2|ff|ff_context)", r"single_transformer_blocks\.\d+\.proj_out"]
@@ -12,7 +13,7 @@ _SKIPPED = [r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"]  # only what fol
 
 @register("taylorseer")
 @dataclass(frozen=True)
-class TaylorSeer:
+class TaylorSeer(Cache):
     """Predict module outputs from those of the last full steps, on diffusers' own hooks.
 
     The transformer is computed in full at steps 0 to warmup - 1, and then at every interval-th step from warmup - 1 on,
@@ -33,13 +34,9 @@ class TaylorSeer:
     warmup: int = 3
 
     def __post_init__(self):
-        for name, least, most in (("interval", 1, None), ("order", 0, 2), ("warmup", 1, None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if value < least or (most is not None and value > most):
-                allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-                raise ValueError(f"{name} must be {allowed}, got {value}")
+        check_whole("interval", self.interval, 1)
+        check_whole("order", self.order, 0, 2)
+        check_whole("warmup", self.warmup, 1)
 
     def is_full(self, step: int) -> bool:
         """Say whether a stage's step, counted from 0, is computed in full."""
@@ -67,8 +64,19 @@ class TaylorSeer:
         for registry, _ in list(self._hooks(transformer)):
             registry.remove_hook("taylorseer_cache", recurse=False)
 
-    def reset(self, transformer: Any, stage: int, steps: int) -> None:
-        """Forget nothing beyond the hooks' own state, which is reset with every diffusers cache."""
+    def shares(self, transformer: Any, progress: Progress) -> dict[str, float]:
+        """Leave out the modules that are predicted, and those that these alone need."""
+        if self.is_full(progress.step):
+            return {}
+        return dict.fromkeys(_matching(transformer, _PREDICTED + _SKIPPED), 0.0)
+
+    def kept(self, transformer: Any, progress: Progress, batch: int, tokens: int, text_tokens: int) -> int:
+        """Count the factors of every prediction: the outputs, and a difference for each order from the next on."""
+        fulls = sum(self.is_full(step) for step in range(progress.step + 1))
+        widths = {"attn": tokens + text_tokens, "attn2": tokens, "ff": tokens, "ff_context": text_tokens}
+        names = _matching(transformer, _PREDICTED)
+        rows = sum(widths.get(name.rpartition(".")[2], tokens + text_tokens) for name in names)
+        return batch * rows * transformer.inner_dim * min(fulls, self.order + 1)
 
     @staticmethod
     def _hooks(transformer: Any):
@@ -76,6 +84,12 @@ class TaylorSeer:
             registry = getattr(module, "_diffusers_hook", None)
             if registry is not None and (hook := registry.get_hook("taylorseer_cache")) is not None:
                 yield registry, hook
+
+
+def _matching(transformer: Any, patterns: list[str]) -> list[str]:
+    """Name the modules that one of the patterns fits."""
+    whole = re.compile("|".join(patterns))
+    return [name for name, _ in transformer.named_modules() if whole.fullmatch(name)]
 
 
 @dataclass(frozen=True)

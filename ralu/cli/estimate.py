@@ -18,7 +18,8 @@ def add(commands):
         "count a run's operations and memory before it is run",
         "Nothing is allocated and no weights are read. Operations are those of matrix products and convolutions, a "
         "multiply-add being two, without and with attention's two matrix products; the paper's figures are without. "
-        "The memory is that of a pipeline that is wholly on the device. What a cache saves is not counted.",
+        "The memory is that of a pipeline that is wholly on the device. Of a cache that "
+        "goes by the image, what is expected is counted.",
         """  ralu estimate
   ralu estimate --model sd3-medium --methods stock-28 sd3-2x sd3-3x --batch 4
   ralu estimate --size 2048x1024 --ratio .3 --json""",
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace):
         estimates = {
             str(method): estimate(
                 model.location,
-                method.preset or method.steps,
+                method,
                 height=height,
                 width=width,
                 ratio=_ratio(args, method),
@@ -84,10 +85,9 @@ def run(args: argparse.Namespace):
         print(json.dumps(settings | {"methods": {name: cost.to_dict() for name, cost in estimates.items()}}, indent=2))
         return
     print(f"{args.model}, {width}×{height} pixels, {args.batch} in a batch, {args.dtype}")
-    cached = {str(method) for method in methods if method.cache is not None}
     (base, first), *_ = estimates.items()
     for name, cost in estimates.items():
-        print(f"\n{name}{' (at most: what the cache saves is not counted)' * (name in cached)}\n{cost}")
+        print(f"\n{name}{' (at most: what the cache saves is not known)' * cost.at_most}\n{cost}")
         if cost is not first:
             less, within = first.tflop / cost.tflop, first.total / cost.total
             print(f"{base} takes {less:.2f} times as many operations, with attention {within:.2f} times")

@@ -1,0 +1,150 @@
+"""Hooks on a transformer's blocks, and what they are told of a call: for the caches that leave out whole blocks."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import CacheContext, StateManager
+from torch import Tensor, nn
+
+from .base import Progress
+
+_NAME = "ralu_cache"
+_STREAMS = ("hidden_states", "encoder_hidden_states", "temb")
+
+
+@dataclass(frozen=True, eq=False)
+class Call(CacheContext):
+    """A call of a transformer: `ralu.enable` makes it the context of the state managers of all hooks.
+
+    Contexts of different names have states of their own: "cond" and "uncond" in FLUX, "all layers" and "some layers"
+    (skip-layer guidance) in SD3.
+
+    progress: None for a call that is of no run: then everything is to be computed, and nothing to be kept.
+    images:   I, in the run. Row r of a batch is of image r % I: guidance may double the batch.
+    mask:     bool (I, L), which of the images' tokens are no padding; None where none is.
+    skipped:  indices of the blocks that skip-layer guidance leaves out of this call.
+    """
+
+    progress: Progress | None = None
+    images: int = 1
+    mask: Tensor | None = None
+    skipped: tuple[int, ...] = ()
+
+
+class State(Protocol):
+    """What a cache keeps in one context, and what the hooked modules do. It begins as `reset` leaves it."""
+
+    call: Call | None
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def begin(self, call: Call) -> None:
+        """Prepare for the modules of a new call."""
+
+    def enter(self, place: Any, module: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+        """Return a module's output, None where it is to be computed, and the arguments to do so with.
+
+        place: of the module, as in `apply_hooks`.
+        """
+
+    def leave(self, place: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Return what is to be passed on for an output that was computed with these arguments."""
+
+
+class Hook(ModelHook):
+    """Hand a module's calls to the state of their context."""
+
+    _is_stateful = True
+
+    def __init__(self, place: Any, manager: StateManager):
+        super().__init__()
+        self.place, self.state_manager = place, manager
+
+    # Its own frame is not traced, and neither is the state, which changes from step to step: modules that are compiled
+    # still are.
+    @partial(torch.compiler.disable, recursive=False)
+    def new_forward(self, module, *args, **kwargs):
+        """Call the module, or not."""
+        compute, call = self.fn_ref.original_forward, self.state_manager._context
+        if not isinstance(call, Call) or call.progress is None:
+            return compute(*args, **kwargs)
+        state, output, args, kwargs = self._enter(call, module, args, kwargs)
+        return self._leave(state, args, kwargs, compute(*args, **kwargs)) if output is None else output
+
+    @torch.compiler.disable
+    def _enter(self, call, module, args, kwargs):
+        state = self.state_manager.get_state()
+        if state.call is not call:
+            state.call = call
+            state.begin(call)
+        return state, *state.enter(self.place, module, args, kwargs)
+
+    @torch.compiler.disable
+    def _leave(self, state, args, kwargs, output):
+        return state.leave(self.place, args, kwargs, output)
+
+    def reset_state(self, module):
+        """Forget the states of all contexts."""
+        self.state_manager.reset()
+        return module
+
+
+def apply_hooks(modules: Mapping[Any, Any], state: Callable[..., State], *arguments: Any) -> None:
+    """Put hooks on modules, by places that `state` knows; in each context they share one `state(*arguments)`."""
+    manager = StateManager(state, arguments)
+    for place, module in modules.items():
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(Hook(place, manager), _NAME)
+
+
+def hooks_of(transformer: nn.Module) -> Iterator[tuple[HookRegistry, Hook]]:
+    """List what `apply_hooks` registered, and where."""
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and (hook := registry.get_hook(_NAME)) is not None:
+            yield registry, hook
+
+
+def remove_hooks(transformer: nn.Module) -> None:
+    """Undo `apply_hooks`."""
+    for registry, _ in list(hooks_of(transformer)):
+        registry.remove_hook(_NAME, recurse=False)
+        module = registry._module_ref
+        if vars(module).get("forward") == MethodType(type(module).forward, module):
+            del module.forward
+
+
+# ---- blocks; all take the streams of image and text, and return (text, image) ----
+
+
+def named_blocks(transformer: Any) -> dict[str, Any]:
+    """List a transformer's blocks by name, in the order in which they run."""
+    parts = ("transformer_blocks", "single_transformer_blocks")
+    return {f"{part}.{i}": block for part in parts for i, block in enumerate(getattr(transformer, part, ()))}
+
+
+def check_norms(transformer: Any) -> None:
+    """Raise ValueError where the weights of blocks' norms are on another device while their block is not called."""
+    for name, block in named_blocks(transformer).items():
+        registry = getattr(block, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook("group_offloading") is not None:
+            raise ValueError(
+                f"cache needs norms of {name}, which is offloaded as a whole: offload the transformer with "
+                "offload_type='leaf_level', or after ralu.enable"
+            )
+
+
+def streams(args: tuple, kwargs: dict) -> list[Tensor]:
+    """Return what a block is given: the image's stream (B, L, D), the text's (B, T, D), and (B, D) of the time."""
+    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(_STREAMS)]
+
+
+def ends(blocks: Iterable[int], call: Call) -> tuple[int, int]:
+    """Return the first and the last of these blocks, by index, that a call runs; (-1, -1) where it runs none."""
+    run = [index for index in blocks if index not in call.skipped]
+    return (run[0], run[-1]) if run else (-1, -1)
