@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ralu_kernels import attention_backend
 
     from .blocks import fuse, unfuse
-    from .caches import DeltaDiT, TaylorSeer, TeaCache
+    from .caches import DeltaDiT, TaylorSeer, TeaCache, ToCa
     from .cost import estimate
     from .method import Method
     from .pipeline import disable, enable
@@ -29,6 +29,7 @@ __all__ = [
     "Schedule",
     "TaylorSeer",
     "TeaCache",
+    "ToCa",
     "attention_backend",
     "disable",
     "enable",
@@ -56,6 +57,7 @@ _HOMES = {
     "DeltaDiT": ".caches",
     "TaylorSeer": ".caches",
     "TeaCache": ".caches",
+    "ToCa": ".caches",
     "__version__": "ralu_kernels",
     "SchedulerMixin": ".scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }

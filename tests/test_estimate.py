@@ -388,3 +388,35 @@ def test_help(capsys):
         main(["estimate", "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "examples:\n  ralu estimate" in text and "None" not in text
+
+
+# ---- ToCa ----
+
+
+def test_toca_by_hand():
+    """The paper's setting for FLUX: ten full steps of 40, and steps without attention that compute a tenth of MLPs.
+
+    Each row of a block's MLPs costs 8 or 9 D² multiply-adds, and modulation 12 or 3 D² a block. How many rows there are
+    is rounded down in a run.
+    """
+    full, few = (estimate("flux-dev", method) for method in ("stock-10", "stock-40+toca(interval=5)"))
+    tokens, text_tokens, width = 64 * 64, 512, 3072
+    both, square = tokens + text_tokens, width**2
+    doubles = sum(12 + 8 * both * 0.1 * (1.5 - layer / 27) * 0.4 for layer in range(19))
+    singles = sum(3 + 9 * both * 0.1 * (1.5 - layer / 27) * 1.6 for layer in range(38))
+    vectors = 2 * (256 + width) * width + (768 + width) * width
+    ends = (64 * tokens + 4096 * text_tokens + 2 * width + 64 * tokens) * width
+    part, before = few.parts[2], full.parts[2]
+    step = 2 * ((doubles + singles) * square + vectors + ends) / 1e12
+    assert part.tflop == pytest.approx(before.tflop + 30 * step, rel=1e-9)
+    scored = 8 * 57 * 2 * both**2 * width / 1e12  # queries times keys once more, where scores are used
+    assert part.attention == pytest.approx(before.attention + scored, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "method"),
+    [("flux-dev", 50, "stock-40+toca(interval=5)"), ("sd3-medium", 28, "stock-28+toca(interval=3)")],
+)
+def test_toca_holds_at_most_a_tenth_more_than_stock(model, steps, method):
+    stock, cached = estimate(model, steps), estimate(model, method)
+    assert stock.peak_bytes < cached.peak_bytes < 1.1 * stock.peak_bytes

@@ -8,5 +8,6 @@ from .base import CACHES, Cache, Progress, register
 from .delta_dit import DeltaDiT
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
+from .toca import ToCa
 
-__all__ = ["CACHES", "Cache", "DeltaDiT", "Progress", "TaylorSeer", "TeaCache", "register"]
+__all__ = ["CACHES", "Cache", "DeltaDiT", "Progress", "TaylorSeer", "TeaCache", "ToCa", "register"]
