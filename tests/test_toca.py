@@ -80,8 +80,8 @@ def test_padding_is_never_chosen():
     valid = torch.arange(20) < torch.tensor([[20], [11], [1]])
     scores = torch.rand(3, 20) + 2.0 * ~valid  # padding would win
     tokens = toca_block.Tokens(scores, valid)
-    for _ in range(4):
-        rows = tokens.choose(0.45, 0.1)
+    for _ in range(9):  # and would grow older than all others
+        rows = tokens.choose(0.45, 1.0)
         chosen = [set(row[kept].tolist()) for row, kept in zip(rows.places, rows.chosen, strict=True)]
         assert [len(each) for each in chosen] == [9, 4, 0]  # int(0.45 n)
         assert max(chosen[1]) < 11

@@ -15,7 +15,7 @@ class ToCa(Cache):
     In between a block uses again what its attention gave at the last full step, under the modulation of the step. Its
     MLP (FLUX's single blocks: MLP and output projection) is computed for the k tokens of n with the highest
 
-        score / ||score||_2 + staleness · (steps since the token was computed) / interval,
+        score / ||score||_2 + staleness · (steps that it was left out since it was computed) / interval,
 
     and is for all others what it was when they were computed. Layer l of 0, 1, ... of its kind computes
 
@@ -35,8 +35,11 @@ class ToCa(Cache):
     stream_weight: in [0, 1]; 0 treats all blocks alike.
     warmup:        full steps at the beginning, at least 1; with RALU at the beginning of every stage.
 
-    Beside its weights a stock run holds less than this keeps: 2 (B, L, D) tensors a block of a joint sequence of L
-    tokens, 3 where SD3.5-medium has a second attention. They are let go within the step that uses them last.
+    Blocks may be fused. Compiled ones run as compiled in full steps that are followed by another one, and otherwise
+    module by module. Between steps 2·B·(L + T)·D elements a block are kept, with L tokens of the image and T of the
+    text, and B·L·D more where SD3.5-medium has a second attention; no step keeps what the next one does not use.
+    Memory for scores grows with L, never with L²: attention's weights are made for a few queries at a time.
+
     Raises ValueError for values out of range, and TypeError for values of another type.
     """
 
@@ -92,7 +95,7 @@ class ToCa(Cache):
 
     def shares(self, transformer: Any, progress: Progress) -> dict[str, float]:
         """Leave out attention, and of the MLPs all but k of n rows; scores take queries times keys once more."""
-        shares = {}
+        shares: dict[str, float] = {}
         for name, (layer, stream) in _places(transformer).items():
             block = transformer.get_submodule(name)
             if not self.is_full(progress.step):
