@@ -81,11 +81,11 @@ class ToCa(Cache):
     def apply(self, transformer: Any) -> None:
         """Put a hook on every block."""
         from ..families import family_of_transformer
-        from .hooks import apply_hooks
+        from .parts import apply_block_hooks
         from .toca_block import State
 
         blocks = {place: transformer.get_submodule(name) for name, place in _places(transformer).items()}
-        apply_hooks(blocks, State, self, family_of_transformer(transformer).text_first)
+        apply_block_hooks(blocks, State, self, family_of_transformer(transformer).text_first)
 
     def remove(self, transformer: Any) -> None:
         """Take the hooks off."""

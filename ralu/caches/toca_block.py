@@ -1,20 +1,17 @@
 """What `ralu.caches.toca` does in transformer blocks, stock or fused: for a call it replaces the modules in them."""
 
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import apply_rotary_emb
-from torch import Tensor, nn
+from torch import Tensor
 
 from .hooks import Call
+from .parts import WHOLE, present, replaced, rotated, streams_of, valid_tokens, watched
 from .toca import ToCa
 
 _MLPS = {"ff": "image", "ff_context": "text"}  # of a block with two streams -> whose tokens it computes
-_WHOLE = {"_chunk_size": None}  # where diffusers would call a block's MLPs for a part of the tokens
 _WEIGHTS = 2**24  # of attention, that exist at one time
 
 
@@ -50,25 +47,23 @@ class State:
         assert call.progress is not None  # `Hook` sees to it
         self.full, self.keeps = self.cache.is_full(call.progress.step), self.cache.keeps(call.progress)
 
-    @partial(torch.compiler.disable, recursive=False)
-    def run(self, place: tuple[int, int], module: Any, compute: Callable, args: tuple, kwargs: dict):
-        """Compute a block in full, keeping what later steps use, or for a few tokens."""
-        before = self.blocks.pop(place, None)
-        if (self.full or before is None) and not self.keeps:
-            return compute(*args, **kwargs)  # as it is compiled
-        return self._partly(place, module, before, compute, args, kwargs)
+    def plain(self, place: tuple[int, int]) -> bool:
+        """Say whether a block is computed in full and keeps nothing."""
+        if self.full:
+            self.blocks.pop(place, None)
+        return place not in self.blocks and not self.keeps
 
-    @torch.compiler.disable  # what stands for modules is of this call alone, and would be compiled anew in the next
-    def _partly(self, place: tuple[int, int], module: Any, before: Block | None, compute: Callable, args, kwargs):
-        if self.full or before is None:
-            now = Block()
-            parts = self._keeping(place, module, now)
+    def run(self, place: tuple[int, int], block: Any, compute: Callable, args: tuple, kwargs: dict) -> Any:
+        """Compute a block in full, keeping what later steps use, or for a few tokens."""
+        state = self.blocks.pop(place, None)
+        if state is None:
+            state = Block()
+            parts = self._keeping(place, block, state)
         else:
-            now = before
-            parts = self._reusing(place, module, now)
+            parts = self._reusing(place, block, state)
         if self.keeps:
-            self.blocks[place] = now
-        with _replaced(module, parts):
+            self.blocks[place] = state
+        with replaced(block, WHOLE | parts):
             return compute(*args, **kwargs)
 
     def _keeping(self, place: tuple[int, int], block: Any, state: Block) -> dict[str, Any]:
@@ -76,7 +71,7 @@ class State:
         attention = block.attn
 
         def attend(**kwargs):
-            with _seen(attention) as projections:
+            with watched(attention) as projections:
                 result = attention(**kwargs)
             state.tokens = self._tokens(attention, projections, kwargs)
             if attention.context_pre_only:  # SD3's last block has no use for its text
@@ -94,8 +89,8 @@ class State:
 
             return call
 
-        names = ["proj_out"] if place[1] == 1 else _present(block, ("attn2", *_MLPS))
-        return _WHOLE | {"attn": attend} | {name: kept(name) for name in names}
+        names = ["proj_out"] if place[1] == 1 else present(block, ("attn2", *_MLPS))
+        return {"attn": attend} | {name: kept(name) for name in names}
 
     def _reusing(self, place: tuple[int, int], block: Any, state: Block) -> dict[str, Any]:
         """Return what stands for the modules of a block that is computed for a few tokens."""
@@ -114,23 +109,22 @@ class State:
                 "attn": lambda **_: few.take(kept["attn"]),
                 "proj_out": lambda x: few.put(out(x), kept["proj_out"]),
             }
-        attentions = {name: lambda name=name, **_: kept[name] for name in _present(block, ("attn", "attn2"))}
-        return _WHOLE | attentions | {name: partly(name, rows[_MLPS[name]]) for name in _present(block, _MLPS)}
+        attentions = {name: lambda name=name, **_: kept[name] for name in present(block, ("attn", "attn2"))}
+        return attentions | {name: partly(name, rows[_MLPS[name]]) for name in present(block, _MLPS)}
 
     def _tokens(self, attention: Any, seen: dict[str, Tensor], given: dict[str, Any]) -> dict[str, "Tokens"]:
         """Score all tokens of an attention by what its projections gave and what it was called with."""
-        streams = _projected(attention, seen)[:: self.order]
+        streams = streams_of(attention, seen)[:: self.order]
         names = ["joint"] if len(streams) == 1 else ["image", "text"][:: self.order]
-        valid = _valid(given)
+        valid = valid_tokens(given)
         if self.cache.score == "norm":
-            scores = torch.cat([_lengths(key) for _, key, _ in streams], dim=1)
+            keys = torch.cat([stream.raw_key for stream in streams], dim=1)
+            scores = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).mean(-1)
         else:
-            normed = [(_normed(q, norm_q), _normed(k, norm_k)) for q, k, (norm_q, norm_k) in streams]
-            query, key = (torch.cat(parts, dim=1) for parts in zip(*normed, strict=True))
-            if (rotary := given.get("image_rotary_emb")) is not None:
-                query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-            scores = received(query, key, valid)
-        sizes = [key.shape[1] for _, key, _ in streams]
+            query, key, *_ = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
+            rotary = given.get("image_rotary_emb")
+            scores = received(rotated(query, rotary), rotated(key, rotary), valid)
+        sizes = [stream.key.shape[1] for stream in streams]
         masks = [None] * len(sizes) if valid is None else valid.split(sizes, dim=1)
         return {name: Tokens(*part) for name, *part in zip(names, scores.split(sizes, dim=1), masks, strict=True)}
 
@@ -208,80 +202,3 @@ def received(query: Tensor, key: Tensor, valid: Tensor | None = None) -> Tensor:
             weights = weights * valid[:, None, start : start + step, None]
         sums += weights.sum((1, 2))
     return sums
-
-
-def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
-    return x if norm is None else norm(x)
-
-
-def _lengths(key: Tensor) -> Tensor:
-    """Return the mean over heads of the lengths of keys (B, n, H, D): float32 (B, n)."""
-    return torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).mean(-1)
-
-
-def _valid(given: dict[str, Any]) -> Tensor | None:
-    """Return which tokens of the joint sequence are no padding, bool (B, L), by an attention's arguments; None: all."""
-    layout, mask = given.get("sequences"), given.get("attention_mask")
-    if layout is None:
-        return mask if mask is not None and mask.ndim == 2 else None  # no padding is told by others
-    return None if layout.inverse is None else layout.inverse.view(layout.batch, layout.length) >= 0
-
-
-# A stream's projections to queries and keys, the same with values in one (`fuse_qkv_projections`), and the norms.
-_STREAMS = (
-    (("to_q", "to_k"), "to_qkv", ("norm_q", "norm_k")),
-    (("add_q_proj", "add_k_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")),
-)
-
-
-def _projected(attention: Any, seen: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, tuple]]:
-    """Return queries and keys (B, n, H, D) and their norms, of the image and, where it is apart, of the text."""
-    streams = []
-    for apart, together, norms in _STREAMS:
-        parts = (
-            seen[together].chunk(3, dim=-1)[:2] if together in seen else [seen[name] for name in apart if name in seen]
-        )
-        if parts:
-            query, key = (part.unflatten(-1, (attention.heads, -1)) for part in parts)
-            streams.append((query, key, tuple(getattr(attention, name, None) for name in norms)))
-    return streams
-
-
-# ---- modules that stand for others ----
-
-
-def _present(block: Any, names: Iterable[str]) -> list[str]:
-    return [name for name in names if getattr(block, name, None) is not None]
-
-
-@contextmanager
-def _replaced(module: nn.Module, parts: dict[str, Any]):
-    """Let others stand for a module's attributes: what an object holds itself comes before its submodules."""
-    own = vars(module)
-    before = {name: own[name] for name in parts if name in own}
-    own.update(parts)
-    try:
-        yield
-    finally:
-        for name in parts:
-            del own[name]
-        own.update(before)
-
-
-@contextmanager
-def _seen(attention: Any):
-    """Collect the outputs of an attention's projections by name while it is called."""
-    seen: dict[str, Tensor] = {}
-
-    def watched(name: str) -> Callable:
-        module = getattr(attention, name)
-
-        def call(x: Tensor):
-            seen[name] = module(x)
-            return seen[name]
-
-        return call
-
-    names = [name for apart, together, _ in _STREAMS for name in (*apart, together)]
-    with _replaced(attention, {name: watched(name) for name in _present(attention, names)}):
-        yield seen
