@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ralu_kernels import attention_backend
 
     from .blocks import fuse, unfuse
-    from .caches import DeltaDiT, TaylorSeer, TeaCache, ToCa
+    from .caches import RAS, DeltaDiT, TaylorSeer, TeaCache, ToCa
     from .cost import estimate
     from .method import Method
     from .pipeline import disable, enable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "RAS",
     "DeltaDiT",
     "Layout",
     "Method",
@@ -56,6 +57,7 @@ _HOMES = {
     "unfuse": ".blocks",
     "DeltaDiT": ".caches",
     "TaylorSeer": ".caches",
+    "RAS": ".caches",
     "TeaCache": ".caches",
     "ToCa": ".caches",
     "__version__": "ralu_kernels",

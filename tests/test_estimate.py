@@ -390,7 +390,7 @@ def test_help(capsys):
     assert stop.value.code == 0 and "examples:\n  ralu estimate" in text and "None" not in text
 
 
-# ---- ToCa ----
+# ---- ToCa and RAS ----
 
 
 def test_toca_by_hand():
@@ -420,3 +420,21 @@ def test_toca_by_hand():
 def test_toca_holds_at_most_a_tenth_more_than_stock(model, steps, method):
     stock, cached = estimate(model, steps), estimate(model, method)
     assert stock.peak_bytes < cached.peak_bytes < 1.1 * stock.peak_bytes
+
+
+@pytest.mark.parametrize(("ratio", "tflop"), [(0.32, 185.14), (0.05, 118.99)])
+def test_ras_as_published(ratio, tflop):
+    """SD3 at 1024 pixels, 22 sparse steps of 28."""
+    assert estimate("sd3-medium", f"stock-28+ras(ratio={ratio})").tflop == close(tflop)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3-3.5-medium"])
+def test_operations_of_a_real_run_under_ras(name):
+    pipe = PIPELINES[name]()
+    method = f"{ralu.enable(pipe).scheduler.config.preset}+ras(ratio=0.3,start=2,resets=none)"
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tiny.paint(ralu.enable(pipe, method), height=48, width=64)
+    cost = estimate(pipe, method, height=48, width=64, text_tokens=TEXT)
+    transformer = sum(counter.get_flop_counts()[type(pipe.transformer).__name__].values())
+    counted = sum(part.tflop + part.attention for part in cost.parts if "resolution" in part.name)
+    assert counted * 1e12 == pytest.approx(transformer, rel=1e-12)

@@ -93,7 +93,7 @@ class ToCa(Cache):
 
         remove_hooks(transformer)
 
-    def shares(self, transformer: Any, progress: Progress) -> dict[str, float]:
+    def shares(self, transformer: Any, progress: Progress, tokens: int, text_tokens: int) -> dict[str, float]:
         """Leave out attention, and of the MLPs all but k of n rows; scores take queries times keys once more."""
         shares: dict[str, float] = {}
         for name, (layer, stream) in _places(transformer).items():
