@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ralu_kernels import attention_backend
 
     from .blocks import fuse, unfuse
-    from .caches import DeltaDiT, TaylorSeer, TeaCache
+    from .caches import RAS, DeltaDiT, TaylorSeer, TeaCache, ToCa
     from .cost import estimate
     from .method import Method
     from .pipeline import disable, enable
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "RAS",
     "DeltaDiT",
     "Layout",
     "Method",
@@ -30,6 +31,7 @@ __all__ = [
     "Schedule",
     "TaylorSeer",
     "TeaCache",
+    "ToCa",
     "attention_backend",
     "disable",
     "enable",
@@ -57,7 +59,9 @@ _HOMES = {
     "unfuse": ".blocks",
     "DeltaDiT": ".caches",
     "TaylorSeer": ".caches",
+    "RAS": ".caches",
     "TeaCache": ".caches",
+    "ToCa": ".caches",
     "__version__": "ralu_kernels",
     "SchedulerMixin": ".scheduler",  # diffusers looks it up beside RaluScheduler, to load a saved one
 }

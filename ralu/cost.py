@@ -203,7 +203,11 @@ def estimate(
         for k, each in enumerate(method.stages):
             stages += [selects] if preview and each.resolution == "mixed" else []
             stages.append(stage(f"stage {k + 1}, {RESOLUTIONS[each.resolution]}", each.steps, tokens[each.resolution]))
-    rows, at_most, progress = [], False, iter(Progress.of((method,) if isinstance(method, int) else method.steps))
+    rows, at_most, progress = (
+        [],
+        False,
+        iter(Progress.of((method,)) if isinstance(method, int) else Progress.of(method.steps, method.mixed)),
+    )
     for name, calls, tokens, *run in [*map(encoder, parts.encoders), *stages, decoder("image", height, width)]:
         tflop, attention, own, peak, scratch = _cost(torch.get_num_threads(), dtype, *run)
         work: tuple[float, float] = calls * tflop, calls * attention
@@ -411,7 +415,7 @@ def _cached_cost(
     """
     tflop = attention = 0.0
     for progress in steps:
-        if (shares := cache.shares(transformer, progress)) is None:
+        if (shares := cache.shares(transformer, progress, *shape[1:])) is None:
             return None
         work = shared_work(own, shares)
         tflop, attention = tflop + work[0], attention + work[1]

@@ -195,7 +195,14 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
         if hook.cache is not None:
             hook.cache.reset(transformer, stage, steps)
 
-    scheduler.bind(decode, stage_begins, family.pack, family.unpack)
+    def velocity(given):
+        if hook.cache is None:
+            return given
+        tokens = family.pack(given)
+        made = hook.cache.velocity(transformer, tokens, scheduler.progress)
+        return given if made is tokens else family.unpack(made, (given.shape[-2] // 2, given.shape[-1] // 2))
+
+    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity)
 
 
 def run_begins(scheduler: RaluScheduler):

@@ -177,6 +177,11 @@ class Schedule:
         return tuple(stage.steps for stage in self.stages)
 
     @property
+    def mixed(self) -> tuple[int, ...]:
+        """Numbers of the mixed stages, from 1."""
+        return tuple(k for k, stage in enumerate(self.stages, start=1) if stage.resolution == "mixed")
+
+    @property
     def ends(self) -> tuple[float, ...]:
         """Time at which each stage ends."""
         return tuple(stage.end for stage in self.stages)

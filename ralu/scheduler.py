@@ -88,6 +88,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         stage_begins: Callable[[int, int], None] = lambda stage, steps: None,
         pack: Callable[[Tensor], Tensor] = lambda sample: sample,
         unpack: Callable[[Tensor, tuple[int, int]], Tensor] = lambda tokens, grid: tokens,
+        velocity: Callable[[Tensor], Tensor] = lambda velocity: velocity,
     ):
         """Make ready to run. A second call replaces the first.
 
@@ -95,6 +96,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         stage_begins: called before each stage's first transformer call, with the stage's number and its steps.
         pack, unpack: where a model's samples are no tokens, see `ralu.stages.Run`. The methods below take and give
                       samples as the model's.
+        velocity:     makes that of a step of what the model gave for it, of the same shape.
         Raises ValueError for regions="canny" without a decoder.
         """
         regions = "gradient" if self.is_stock else self.config.regions
@@ -103,11 +105,12 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
                 "regions must be given: this scheduler was saved with a mask or scorer, which is not saved"
             )
         self._bound_scorer = self.scorer or scorer_of(regions, decode)
-        self._stage_begins, self._pack, self._unpack = stage_begins, pack, unpack
+        self._stage_begins, self._pack, self._unpack, self._velocity = stage_begins, pack, unpack, velocity
 
     def unbind(self):
         """Forget the model."""
-        self._bound_scorer = self._stage_begins = self._pack = self._unpack = self._run = None
+        self._bound_scorer = self._stage_begins = self._pack = self._unpack = None
+        self._velocity = self._run = None
 
     @property
     def bound(self) -> bool:
@@ -116,7 +119,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     def __getstate__(self):
         """Leave the model out: a scheduler that is copied or pickled must not take it along."""
-        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_run")
+        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_velocity", "_run")
         return self.__dict__ | dict.fromkeys(loose)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -172,8 +175,10 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def progress(self) -> Progress | None:
         """Where the run is, with stages or without; None before and after."""
         step, run = self.step_index or 0, self._run
-        counts = (len(self.timesteps),) if run is None else run.schedule.steps
-        whole = [progress for stage in Progress.of(counts) for progress in stage]
+        stages = (
+            Progress.of((len(self.timesteps),)) if run is None else Progress.of(run.schedule.steps, run.schedule.mixed)
+        )
+        whole = [progress for stage in stages for progress in stage]
         return whole[step] if step < len(whole) else None
 
     @property
@@ -202,6 +207,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         was not called through `ralu.enable` or `ralu.sample` before, and ValueError for a velocity that does not fit.
         """
         run = self._run
+        if self.bound:
+            model_output = self._velocity(model_output)
         if run is None:
             return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         if run.layout is None:

@@ -19,7 +19,7 @@ RESEARCH = "flux-research"
 
 
 def latents(pipe, **call):
-    return tiny.paint(pipe, output_type="latent", **call)
+    return tiny.generate(pipe, output_type="latent", **call)
 
 
 @pytest.mark.parametrize(

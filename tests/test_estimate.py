@@ -437,7 +437,13 @@ def counts(run, module, repeats):
         else:
             left = run()
     shapes = [(x.shape, x.stride(), x.dtype) for x in tree_leaves(left) if torch.is_tensor(x)]
-    return {name: dict(ops) for name, ops in counter.flop_counts.items()}, memory.peak, memory.now, memory.scratch, shapes
+    return (
+        {name: dict(ops) for name, ops in counter.flop_counts.items()},
+        memory.peak,
+        memory.now,
+        memory.scratch,
+        shapes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -561,3 +567,53 @@ def test_what_a_cache_saves_may_not_be_known(tmp_path, capsys):
 def test_a_cache_that_does_not_fit(model, method, words):
     with pytest.raises(ValueError, match=words):
         estimate(model, method)
+
+
+# ---- ToCa and RAS ----
+
+
+def test_toca_by_hand():
+    """The paper's setting for FLUX: ten full steps of 40, and steps without attention that compute a tenth of MLPs.
+
+    Each row of a block's MLPs costs 8 or 9 D² multiply-adds, and modulation 12 or 3 D² a block. How many rows there are
+    is rounded down in a run.
+    """
+    full, few = (estimate("flux-dev", method) for method in ("stock-10", "stock-40+toca(interval=5)"))
+    tokens, text_tokens, width = 64 * 64, 512, 3072
+    both, square = tokens + text_tokens, width**2
+    doubles = sum(12 + 8 * both * 0.1 * (1.5 - layer / 27) * 0.4 for layer in range(19))
+    singles = sum(3 + 9 * both * 0.1 * (1.5 - layer / 27) * 1.6 for layer in range(38))
+    vectors = 2 * (256 + width) * width + (768 + width) * width
+    ends = (64 * tokens + 4096 * text_tokens + 2 * width + 64 * tokens) * width
+    part, before = few.parts[2], full.parts[2]
+    step = 2 * ((doubles + singles) * square + vectors + ends) / 1e12
+    assert part.tflop == pytest.approx(before.tflop + 30 * step, rel=1e-9)
+    scored = 8 * 57 * 2 * both**2 * width / 1e12  # queries times keys once more, where scores are used
+    assert part.attention == pytest.approx(before.attention + scored, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "method"),
+    [("flux-dev", 50, "stock-40+toca(interval=5)"), ("sd3-medium", 28, "stock-28+toca(interval=3)")],
+)
+def test_toca_holds_at_most_a_tenth_more_than_stock(model, steps, method):
+    stock, cached = estimate(model, steps), estimate(model, method)
+    assert stock.peak_bytes < cached.peak_bytes < 1.1 * stock.peak_bytes
+
+
+@pytest.mark.parametrize(("ratio", "tflop"), [(0.32, 185.14), (0.05, 118.99)])
+def test_ras_as_published(ratio, tflop):
+    """SD3 at 1024 pixels, 22 sparse steps of 28."""
+    assert estimate("sd3-medium", f"stock-28+ras(ratio={ratio})").tflop == close(tflop)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3-3.5-medium"])
+def test_operations_of_a_real_run_under_ras(name):
+    pipe = PIPELINES[name]()
+    method = f"{ralu.enable(pipe).scheduler.config.preset}+ras(ratio=0.3,start=2,resets=none)"
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tiny.generate(ralu.enable(pipe, method), height=48, width=64)
+    cost = estimate(pipe, method, height=48, width=64, text_tokens=TEXT)
+    transformer = sum(counter.get_flop_counts()[type(pipe.transformer).__name__].values())
+    counted = sum(part.tflop + part.attention for part in cost.parts if "resolution" in part.name)
+    assert counted * 1e12 == pytest.approx(transformer, rel=1e-12)

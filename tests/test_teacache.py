@@ -28,7 +28,7 @@ QUARTIC = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
 
 def latents(pipe, **call):
-    return tiny.paint(pipe, output_type="latent", **call)
+    return tiny.generate(pipe, output_type="latent", **call)
 
 
 def name_of(family):

@@ -6,7 +6,9 @@ modules in it import nothing heavy before a cache is applied.
 
 from .base import CACHES, Cache, Progress, register
 from .delta_dit import DeltaDiT
+from .ras import RAS
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
+from .toca import ToCa
 
-__all__ = ["CACHES", "Cache", "DeltaDiT", "Progress", "TaylorSeer", "TeaCache", "register"]
+__all__ = ["CACHES", "RAS", "Cache", "DeltaDiT", "Progress", "TaylorSeer", "TeaCache", "ToCa", "register"]

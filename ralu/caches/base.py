@@ -1,8 +1,8 @@
 """What a cache is, and the table of those that are known."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 CACHES: dict[str, type] = {}
@@ -15,6 +15,7 @@ class Progress:
     stage:           number of the stage, from 1.
     step, steps:     index of the step in the stage, from 0, and how many the stage has.
     run_step, run_steps: the same in the whole run.
+    mixed:           whether the stage has tokens of two sizes.
     """
 
     stage: int
@@ -22,21 +23,19 @@ class Progress:
     steps: int
     run_step: int
     run_steps: int
+    mixed: bool = False
 
     def ahead(self) -> "list[Progress]":
         """List the stage's later steps."""
-        return [
-            Progress(self.stage, self.step + k, self.steps, self.run_step + k, self.run_steps)
-            for k in range(1, self.steps - self.step)
-        ]
+        return [replace(self, step=self.step + k, run_step=self.run_step + k) for k in range(1, self.steps - self.step)]
 
     @staticmethod
-    def of(stages: Sequence[int]) -> "list[list[Progress]]":
-        """List the steps of a run, stage by stage, whose stages have so many."""
+    def of(stages: Sequence[int], mixed: Collection[int] = ()) -> "list[list[Progress]]":
+        """List the steps of a run, stage by stage, whose stages have so many. mixed: numbers of the mixed stages."""
         firsts, total = [sum(stages[:k]) for k in range(len(stages))], sum(stages)
         return [
-            [Progress(k + 1, step, steps, first + step, total) for step in range(steps)]
-            for k, (first, steps) in enumerate(zip(firsts, stages, strict=True))
+            [Progress(k, step, steps, first + step, total, k in mixed) for step in range(steps)]
+            for k, (first, steps) in enumerate(zip(firsts, stages, strict=True), start=1)
         ]
 
 
@@ -62,11 +61,15 @@ class Cache:
     def reset(self, transformer: Any, stage: int, steps: int) -> None:
         """Forget what is cached beside the hooks' state: a stage begins, with other tokens, that has so many steps."""
 
-    def shares(self, transformer: Any, progress: Progress) -> dict[str, float] | None:
+    def velocity(self, transformer: Any, tokens: Any, progress: Progress) -> Any:
+        """Return the velocity that a step is made with, tokens (I, L, C) of I images, of what the model gave for it."""
+        return tokens
+
+    def shares(self, transformer: Any, progress: Progress, tokens: int, text_tokens: int) -> dict[str, float] | None:
         """Return, by modules' names, the share of its work that each does at a step; None where this is not known.
 
         A module's parts have its share unless they are named too; the share of what is not named is 1. Where a step
-        depends on the image, this is what is expected.
+        depends on the image, this is what is expected. tokens: of an image.
         """
         return None
 

@@ -115,7 +115,7 @@ class DeltaDiT(Cache):
 
         remove_hooks(transformer)
 
-    def shares(self, transformer: Any, progress: Progress) -> dict[str, float]:
+    def shares(self, transformer: Any, progress: Progress, tokens: int, text_tokens: int) -> dict[str, float]:
         """Leave out the blocks of the span; where modules are reused, all but the vectors that modulate them."""
         from .hooks import named_blocks
 

@@ -64,7 +64,7 @@ class TaylorSeer(Cache):
         for registry, _ in list(self._hooks(transformer)):
             registry.remove_hook("taylorseer_cache", recurse=False)
 
-    def shares(self, transformer: Any, progress: Progress) -> dict[str, float]:
+    def shares(self, transformer: Any, progress: Progress, tokens: int, text_tokens: int) -> dict[str, float]:
         """Leave out the modules that are predicted, and those that these alone need."""
         if self.is_full(progress.step):
             return {}

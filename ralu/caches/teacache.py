@@ -109,7 +109,7 @@ class TeaCache(Cache):
 
         remove_hooks(transformer)
 
-    def shares(self, transformer: Any, progress: Progress) -> dict[str, float] | None:
+    def shares(self, transformer: Any, progress: Progress, tokens: int, text_tokens: int) -> dict[str, float] | None:
         """Leave out all blocks as often as is expected of the polynomial's mean; the first norm decides."""
         from .hooks import named_blocks
 
