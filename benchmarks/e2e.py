@@ -85,7 +85,7 @@ class Model:
     def __init__(self, name: str, pixels: int | None, device: torch.device):
         self.name, self.device = name, device
         if name in NAMES:
-            self.pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(NAMES[name]), dtype=torch.float32)
+            self.pipe = ralu.mini_pipeline(name, dtype=torch.float32)
             self.pipe.to(device)
         else:
             self.pipe = full_size(name, device)

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .errors import lacking
-from .mini import mini_path
+from .mini import mini_path, mini_pipeline
 from .options import Options
 from .schedule import PRESETS, Schedule, preset, solve
 
@@ -33,6 +33,7 @@ __all__ = [
     "estimate",
     "fuse",
     "mini_path",
+    "mini_pipeline",
     "preset",
     "sample",
     "solve",

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UsageError, nearest_sizes, shortened
+from .errors import UsageError, nearest_sizes, shortened, usage
 from .families import FAMILIES, Entry, name_of_pipeline
 from .method import Method
-from .mini import CALL_ARGUMENTS, NAMES, mini_path
+from .mini import CALL_ARGUMENTS, NAMES, PIXELS, is_unpacked, mini_path
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "RaluScheduler")
 
@@ -100,9 +100,10 @@ def find_model(name: str, others: Iterable[str] = ()) -> Model:
     scheduler = _config(name, location, "scheduler/scheduler_config.json")
     if scheduler.get("_class_name") not in SCHEDULERS:
         raise UsageError(f"--model: RALU needs a {SCHEDULERS[0]}, {name} has a {scheduler.get('_class_name')}")
-    embedded = Path(location).resolve().parent == mini_path("flux").resolve().parent
+    embedded = is_unpacked(location)
     try:
-        latent = 2 ** (len(parts["vae"]["block_out_channels"]) - 1)
+        vae = parts["vae"]
+        latent = 2 ** (len(vae.get("block_out_channels") or vae["decoder_block_out_channels"]) - 1)
         transformer = parts["transformer"]
         side = entry.sample_size or transformer["sample_size"]  # as the pipelines' default_sample_size
         patches = transformer[entry.position_limit] if entry.position_limit else None
@@ -111,7 +112,7 @@ def find_model(name: str, others: Iterable[str] = ()) -> Model:
     return Model(
         name=name, location=location, pipeline=str(pipeline), family=family,
         presets=tuple(entry.fitting_presets(scheduler)), distilled=entry.is_distilled(scheduler),
-        embedded=embedded, pixels=256 if embedded else side * latent, latent=latent,
+        embedded=embedded, pixels=PIXELS if embedded else side * latent, latent=latent,
         largest=patches and patches * 2 * latent,
     )  # fmt: skip
 
@@ -133,7 +134,8 @@ def published_model(name: str) -> Model:
 
 def _location(name: str, others: Iterable[str]) -> str:
     if name in NAMES:
-        return str(mini_path(NAMES[name]))
+        with usage("--model", OSError):
+            return str(mini_path(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():

@@ -360,6 +360,6 @@ def test_the_distilled_embedded_model_paints_what_it_was_asked_for():
             ralu.enable(pipe, preset)
         return tiny.paint(pipe, prompts, seeds=range(len(prompts)), height=256, width=256, **call).flatten(1)
 
-    taught = paint("flux", num_inference_steps=6)
-    for painted in (paint("schnell", num_inference_steps=4), paint("schnell", "distilled-4")):
+    taught = paint("mini-flux", num_inference_steps=6)
+    for painted in (paint("mini-schnell", num_inference_steps=4), paint("mini-schnell", "distilled-4")):
         assert torch.cdist(painted, taught).argmin(1).tolist() == list(range(len(prompts)))
