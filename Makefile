@@ -67,10 +67,10 @@ bench-compare: install
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error BASE must name a revision: make bench-compare BASE=main))
 
 train-mini: install
-	$(BIN)/python -m ralu.mini.train --model $(or $(MODEL),flux)
+	$(BIN)/python -m ralu.mini.train --model $(or $(MODEL),mini-flux)
 
 evaluate-mini: install
-	$(BIN)/python benchmarks/quality.py --family $(or $(MODEL),flux)
+	$(BIN)/python benchmarks/quality.py --model $(or $(MODEL),mini-flux)
 
 # All kernels for all GPUs, of which the suite compiles a part.
 aot: install

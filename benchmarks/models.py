@@ -70,7 +70,7 @@ class Model:
     def __init__(self, name: str, pixels: int | None, device: torch.device):
         self.name, self.device, self.embedded = name, device, name in NAMES
         if self.embedded:
-            self.pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(NAMES[name]), dtype=torch.float32)
+            self.pipe = ralu.mini_pipeline(name, dtype=torch.float32)
             self.pipe.to(device)
         else:
             self.pipe = pipeline(name, device)

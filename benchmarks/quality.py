@@ -14,7 +14,7 @@ The score has Wilson's 95% interval, the others a standard error (_se) by leavin
 turn. Frechet distances are taken seed by seed and averaged; the row "NAME, other seeds" compares the first method's
 images of one seed with those of the next, which is what chance alone does.
 
-    python benchmarks/quality.py [--family flux|schnell|sd3] [--captions 152] [--seeds 0 1] [--methods METHOD ...]
+    python benchmarks/quality.py [--model mini-sd3] [--captions 152] [--seeds 0 1] [--methods METHOD ...]
 
 Latents are kept in --cache and sampled once: an interrupted run goes on, and another table or --grid costs seconds.
 """
@@ -51,7 +51,7 @@ def scorers(preset: str) -> list[str]:
 
 # Methods as `ralu.method` has them, or a name of SCHEDULES. The threshold selects a fifth of the tokens on average.
 METHODS = {
-    "flux": [
+    "mini-flux": [
         "stock-50", "stock-10", "stock-7", *scorers("flux-5x"), *scorers("flux-7x"), "flux-7x(granularity=token)",
         *(f"flux-5x({options})" for options in (
             "granularity=token", "granularity=token,kept_noise=release", "kept_noise=release",
@@ -61,8 +61,8 @@ METHODS = {
         )),
         "flux-5x-shifts-3",
     ],
-    "schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
-    "sd3": [
+    "mini-schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
+    "mini-sd3": [
         "stock-28", "stock-10", *scorers("sd3-2x"), *scorers("sd3-3x"), "sd3-2x(granularity=token)",
         "sd3-3x(granularity=token)",
     ],
@@ -217,26 +217,26 @@ def show(pipe, methods: list[str], runs: list[dict], captions: list[int]):
 def main():
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=METHODS, default="flux", help="which embedded model")
+    parser.add_argument("--model", choices=METHODS, default="mini-flux")
     parser.add_argument("--captions", type=int, default=len(CAPTIONS), help="how many, evenly spread over the set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="image i is sampled with 1000·seed + i")
     parser.add_argument("--methods", nargs="+", help="the first is what the others are compared with")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training images are kept")
-    parser.add_argument("--cache", type=Path, help="where the sampled latents are kept (default: runs/quality-FAMILY)")
+    parser.add_argument("--cache", type=Path, help="where the sampled latents are kept (default: runs/quality-MODEL)")
     parser.add_argument("--grid", type=Path, help="save a few images of every method here, and make no table")
-    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/quality-FAMILY.csv)")
+    parser.add_argument("--output", type=Path, help="(default: benchmarks/results/quality-MODEL.csv)")
     args = parser.parse_args()
-    methods = args.methods or METHODS[args.family]
-    output = args.output or Path(f"benchmarks/results/quality-{args.family}.csv")
-    cache = args.cache or Path(f"runs/quality-{args.family}")
+    methods = args.methods or METHODS[args.model]
+    output = args.output or Path(f"benchmarks/results/quality-{args.model}.csv")
+    cache = args.cache or Path(f"runs/quality-{args.model}")
 
     images = pictures(args.data)
     pca = PatchPCA(images)
     # Unwhitened, the latent distance is the distance between the images' PCA reconstructions.
     training = (pca.encode(images).flatten(2) * pca.std[:, None].float()).flatten(1)
     chosen = np.linspace(0, len(CAPTIONS), args.captions, endpoint=False).astype(int).tolist()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(ralu.mini_path(args.family), dtype=torch.float32)
+    pipe = ralu.mini_pipeline(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     commit = provenance(torch.device("cpu"))["commit"]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .budget import schedule_for
 from .errors import lacking
-from .mini import mini_path
+from .mini import mini_path, mini_pipeline
 from .options import Options
 from .schedule import PRESETS, Schedule, preset, solve
 
@@ -38,6 +38,7 @@ __all__ = [
     "estimate",
     "fuse",
     "mini_path",
+    "mini_pipeline",
     "preset",
     "sample",
     "schedule_for",

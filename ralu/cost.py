@@ -29,6 +29,7 @@ from .caches import Cache, Progress
 from .counting import FusedAttention, LiveBytes, Repeats, own_work, shared_work, split_work
 from .families import FAMILIES, Family
 from .method import Method
+from .mini import NAMES, mini_path
 from .models import published as published_models
 from .models import published_scheduler
 from .schedule import RESOLUTIONS, Schedule, preset
@@ -135,9 +136,10 @@ def estimate(
 ) -> Estimate:
     """Estimate the floating-point operations and the peak memory of a run, without running it.
 
-    model:         a published model's name ("flux-dev", "sd3-medium", ..., see `ralu.families`), a pipeline, its folder
-                   or hub id (of which only configurations are read), or a transformer's configuration with
-                   "_class_name", to which the published VAE and text encoders are added.
+    model:         a published model's name ("flux-dev", "sd3-medium", ..., see `ralu.families`) or an embedded one's
+                   ("mini-flux", ...), a pipeline, its folder or hub id (of which only configurations are read), or a
+                   transformer's configuration with "_class_name", to which the published VAE and text encoders are
+                   added.
     method:        a method or its name, see `ralu.method`, of which a speedup is for this size; a `Schedule`, or the
                    number of steps of a stock run; None for the default preset. Of a cache that goes by the image, what
                    is expected is counted.
@@ -308,6 +310,8 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     scheduler: Mapping[str, Any] = published_scheduler(model if isinstance(model, str) else None)
     family: Family | None
     parts: dict[str, Any]
+    if model in NAMES:
+        model = mini_path(str(model))
     if isinstance(model, DiffusionPipeline):
         modules = {name: unwrapped(part) for name, part in model.components.items() if isinstance(part, Module)}
         parts = {name: (type(part), part.config) for name, part in modules.items()}
@@ -324,7 +328,7 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
         clip_tokens = AutoTokenizer.from_pretrained(model, subfolder="tokenizer").model_max_length
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler")
     else:
-        known = f"{', '.join(published)}, a pipeline, its folder or hub id, or a transformer's configuration"
+        known = f"{', '.join([*published, *NAMES])}, a pipeline, its folder or hub id, or a transformer's configuration"
         raise ValueError(f"model must be one of {known}, got {model!r}")
     kind, _ = parts.get("transformer", (None, None))
     family = _family(kind)

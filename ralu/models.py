@@ -11,7 +11,7 @@ from .budget import check_speedup, schedule_for
 from .errors import UsageError, nearest_sizes, shortened, usage
 from .families import DISTILLED_STEPS, FAMILIES, Entry, name_of_pipeline
 from .method import Method
-from .mini import CALL_ARGUMENTS, NAMES, mini_path
+from .mini import CALL_ARGUMENTS, NAMES, PIXELS, is_unpacked, mini_path
 from .schedule import Schedule
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "RaluScheduler")
@@ -118,9 +118,10 @@ def find_model(name: str, others: Iterable[str] = ()) -> Model:
     scheduler = _config(name, location, "scheduler/scheduler_config.json")
     if scheduler.get("_class_name") not in SCHEDULERS:
         raise UsageError(f"--model: RALU needs a {SCHEDULERS[0]}, {name} has a {scheduler.get('_class_name')}")
-    embedded = Path(location).resolve().parent == mini_path("flux").resolve().parent
+    embedded = is_unpacked(location)
     try:
-        latent = 2 ** (len(parts["vae"]["block_out_channels"]) - 1)
+        vae = parts["vae"]
+        latent = 2 ** (len(vae.get("block_out_channels") or vae["decoder_block_out_channels"]) - 1)
         transformer = parts["transformer"]
         side = entry.sample_size or transformer["sample_size"]  # as the pipelines' default_sample_size
         patches = transformer[entry.position_limit] if entry.position_limit else None
@@ -129,7 +130,7 @@ def find_model(name: str, others: Iterable[str] = ()) -> Model:
     return Model(
         name=name, location=location, pipeline=str(pipeline), family=family,
         presets=tuple(entry.fitting_presets(scheduler)), distilled=entry.is_distilled(scheduler),
-        embedded=embedded, pixels=256 if embedded else side * latent, latent=latent,
+        embedded=embedded, pixels=PIXELS if embedded else side * latent, latent=latent,
         largest=patches and patches * 2 * latent,
     )  # fmt: skip
 
@@ -156,7 +157,8 @@ def published_model(name: str) -> Model:
 
 def _location(name: str, others: Iterable[str]) -> str:
     if name in NAMES:
-        return str(mini_path(NAMES[name]))
+        with usage("--model", OSError):
+            return str(mini_path(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():

@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET once, so the suite is two processes: ``pytest``, a
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker(marker):  # keywords have the names of folders too
                 item.add_marker(pytest.mark.skip(reason=reason))
 
+
+# The embedded models are unpacked once a checkout, for all processes and later runs.
+os.environ.setdefault("RALU_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "ralu"))
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do processes that they start
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))

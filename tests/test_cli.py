@@ -1,6 +1,8 @@
 """The commands on a tiny random pipeline, against direct calls of the pipeline and the numbers they claim to show."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -179,10 +181,11 @@ def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
         raise CallError
 
     monkeypatch.setattr(FluxPipeline, "__call__", call)
-    for embedded in (folder, str(tmp_path / "elsewhere")):
-        monkeypatch.setattr(models, "mini_path", lambda _, path=embedded: Path(path))
+    monkeypatch.setenv("RALU_CACHE", str(tmp_path))
+    for name in ("mini-flux-0123", "another-0123"):
+        shutil.copytree(folder, tmp_path / name)
         with pytest.raises(CallError):
-            main(["generate", "fox", "--model", folder, "-o", str(tmp_path / "x.png")])
+            main(["generate", "fox", "--model", str(tmp_path / name), "-o", str(tmp_path / "x.png")])
     mini, other = calls
     assert (mini["height"], mini["width"], mini["max_sequence_length"]) == (256, 256, 32)
     assert "max_sequence_length" not in other
@@ -270,8 +273,9 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("generate fox --device nonsense --model {tiny}", "nonsense cannot be used"),
         (
             "generate fox --model {tmp}/nothing",
-            "neither mini, nor mini-flux, nor mini-schnell, nor mini-sd3, nor a folder, nor a hub id",
+            "neither mini-flux, nor mini-sd3, nor mini-schnell, nor a folder, nor a hub id",
         ),
+        ("generate fox --model mini", "mini is neither mini-flux, nor mini-sd3, nor mini-schnell, nor a folder"),
         ("generate fox --model {tmp}", "no model_index.json"),
         ("generate fox --model {tmp}/broken", "cannot load"),
         ("generate fox -o {tmp}/fox.txt", ".png"),
@@ -468,7 +472,7 @@ def test_a_cache_reaches_enable(folder, tmp_path, monkeypatch, capsys):
     assert main(["generate", "fox", "--preset", "sd3-2x+toy", "--model", "mini-sd3"]) == 2
     assert "this cache is not for a StableDiffusion3Pipeline, it serves flux" in capsys.readouterr().err
 
-    assert main(["estimate", "--model", "mini", "--methods", "flux-5x", "flux-5x+toy"]) == 0
+    assert main(["estimate", "--model", "mini-flux", "--methods", "flux-5x", "flux-5x+toy"]) == 0
     plain, cached = capsys.readouterr().out.split("\n\n")[1:]
     assert cached.startswith("flux-5x+toy (at most") and cached.split("\n")[1:9] == plain.split("\n")[1:9]
 
@@ -510,8 +514,10 @@ def test_info(capsys, monkeypatch):
     assert backends[chosen] == "available"
     attention = blocks["attention backends on cpu, in the order of auto"]
     assert attention["sdpa"] == "available" and "cannot be imported" in attention["flash3"]
-    assert sorted(blocks["embedded models"]) == ["mini", "mini-flux", "mini-schnell", "mini-sd3"]
-    assert all(Path(path, "model_index.json").exists() for path in blocks["embedded models"].values())
+    embedded = blocks["embedded models"]
+    assert embedded.pop("unpacked") == f"into {os.environ['RALU_CACHE']}"
+    assert list(embedded) == ["mini-flux", "mini-sd3", "mini-schnell"]
+    assert all(Path(path, "scheduler", "scheduler_config.json").exists() for path in embedded.values())
     if ralu_kernels._backend._extension:
         where, _ = blocks["compiled extension"]["ralu_kernels_C"].split(", ")
         assert Path(where).exists()

@@ -285,7 +285,7 @@ def test_models_in_every_form(tmp_path):
         assert of_pipe == estimate(tmp_path / name, height=64, width=64, dtype=torch.float32)
         pipe.transformer.register_to_config(quantization_config=object())  # not looked at
         assert of_pipe == estimate(ralu.enable(pipe), height=64, width=64)
-    assert estimate(ralu.mini_path("sd3"), height=256, width=256).parts[0].tokens == 16
+    assert estimate("mini-sd3", height=256, width=256).parts[0].tokens == 16
 
 
 def test_schedules_and_defaults():
@@ -325,10 +325,10 @@ def test_the_name_is_the_function():
 
 
 def test_tables(capsys):
-    arguments = "--model mini --methods stock-50 flux-7x --ratio .1 --batch 2 --dtype float32"
+    arguments = "--model mini-flux --methods stock-50 flux-7x --ratio .1 --batch 2 --dtype float32"
     assert main(["estimate", *arguments.split()]) == 0
     title, *tables = capsys.readouterr().out.split("\n\n")
-    assert title == "mini, 256×256 pixels, 2 in a batch, float32"
+    assert title == "mini-flux, 256×256 pixels, 2 in a batch, float32"
     options = {"height": 256, "width": 256, "text_tokens": 32, "batch": 2, "dtype": torch.float32}
     stock, fast = estimate(ralu.mini_path(), 50, **options), estimate(ralu.mini_path(), "flux-7x", ratio=0.1, **options)
     assert tables[0] == f"stock-50\n{stock}"

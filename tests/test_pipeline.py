@@ -360,6 +360,6 @@ def test_the_distilled_embedded_model_generates_what_it_was_asked_for():
             ralu.enable(pipe, preset)
         return tiny.generate(pipe, prompts, seeds=range(len(prompts)), height=256, width=256, **call).flatten(1)
 
-    taught = generate("flux", num_inference_steps=6)
-    for distilled in (generate("schnell", num_inference_steps=4), generate("schnell", "distilled-4")):
+    taught = generate("mini-flux", num_inference_steps=6)
+    for distilled in (generate("mini-schnell", num_inference_steps=4), generate("mini-schnell", "distilled-4")):
         assert torch.cdist(distilled, taught).argmin(1).tolist() == list(range(len(prompts)))

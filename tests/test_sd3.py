@@ -376,7 +376,7 @@ def test_packing_is_the_fluxes():
 
 
 def test_the_embedded_model_generates_stock_images():
-    pipe = StableDiffusion3Pipeline.from_pretrained(ralu.mini_path("sd3"), dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(ralu.mini_path("mini-sd3"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 256, "width": 256, "guidance_scale": 2.0}
     sunflower, fox = (tiny.generate(pipe, prompt, num_inference_steps=6, **call) for prompt in ("sunflower", "fox"))

@@ -148,8 +148,8 @@ def file(*suffixes: str) -> Callable[[str], Path]:
 def add_model(parser: argparse.ArgumentParser):
     """Add --model and how to run it."""
     group = parser.add_argument_group("model")
-    known = f"{', '.join(NAMES)} (embedded), a pipeline folder, or a hub id (default: mini, which is mini-flux)"
-    group.add_argument("--model", default="mini", help=known)
+    known = f"{', '.join(NAMES)} (embedded), a pipeline folder, or a hub id (default: mini-flux)"
+    group.add_argument("--model", default="mini-flux", help=known)
     add_size(group, "(default: the model's own; 256 for the embedded)")
     group.add_argument("--seed", type=seed, default=0, help="of the first prompt; each next one adds 1 (default: 0)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, the best)")

@@ -25,7 +25,7 @@ def add(commands):
   ralu estimate --size 2048x1024 --ratio .3 --json""",
     )
     add = parser.add_argument
-    known = "flux-dev, sd3-medium, ..., mini, mini-sd3, a pipeline folder, or a hub id (default: flux-dev)"
+    known = "flux-dev, sd3-medium, ..., mini-flux, mini-sd3, a pipeline folder, or a hub id (default: flux-dev)"
     add("--model", default="flux-dev", help=known)
     arguments.add_methods(parser, "stock-50 flux-5x; for SD3 stock-28 sd3-2x")
     arguments.add_size(parser, "(default: 1024; 256 for the embedded models)")

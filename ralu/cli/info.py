@@ -5,7 +5,7 @@ import os
 import platform
 from importlib import metadata
 
-from ..mini import NAMES, mini_path
+from ..mini import NAMES, cache_folder
 from . import arguments
 
 PACKAGES = (
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace):
         query = torch.empty(0, 1, 64, dtype=torch.bfloat16, device=device)
         lines = {name: attention._why_not(name, query) or "available" for name in attention.BACKENDS}
         _print(f"attention backends on {device}, in the order of auto", lines)
-    _print("embedded models", {name: str(mini_path(folder)) for name, folder in NAMES.items()})
+    _print("embedded models", {name: _packed(name) for name in NAMES} | {"unpacked": f"into {cache_folder()}"})
 
 
 def _print(title: str, lines: dict[str, str]):
@@ -65,6 +65,16 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _packed(name: str) -> str:
+    from ..mini import unpack
+
+    try:
+        unpack.packed(name)
+    except FileNotFoundError as error:
+        return str(error)
+    return str(unpack.WEIGHTS / name)
 
 
 def _described(device) -> str:

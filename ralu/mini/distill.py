@@ -1,12 +1,13 @@
 """Distil the embedded FLUX model to four steps, as FLUX.1-schnell was distilled from FLUX.1's base model.
 
-Nobody needs this to use RALU; it is how `ralu/mini/schnell` was made, for the preset `distilled-4`:
+Nobody needs this to use RALU; it is how mini-schnell was made, for the preset `distilled-4`:
 
     python -m ralu.mini.distill --steps STEPS
+    python -m ralu.mini.pack mini-schnell runs/mini-schnell/mini-schnell
 
 Consistency distillation (Song et al., ICML 2023): the clean image predicted at a noise level must be the one
-predicted one Euler step of the teacher further on. What learns is a LoRA, the teacher is the model without it, and in
-the end the two are fused.
+predicted one Euler step of the teacher further on. What learns is a LoRA, the teacher is the model without it. The LoRA
+is what is saved, for `load_lora_weights` of a pipeline with FLUX.1-schnell's scheduler.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
     The loss is the Pseudo-Huber distance of two predictions over a whole image, so that no outlier dominates a batch.
     weight: (16, 1, 1), of each channel in the loss. out: folder for checkpoints and previews; training resumes from it.
     """
-    transformer, family = pipe.transformer.train(), FAMILIES["flux"]
+    transformer, family = pipe.transformer.train(), FAMILIES["mini-flux"]
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=4e-4, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     ema = [p.detach().clone() for p in parameters]
@@ -111,9 +112,9 @@ def distil(pipe: FluxPipeline, latents: dict[int, torch.Tensor], weight: torch.T
 
 
 def main():
-    """Distil the embedded FLUX model and save the result."""
+    """Distil the embedded FLUX model and save the LoRA with its scheduler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/schnell"), help="checkpoints, previews, the result")
+    parser.add_argument("--out", type=Path, default=Path("runs/mini-schnell"), help="checkpoints, previews, the result")
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the images are downloaded to")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rank", type=int, default=32)
@@ -124,7 +125,7 @@ def main():
 
     images = pictures(args.data)
     pca = PatchPCA(images)
-    pipe = FluxPipeline.from_pretrained(mini_path("flux"))
+    pipe = FluxPipeline.from_pretrained(mini_path())
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # FLUX.1-schnell's
     pipe.transformer.requires_grad_(False)
     layers = targets(pipe.transformer)
@@ -132,11 +133,10 @@ def main():
     latents = {size: pca.encode(resize(images, size)) for size in (256, 128)}
     weight = (pca.std / pca.std.mean()).float().view(-1, 1, 1)
     distil(pipe, latents, weight, args.steps, args.out)
-    pipe.transformer.fuse_lora()
-    pipe.transformer.unload_lora()
-    pipe.transformer.half(), pipe.vae.half()  # as the training script does, and for its reason
-    pipe.save_pretrained(args.out / "schnell")
-    print("saved", args.out / "schnell")
+    saved = args.out / "mini-schnell"
+    pipe.save_lora_weights(saved, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    pipe.scheduler.save_pretrained(saved / "scheduler")
+    print(f"saved; to pack it: python -m ralu.mini.pack mini-schnell {saved}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Train an embedded model: a small, complete FLUX or SD3 pipeline that generates 3D emoji at 128 and 256 pixels.
 
-Nobody needs this to use RALU; it is how `ralu/mini/flux` and `ralu/mini/sd3` were made, all of stock diffusers and
-transformers classes:
+Nobody needs this to use RALU; it is how mini-flux and mini-sd3 were made, all of stock diffusers and transformers
+classes:
 
-    python -m ralu.mini.train --model flux --steps STEPS        python -m ralu.mini.train --model sd3 --steps STEPS
+    python -m ralu.mini.train --model mini-flux --steps STEPS
+    python -m ralu.mini.pack mini-flux runs/mini-flux/mini-flux
 
 Images: npm package @lobehub/fluent-emoji-3d 1.1.0 (Microsoft Fluent emoji, MIT licence).
 Names:  npm package emojibase-data 17.0.0 (MIT licence).
@@ -13,7 +14,7 @@ Stages, each resumed from `--out` when it was interrupted:
                (FLUX alone: SD3 takes the embedded FLUX model's)
   text         the text encoders learn to tell the captions apart and what each image roughly looks like
   transformer  flow matching on latents, the text encoders frozen
-  export       half-precision pipeline folder for `from_pretrained`
+  export       pipeline folder for `from_pretrained`, which `ralu.mini.pack` packs into the repository
 """
 
 import argparse
@@ -241,8 +242,8 @@ class Family:
 
 # SD3's transformer reads CLIP's tokens too, padding included, so short padding saves much.
 FAMILIES = {
-    "flux": Family(build_flux, clip_tokens=77, longest_text=512, turns=((256, 8), (128, 24))),
-    "sd3": Family(build_sd3, clip_tokens=16, longest_text=256, turns=((256, 8), (128, 24), (256, 8))),
+    "mini-flux": Family(build_flux, clip_tokens=77, longest_text=512, turns=((256, 8), (128, 24))),
+    "mini-sd3": Family(build_sd3, clip_tokens=16, longest_text=256, turns=((256, 8), (128, 24), (256, 8))),
 }
 
 
@@ -457,8 +458,8 @@ def sheet(pipe: DiffusionPipeline, steps: int, columns: int = 4, rows: int = 2, 
 def main():
     """Train an embedded model and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*FAMILIES], default="flux")
-    parser.add_argument("--out", type=Path, help="checkpoints, previews, the result (default: runs/mini-MODEL)")
+    parser.add_argument("--model", choices=[*FAMILIES], default="mini-flux")
+    parser.add_argument("--out", type=Path, help="checkpoints, previews, the result (default: runs/MODEL)")
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the images are downloaded to")
     parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
@@ -466,17 +467,17 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=["vae", "transformer"], help="train one part alone, without the export")
     args = parser.parse_args()
-    if args.model == "sd3" and args.only == "vae":
+    if args.model == "mini-sd3" and args.only == "vae":
         parser.error("--only vae: SD3 takes the embedded FLUX model's")
-    out, family = args.out or Path(f"runs/mini-{args.model}"), FAMILIES[args.model]
+    out, family = args.out or Path("runs", args.model), FAMILIES[args.model]
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     random.seed(0)
 
     images = pictures(args.data)
     pca, vae = PatchPCA(images), build_vae()
-    if args.model == "sd3":
-        vae.load_state_dict(AutoencoderTiny.from_pretrained(mini_path("flux") / "vae").state_dict())
+    if args.model == "mini-sd3":
+        vae.load_state_dict(AutoencoderTiny.from_pretrained(mini_path() / "vae").state_dict())
     elif args.only != "transformer":
         train_vae(vae, images, pca, args.vae_steps, args.device, out)
     if args.only == "vae":
@@ -500,12 +501,8 @@ def main():
     weight = (pca.std / pca.std.mean()).float().view(-1, 1, 1).to(args.device)
     train_transformer(pipe, family, latents, weight, args.steps, args.device, out, args.decay, preview)
     if args.only is None:
-        # Diffusers loads half-precision weights as float32 unless told otherwise, transformers as they are: with small
-        # float32 text encoders, `from_pretrained` without a dtype gives a pipeline of one dtype.
-        pipe.to("cpu")
-        pipe.transformer.half(), pipe.vae.half()
         pipe.save_pretrained(out / args.model)
-        print("saved", out / args.model)
+        print(f"saved; to pack it: python -m ralu.mini.pack {args.model} {out / args.model}")
 
 
 if __name__ == "__main__":
