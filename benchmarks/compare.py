@@ -74,7 +74,7 @@ def alternate(base: Path, head: Path, commands: list[list[str]], rounds: int) ->
     return ratios
 
 
-def interval(ratios: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def ratio_interval(ratios: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """Compute the geometric mean, and the interval of Student's t over the logarithms."""
     logs = np.log(ratios)
     half = scipy.stats.t.ppf((1 + confidence) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None):
         compared = alternate(base, other, COMMANDS, args.rounds)
     print(f"time of {args.head or 'the working tree'} over that of {args.base}, {args.rounds} rounds")
     for case, ratios in sorted(compared.items()):
-        ratio, low, high = interval(ratios)
+        ratio, low, high = ratio_interval(ratios)
         verdict = "" if low <= 1 <= high else "  slower" if low > 1 else "  faster"
         print(f"{ratio:6.3f} ({low:.3f} to {high:.3f})  {' '.join(filter(None, case[:-1]))}{verdict}")
 

@@ -134,7 +134,7 @@ def jackknife(statistic, captions: int, blocks: int = 16) -> tuple[float, float]
     return statistic(np.ones(captions, dtype=bool)), error
 
 
-def interval(hits: int, n: int) -> tuple[float, float]:
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """Compute Wilson's 95% interval of a share."""
     z, p = 1.96, hits / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -186,7 +186,7 @@ def measures(images: Images, reference: Images, captions: int) -> dict:
         pairs = zip(images.features, reference.features, strict=True)
         return float(np.mean([frechet(a[mask], b[mask]) for a, b in pairs]))
 
-    low, high = interval(int(images.hits.sum()), images.hits.size)
+    low, high = wilson_interval(int(images.hits.sum()), images.hits.size)
     columns = {"score": f"{images.hits.mean():.3f}", "score_low": f"{low:.3f}", "score_high": f"{high:.3f}"}
     errors = np.abs(images.edge_energy / reference.edge_energy - 1)
     for name, statistic, digits in (

@@ -344,7 +344,7 @@ def test_interval_is_students():
     logs = [math.log(ratio) for ratio in ratios]
     low, high = scipy.stats.t.interval(0.95, 3, scipy.stats.tmean(logs), scipy.stats.sem(logs))
     expected = math.exp(scipy.stats.tmean(logs)), math.exp(low), math.exp(high)
-    assert compare.interval(ratios) == pytest.approx(expected)
+    assert compare.ratio_interval(ratios) == pytest.approx(expected)
 
 
 def test_revisions_take_turns_with_their_own_packages(tmp_path):

@@ -44,7 +44,7 @@ def test_jackknife_of_a_mean_is_its_standard_error():
 @pytest.mark.parametrize("hits, n", [(0, 10), (7, 10), (64, 64), (150, 302)])
 def test_interval_of_a_share(hits, n):
     expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
-    assert quality.interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert quality.wilson_interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
 def test_edge_energy_of_a_ramp():
