@@ -45,7 +45,7 @@ SIZE, TEXT_TOKENS = 256, 32
 
 
 def scorers(preset: str) -> list[str]:
-    """The preset with every way to choose regions, all at its own ratio; the first is the preset as it is."""
+    """List the preset with every way to choose regions, all at its own ratio; the first is the preset as it is."""
     return [str(Method.parse(f"{preset}(regions={name})")) for name in CHOICES["regions"]]
 
 
