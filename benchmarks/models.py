@@ -14,7 +14,7 @@ from torch import nn
 
 import ralu
 from ralu import families
-from ralu.cost import describe
+from ralu.components import describe
 from ralu.mini import CALL_ARGUMENTS, NAMES, PROMPTS
 
 # In place of FLUX.1-dev's own: a model that takes milliseconds on a CPU, to see that everything runs.

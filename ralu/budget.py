@@ -94,7 +94,7 @@ def schedule_for(
     not fit, and ImportError without SciPy.
     """
     speedup = check_speedup(speedup)
-    from .cost import check_size, describe
+    from .components import check_size, describe
 
     parts = describe(model)
     family, config = parts.family, _complete(parts.transformer.kind, json.loads(parts.transformer.config))

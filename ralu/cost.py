@@ -6,40 +6,27 @@ Nothing is allocated: a pipeline's modules run on PyTorch's meta device, once fo
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import T5EncoderModel
 
-from . import families
-from .blocks import unwrapped
 from .budget import schedule_for
 from .caches import Cache, Progress
+from .components import Model, check_size, describe
 from .counting import FusedAttention, LiveBytes, Repeats, own_work, shared_work, split_work
-from .families import FAMILIES, Family
+from .families import Family
 from .method import Method
-from .mini import NAMES, mini_path
-from .models import published as published_models
-from .models import published_scheduler
 from .schedule import RESOLUTIONS, Schedule, preset
-
-# What all published models decode with; of a configuration only what differs from the class's defaults.
-_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
-    "use_quant_conv": False, "use_post_quant_conv": False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -226,12 +213,6 @@ def estimate(
     return Estimate(tuple(rows), weights, at_most)
 
 
-def check_size(height: int, width: int, unit: int):
-    """Raise ValueError for an image's size in pixels that does not divide by `unit`."""
-    if min(height, width) < 1 or height % unit or width % unit:
-        raise ValueError(f"height and width must be positive and divide by {unit}, got {height}x{width}")
-
-
 def _method(
     method: str | int | Method | Schedule | None,
     family: Family,
@@ -273,113 +254,6 @@ def _method(
     return method, cache
 
 
-# ---- what a pipeline consists of ----
-
-
-class _Model(NamedTuple):
-    kind: Any  # its class
-    config: str  # JSON, which can be hashed
-
-
-class Description(NamedTuple):
-    """A pipeline's models, of which nothing is loaded or built, and its scheduler's configuration.
-
-    clip_tokens: length that its CLIP prompts are padded to.
-    """
-
-    transformer: _Model
-    vae: _Model | None
-    encoders: list[_Model]
-    clip_tokens: int
-    family: Family
-    scheduler: Mapping[str, Any]
-
-    @property
-    def shrink(self) -> int:
-        """Side of a latent pixel, in pixels."""
-        return 8 if self.vae is None else 2 ** (len(json.loads(self.vae.config)["block_out_channels"]) - 1)
-
-
-def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
-    """Read the configurations of a model, given as `estimate` takes it. No weights are loaded.
-
-    Raises ValueError for an unknown name and for a transformer that is of no family, and OSError for configurations
-    that cannot be read.
-    """
-    clip_tokens, published = 77, published_models()
-    scheduler: Mapping[str, Any] = published_scheduler(model if isinstance(model, str) else None)
-    family: Family | None
-    parts: dict[str, Any]
-    if model in NAMES:
-        model = mini_path(str(model))
-    if isinstance(model, DiffusionPipeline):
-        modules = {name: unwrapped(part) for name, part in model.components.items() if isinstance(part, Module)}
-        parts = {name: (type(part), part.config) for name, part in modules.items()}
-        clip_tokens = model.tokenizer_max_length
-        scheduler = getattr(model.scheduler, "config", scheduler)
-    elif isinstance(model, dict):
-        kind = getattr(diffusers, str(model.get("_class_name")), None)
-        parts = _published(family, model) if (family := _family(kind)) else {"transformer": (kind, model)}
-    elif model in published:
-        family = next(families.load(name) for name, entry in FAMILIES.items() if entry is published[model])
-        parts = _published(family, family.published[model])
-    elif isinstance(model, str | Path) and (Path(model).is_dir() or "/" in str(model)):
-        parts = dict(_stored(model))
-        clip_tokens = AutoTokenizer.from_pretrained(model, subfolder="tokenizer").model_max_length
-        scheduler = FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler")
-    else:
-        known = f"{', '.join([*published, *NAMES])}, a pipeline, its folder or hub id, or a transformer's configuration"
-        raise ValueError(f"model must be one of {known}, got {model!r}")
-    kind, _ = parts.get("transformer", (None, None))
-    family = _family(kind)
-    if family is None:
-        known = ", ".join(entry.transformer for entry in FAMILIES.values())
-        raise ValueError(f"the model's transformer must be one of {known}, got {getattr(kind, '__name__', kind)}")
-    built = {name: _Model(kind, _json(config)) for name, (kind, config) in sorted(parts.items())}
-    encoders = [part for name, part in built.items() if name.startswith("text_encoder")]
-    return Description(built["transformer"], built.get("vae"), encoders, clip_tokens, family, scheduler)
-
-
-def _family(kind: type | None) -> Family | None:
-    """Return the family of a class of transformers, or None."""
-    names = (name for name, entry in FAMILIES.items() if entry.transformer == getattr(kind, "__name__", None))
-    return next(map(families.load, names), None)
-
-
-def _published(family: Family, config: dict) -> dict[str, tuple[type, dict]]:
-    """Return a transformer beside the VAE and the text encoders that all published models of its family share."""
-    return {"transformer": (family.transformer, config), "vae": (AutoencoderKL, _VAE)} | family.encoders
-
-
-def _stored(folder: str | Path) -> Iterator[tuple[str, tuple[type, dict]]]:
-    """List by name the models of a pipeline on disk or on the hub. Weights are not read."""
-    for name, entry in DiffusionPipeline.load_config(folder).items():
-        if not name.startswith(("transformer", "vae", "text_encoder")) or entry[0] is None:
-            continue
-        kind = getattr(import_module(entry[0]), entry[1])
-        if issubclass(kind, transformers.PreTrainedModel):
-            yield name, (kind, kind.config_class.from_pretrained(folder, subfolder=name))
-        else:
-            yield name, (kind, kind.load_config(folder, subfolder=name))
-
-
-def _json(config) -> str:
-    plain = config if isinstance(config, dict) else config.to_dict()
-    kept = {key: value for key, value in plain.items() if not key.startswith("_") and key != "quantization_config"}
-    return json.dumps(kept, sort_keys=True)
-
-
-@lru_cache
-def _built(model: _Model, dtype: torch.dtype) -> Any:
-    config = json.loads(model.config)
-    with torch.device("meta"):
-        if issubclass(model.kind, transformers.PreTrainedModel):
-            module = model.kind(model.kind.config_class(**config))
-        else:
-            module = model.kind.from_config(config)
-    return Module.to(module, dtype).eval()  # the models' own `to` warns about what these do not have
-
-
 # ---- forward passes; what a sample looks like does not matter, only its size ----
 
 
@@ -392,8 +266,19 @@ def _decode(module: Any, dtype: torch.dtype, batch: int, height: int, width: int
 
 
 @lru_cache
+def _built(model: Model, dtype: torch.dtype) -> Any:
+    config = json.loads(model.config)
+    with torch.device("meta"):
+        if issubclass(model.kind, transformers.PreTrainedModel):
+            module = model.kind(model.kind.config_class(**config))
+        else:
+            module = model.kind.from_config(config)
+    return Module.to(module, dtype).eval()  # the models' own `to` warns about what these do not have
+
+
+@lru_cache
 def _cost(
-    threads: int, dtype: torch.dtype, model: _Model, call: Callable, shape: tuple[int, ...]
+    threads: int, dtype: torch.dtype, model: Model, call: Callable, shape: tuple[int, ...]
 ) -> tuple[float, float, dict[str, tuple[int, int]], int, int]:
     """Measure a forward pass.
 

@@ -16,7 +16,7 @@ import torch
 
 import ralu
 import ralu_kernels
-from ralu import blocks, cost, families
+from ralu import blocks, families
 from ralu.method import Method
 from ralu_kernels import attention
 
@@ -157,7 +157,7 @@ def small_models(monkeypatch):
     """Give the published models' names to tiny ones; a token is 4x4 pixels."""
     for name, pipe in (("flux-dev", tiny.flux(guidance_embeds=True)), ("sd3-medium", tiny.sd3("3.0"))):
         monkeypatch.setitem(families.family_of(pipe).published, name, dict(pipe.transformer.config))
-    monkeypatch.setattr(cost, "_VAE", dict(pipe.vae.config))
+    monkeypatch.setattr(components, "_VAE", dict(pipe.vae.config))
 
 
 def counted(model, method):

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace):
     with quiet():
         import torch
 
-        from ..cost import describe, estimate
+        from ..components import describe
+        from ..cost import estimate
 
         with usage("--model", ValueError, OSError):  # configurations of its parts that are damaged, or not to be had
             describe(model.location)
