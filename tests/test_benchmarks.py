@@ -16,7 +16,7 @@ import torch
 
 import ralu
 import ralu_kernels
-from ralu import blocks, families
+from ralu import blocks, components, families
 from ralu.method import Method
 from ralu_kernels import attention
 
