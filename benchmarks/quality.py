@@ -67,8 +67,8 @@ def prepare(pipe, method: str) -> int:
         ralu.enable(pipe, SCHEDULES[method])
         return 50
     parsed = Method.parse(method)
-    if parsed.preset:
-        ralu.enable(pipe, parsed.preset, **parsed.options.given())
+    if parsed.preset or parsed.options.given():
+        ralu.enable(pipe, parsed)
     return parsed.steps or 50
 
 

@@ -15,7 +15,8 @@ from .schedule import DISTILLED, PRESETS
 
 SPATIAL = (*PRESETS, *DISTILLED)
 _TYPES = {"ratio": float, "threshold": float, "seeds": int}  # those of options that are no words
-_STOCK_OPTIONS: tuple[str, ...] = ()  # those that mean something where nothing is upsampled
+_STOCK_OPTIONS = "solver", "spacing"  # those that mean something where nothing is upsampled
+_PRESET_OPTIONS = tuple(field.name for field in fields(Options) if field.name != "spacing")
 _NAME, _OPTIONS = r"[\w.-]+", r"(?:\(([^()]*)\))?"
 _GRAMMAR = re.compile(rf"({_NAME}){_OPTIONS}(?:\+({_NAME}){_OPTIONS})?")
 FORM = "SPATIAL[(option=value,...)][+CACHE[(option=value,...)]]"
@@ -45,8 +46,9 @@ class Method:
         if self.cache is not None and type(self.cache) not in CACHES.values():
             raise ValueError(f"cache must be one of {_known_caches()}, got {self.cache!r}")
         given = self.options.given()
-        if self.preset is None and (odd := given.keys() - set(_STOCK_OPTIONS)):
-            raise ValueError(f"{self.spatial} upsamples nothing and has no {', '.join(sorted(odd))}")
+        if odd := given.keys() - set(self._allowed):
+            why = "has stages" if self.preset else "upsamples nothing"
+            raise ValueError(f"{self.spatial} {why} and has no {', '.join(sorted(odd))}")
         defaults, printable = _defaults(self.spatial), str | float | int
         plain = [name for name, value in given.items() if isinstance(value, printable) and value == defaults[name]]
         object.__setattr__(self, "options", replace(self.options, **dict.fromkeys(plain)))
@@ -55,6 +57,10 @@ class Method:
     def preset(self) -> str | None:
         """The name of the preset; None for the stock pipeline."""
         return self.spatial if self.spatial in SPATIAL else None
+
+    @property
+    def _allowed(self) -> tuple[str, ...]:
+        return _PRESET_OPTIONS if self.preset else _STOCK_OPTIONS
 
     @property
     def steps(self) -> int | None:
@@ -76,8 +82,7 @@ class Method:
             raise ValueError(f"{text!r} is no method: it must have the form {FORM}")
         spatial, options, name, cache_options = match.groups()
         method = cls(spatial)  # an unknown name is told before its options
-        allowed = [field.name for field in fields(Options)] if method.preset else _STOCK_OPTIONS
-        types = {name: _TYPES.get(name, str) for name in allowed}
+        types = {name: _TYPES.get(name, str) for name in method._allowed}
         chosen = _assignments(options, spatial, types)
         if name is None:
             return cls(spatial, Options(**chosen))
