@@ -82,7 +82,7 @@ def prepare(pipe, method: str) -> int:
         size = {"height": SIZE, "width": SIZE, "text_tokens": TEXT_TOKENS}
         schedule = ralu.schedule_for(parsed.speedup, pipe, **size)
         ralu.enable(pipe, schedule, cache=parsed.cache, **parsed.options.given())
-    elif parsed.preset or parsed.cache:
+    elif parsed.preset or parsed.cache or parsed.options.given():
         ralu.enable(pipe, parsed)
     return parsed.steps or 50
 

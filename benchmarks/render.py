@@ -1,9 +1,9 @@
-"""The plots and the README's tables of what bench.py, e2e.py and quality.py have measured; no figure is typed by hand.
+"""The plots and tables of what bench.py, e2e.py, quality.py and solver.py have found; no figure is typed by hand.
 
     python benchmarks/render.py
 
 For every file of theirs in benchmarks/results this draws docs/NAME.png (quality.py draws for itself), and
-rewrites what the README has between
+rewrites what the README and the pages of docs have between
 
     <!-- begin benchmarks/results/NAME.csv -->
     <!-- end benchmarks/results/NAME.csv -->
@@ -264,13 +264,27 @@ def quality(path: Path) -> str:
     return f"{line}\n\n{table(head, body)}"
 
 
+def solvers(path: Path) -> str:
+    """Of solver.py's file: one line a method, standard deviations 1 / 0.5."""
+    rows = record.read(path)
+    names = list(rows[0])[2:]
+    body = [
+        [f"`{method}`", *(" / ".join(f"{100 * float(of[name]):+.1f}" for of in rows if of["method"] == method)
+                          for name in names)]
+        for method in values(rows, "method")
+    ]  # fmt: skip
+    return table(["", *(f"`{name}`" for name in names)], body)
+
+
 # ---- the README ----
 
 
 def block(path: Path) -> str | None:
-    """Write what the README says of a file of results; None for another benchmark's."""
+    """Write what is said of a file of results; None for another benchmark's."""
     if path.name.startswith("quality-"):
         return quality(path)
+    if path.name == "solver-gaussian.csv":
+        return solvers(path)
     if not (rows := latest(path)):
         return None
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
@@ -281,21 +295,21 @@ def block(path: Path) -> str | None:
     return f"{origin(rows)} ([{path.name}]({name})).\n\n{body}\n\n![{path.stem}](docs/{path.stem}.png)"
 
 
-def rendered(readme: str, results: Path = RESULTS) -> str:
-    """Return the README with every block as its file has it."""
+def rendered(page: str, results: Path = RESULTS) -> str:
+    """Return a page with every block as its file has it."""
 
     def fresh(match):
         path = results / Path(match[2]).name
         return f"{match[1]}\n\n{block(path)}\n\n{match[4]}"
 
-    return re.sub(r"(<!-- begin (\S+\.csv) -->)(.*?)(<!-- end \2 -->)", fresh, readme, flags=re.DOTALL)
+    return re.sub(r"(<!-- begin (\S+\.csv) -->)(.*?)(<!-- end \2 -->)", fresh, page, flags=re.DOTALL)
 
 
 def main():
-    """Draw the plots and rewrite the README's tables."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    readme.write_text(rendered(text))
+    """Draw the plots and rewrite the tables of the README and of docs."""
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        page.write_text(rendered(page.read_text()))
+    text = (ROOT / "README.md").read_text()
     for path in sorted(RESULTS.glob("*.csv")):
         if rows := latest(path):
             (draw_kernels if "provider" in rows[0] else draw_images)(rows, DOCS / f"{path.stem}.png")

@@ -17,7 +17,8 @@ from .schedule import DISTILLED, PRESETS
 
 SPATIAL = (*PRESETS, *DISTILLED)
 _TYPES = {"ratio": float, "threshold": float, "seeds": int}  # those of options that are no words
-_STOCK_OPTIONS: tuple[str, ...] = ()  # those that mean something where nothing is upsampled
+_STOCK_OPTIONS = "solver", "spacing"  # those that mean something where nothing is upsampled
+_PRESET_OPTIONS = tuple(field.name for field in fields(Options) if field.name != "spacing")
 _NAME, _OPTIONS = r"[\w.-]+", r"(?:\(([^()]*)\))?"
 _GRAMMAR = re.compile(rf"({_NAME}){_OPTIONS}(?:\+({_NAME}){_OPTIONS})?")
 FORM = "SPATIAL[(option=value,...)][+CACHE[(option=value,...)]]"
@@ -51,7 +52,13 @@ class Method:
             raise ValueError(f"cache must be one of {_known_caches()}, got {self.cache!r}")
         given = self.options.given()
         if odd := given.keys() - set(self._options()):
-            why = "upsamples nothing" if self.preset is None else "chooses its own ratio"
+            why = (
+                "upsamples nothing"
+                if self.preset is None
+                else "chooses its own ratio"
+                if self.speedup
+                else "has stages"
+            )
             raise ValueError(f"{self.spatial} {why} and has no {', '.join(sorted(odd))}")
         if self.spatial in DISTILLED:
             self.options.check_steps(DISTILLED[self.spatial][0][0], self.spatial)
@@ -105,8 +112,9 @@ class Method:
         """List the options that mean something for this spatial method."""
         if self.preset is None:
             return _STOCK_OPTIONS
-        every = tuple(field.name for field in fields(Options))
-        return every if self.speedup is None else tuple(name for name in every if name not in ("ratio", "threshold"))
+        if self.speedup is None:
+            return _PRESET_OPTIONS
+        return tuple(name for name in _PRESET_OPTIONS if name not in ("ratio", "threshold"))
 
     def __str__(self) -> str:
         """Print the name, with the options that differ from the defaults: `Method.parse` undoes it.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .schedule import INTERPOLATIONS, MATCHINGS, Schedule, preset, single
+from .solver import SOLVERS
 
 # What the options that are words can be; the first is the default.
 CHOICES = {
@@ -13,6 +14,8 @@ CHOICES = {
     "kept_noise": ("exact", "release"),
     "matching": MATCHINGS,
     "upsampler": INTERPOLATIONS,
+    "solver": SOLVERS,
+    "spacing": ("stock", "trailing"),
     "backend": ("auto", "native", "triton", "reference"),
 }
 
@@ -34,6 +37,10 @@ class Options:
                  `ralu.schedule.match_noise`.
     upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", see
                  `ralu.interpolation`.
+    solver:      "euler" (the paper's); "ab2" and "ab2-limited", which is safer where steps are few, are of second order
+                 for as many calls, see `ralu.solver`.
+    spacing:     of "stock-STEPS" alone: "stock" as the pipeline has it, or "trailing", noise levels 1, ..., 1/STEPS
+                 before the shift. FLUX's are; SD3's stock ones spend their last call on what is almost clean.
     backend:     of `ralu_kernels`: "auto", "native", "triton" or "reference".
     seeds:       a 64-bit number for each image of a batch, or one for all, that the later stages' noise is made of; by
                  default it comes from the signs of the image's starting noise. Give it where starting noise is
@@ -49,6 +56,8 @@ class Options:
     kept_noise: str | None = None
     matching: str | None = None
     upsampler: str | None = None
+    solver: str | None = None
+    spacing: str | None = None
     backend: str | None = None
     seeds: Any = None
 
@@ -134,6 +143,8 @@ def _schedule_of(name: str | dict | Schedule, options: Options, shift: float) ->
         return single(int(name[6:]), shift)
     if isinstance(name, str) and name.startswith("speedup-"):
         raise ValueError(f"{name!r} needs to know the model's work: give ralu.schedule_for(speedup, model) instead")
+    if options.spacing is not None:
+        raise ValueError(f"spacing goes with 'stock-STEPS' alone, got spacing={options.spacing!r} and {name!r}")
     if isinstance(name, str):
         return preset(name, shift, options.ratio, **options.chosen("matching", "upsampler"))
     if not isinstance(name, dict | Schedule):

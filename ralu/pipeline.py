@@ -46,8 +46,9 @@ def enable(
     trim_text: compute attention without T5's padding, for prompts of different lengths and speed; needs `fused`. It
              changes the images: the models were trained to attend to that padding. `prompt_embeds` of your own are
              taken as they are, see `ralu.fuse`.
-    options: of `ralu.Options`: ratio, threshold, regions, granularity, kept_noise, matching, upsampler, backend,
-             seeds. What is left out (the preset too) is as it was saved in a pipeline that was saved enabled.
+    options: of `ralu.Options`: ratio, threshold, regions, granularity, kept_noise, matching, upsampler, solver,
+             spacing, backend, seeds. What is left out (the preset too) is as it was saved in a pipeline that was saved
+             enabled.
 
     The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran; SD3's progress bar and
     the window of its skip-layer guidance go by the number asked for all the same). Height and width must divide by 32.

@@ -86,7 +86,7 @@ class Runner:
         if method.speedup is not None and schedule is None:
             schedule = self.model.budget(method, self.call_arguments["width"], self.call_arguments["height"], self.pipe)
         self._pipeline.disable(self.pipe)  # also what a folder was saved with: a method's name says all
-        if method.preset or method.cache:
+        if method.preset or method.cache or method.options.given():
             # With another schedule its own ratio, and transitions that are matched already.
             options = method.options.given().items()
             given = {name: value for name, value in options if not schedule or name not in _SCHEDULED}
@@ -96,12 +96,12 @@ class Runner:
 
     def warm_up(self, method: Method, prompts: list[str]):
         """Take as few steps as can be at every resolution: compilation and first allocations happen here."""
-        self.use(method)
         if method.preset:
+            self.use(method)
             schedule = self.pipe.scheduler.schedule
             self.use(method, schedule.replace(steps=[method.options.fewest_steps] * len(schedule.stages)))
         else:
-            self.method = replace(method, spatial="stock-1")
+            self.use(replace(method, spatial="stock-1"))
         self.generate(prompts, f"{method}, warm-up", leave=False)
 
     def generate(

@@ -20,6 +20,7 @@ from .caches import Progress
 from .options import Options, schedule_of
 from .regions import scorer_of
 from .schedule import Schedule, own_shift
+from .solver import Solver, sample_norms
 from .stages import Layout, Run
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
@@ -55,12 +56,16 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         kept_noise: str | None = None,
         matching: str | None = None,
         upsampler: str | None = None,
+        solver: str | None = None,
+        spacing: str | None = None,
         backend: str | None = None,
         seeds: Any = None,
         **stock,
     ):
         super().__init__(**stock)
-        options = Options(ratio, threshold, regions, granularity, kept_noise, matching, upsampler, backend, seeds)
+        options = Options(
+            ratio, threshold, regions, granularity, kept_noise, matching, upsampler, solver, spacing, backend, seeds
+        )
         if distorting := ", ".join(key for key in _DISTORTING if self.config.get(key)):
             raise ValueError(f"the stock scheduler's {distorting} must be off: it would distort RALU's schedule")
         self.schedule = None if preset == "stock" else schedule_of(preset, options, own_shift(self.config))
@@ -110,7 +115,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def unbind(self):
         """Forget the model."""
         self._bound_scorer = self._stage_begins = self._pack = self._unpack = None
-        self._velocity = self._run = None
+        self._velocity = self._run = self._solver = None
 
     @property
     def bound(self) -> bool:
@@ -119,7 +124,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     def __getstate__(self):
         """Leave the model out: a scheduler that is copied or pickled must not take it along."""
-        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_velocity", "_run")
+        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_velocity", "_run", "_solver")
         return self.__dict__ | dict.fromkeys(loose)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -135,12 +140,15 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
                 "this pipeline has RALU's scheduler, but its transformer is a stock one, as after loading: call "
                 "ralu.enable(pipe) before using it, or ralu.disable(pipe) for the stock schedule"
             )
-        self._run = None
+        self._run = self._solver = None
         if self.is_stock:
             if self.schedule is not None:
-                steps = sum(self.schedule.steps)
-                sigmas = None if sigmas is None else np.linspace(1, 1 / steps, steps)
-                num_inference_steps = None if sigmas is not None and num_inference_steps is None else steps
+                num_inference_steps = sum(self.schedule.steps)
+                sigmas = None if sigmas is None else _trailing(num_inference_steps)
+            if self.options.spacing == "trailing" and sigmas is None and timesteps is None:
+                sigmas = _trailing(num_inference_steps)
+            if self.options.solver not in (None, "euler"):  # which the stock step is
+                self._solver = Solver(self.options.solver, sample_norms)
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
             self._stage_begins(1, len(self.timesteps))
             return
@@ -151,7 +159,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             logger.warning_once(f"RALU needs at least 3 steps; {asked} steps run the stock schedule at full resolution")
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
             return
-        if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, np.linspace(1, 1 / asked, asked))):
+        if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, _trailing(asked))):
             raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps do not fit in")
         run = Run(self.schedule, self._bound_scorer, self.options, pack=self._pack, unpack=self._unpack)
         self._run = run
@@ -200,7 +208,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         return sample if self._run is None else self._run.first(sample)
 
     def step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
-        """Make one Euler step (stock signature). At a stage's end the result has the next stage's token count.
+        """Make one step of the solver (stock signature). At a stage's end the result has the next stage's token count.
 
         model_output: (B, L, C) velocity; sample: (B, L, C), in the very first step the full-size noise, whose signs
         seed the later stages' noise. Where `pack` is bound both are what it takes. Raises RuntimeError where the model
@@ -210,7 +218,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if self.bound:
             model_output = self._velocity(model_output)
         if run is None:
-            return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
+            return self._stock_step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         if run.layout is None:
             raise RuntimeError("the model was not called through ralu.enable or ralu.sample before this step")
         advanced, ended = run.step(sample, model_output)
@@ -220,12 +228,29 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             self._stage_begins(stage, run.schedule.steps[stage - 1])
         if run.over:
             self._run = None
-        advanced = advanced.to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=advanced) if return_dict else (advanced,)
+        return _stepped(advanced.to(model_output.dtype), return_dict)
+
+    def _stock_step(self, model_output, timestep, sample, *args, return_dict: bool, **kwargs):
+        if self._solver is None:
+            return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        velocity = self._solver(model_output.float(), *self.sigmas[self.step_index : self.step_index + 2])
+        advanced = super().step(velocity, timestep, sample, *args, return_dict=False, **kwargs)[0]
+        return _stepped(advanced.to(model_output.dtype), return_dict)
 
     def full_resolution(self, sample: Tensor) -> Tensor:
         """Upsample a sample of any stage to full resolution without noise: for previews and interrupted runs."""
         return sample if self._run is None else self._run.full_resolution(sample)
+
+
+def _trailing(steps: int) -> np.ndarray:
+    """List the noise levels 1, ..., 1/steps."""
+    return np.linspace(1, 1 / steps, steps)
+
+
+def _stepped(sample: Tensor, return_dict: bool):
+    return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
 RaluScheduler.__module__ = "ralu"  # what diffusers writes into model_index.json, to import it from there

@@ -18,9 +18,10 @@ from ralu_kernels import TokenPlan, plan_tokens, upsample_remaining, upsample_re
 from ralu_kernels._backend import resolve
 
 from . import regions
-from .errors import nearest_sizes
+from .errors import odd_grid
 from .options import Options, schedule_of
 from .schedule import Schedule, Transition
+from .solver import Solver, sample_norms
 
 Grid = tuple[int, int]
 _RULES = "granularity", "kept_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
@@ -197,7 +198,7 @@ class Run:
     """One pass through a schedule: at which step it is, and the layout that the model sees there.
 
     scorer:       `(x0, grid) -> scores`, see `ralu.regions`.
-    options:      of these the threshold, the seeds and how transitions treat tokens.
+    options:      of these the threshold, the seeds, the solver and how transitions treat tokens.
     pack, unpack: where a model's samples are no tokens (B, L, C): `pack(sample)` gives them and
                   `unpack(tokens, (rows, columns))` undoes it. A mixed sequence is one row. The methods below take and
                   give samples as the model's.
@@ -215,6 +216,7 @@ class Run:
         self.schedule, self.options = schedule, options
         self.scorer: Callable = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
+        self.solver = Solver(options.chosen("solver")["solver"], self._norms)
         self.steps = [  # (stage, sigma, next sigma)
             (stage, *levels)
             for stage in range(1, 1 + len(schedule.stages))
@@ -252,7 +254,7 @@ class Run:
         """
         halved = any(stage.resolution != "full" for stage in self.schedule.stages)
         if halved and (grid[0] % 2 or grid[1] % 2):
-            raise ValueError(_odd(grid, token_pixels))
+            raise ValueError(odd_grid(grid, token_pixels))
         noise = self.pack(noise)
         if noise.shape[2] % 4:
             raise ValueError(f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]}")
@@ -274,7 +276,7 @@ class Run:
         return self.unpack(subsample_first(tokens, self.grid), self.grid)
 
     def step(self, sample: Tensor, velocity: Tensor) -> tuple[Tensor, bool]:
-        """Make one Euler step, and at a stage's end the transition.
+        """Make one step of the solver, and at a stage's end the transition.
 
         sample: (B, L, C), in the very first step the full-size noise. velocity: the model's output for it.
         Returns the next sample in float32, at a stage's end with the next stage's tokens, and whether the stage ended.
@@ -292,12 +294,19 @@ class Run:
         x, v = x.float(), velocity.float()
         if stage in self._selecting and isinstance(self.scorer, regions.Change):
             self.scorer.observe(self.pack(x - sigma * v))
-        advanced = x + (following - sigma) * v
+        advanced = x + (following - sigma) * self.solver(v, sigma, following)
         self.index += 1
-        ended = not self.over and self.steps[self.index][0] != stage
-        if ended:
+        if ended := not self.over and self.steps[self.index][0] != stage:
+            self.solver.restart()
             advanced = self._enter(stage + 1, advanced, x - sigma * v)
         return advanced, ended
+
+    def _norms(self, velocity: Tensor) -> Tensor:
+        """Return each sample's norm, in which padding does not count: (B, 1, ...)."""
+        mask = self.layout.mask
+        if mask is not None:
+            velocity = self.unpack(self.pack(velocity).masked_fill(~mask[..., None], 0), (1, mask.shape[1]))
+        return sample_norms(velocity)
 
     def _enter(self, stage: int, sample: Tensor, x0: Tensor) -> Tensor:
         """Make the sample that a stage begins with of the previous stage's last one and its clean estimate."""
@@ -353,15 +362,6 @@ class Run:
         if len(numbers) != batch:
             raise ValueError(f"seeds must be one number, or one for each of the {batch} images, got {len(numbers)}")
         return torch.tensor(numbers, dtype=torch.int64, device=noise.device)
-
-
-def _odd(grid: Grid, token_pixels: int | None) -> str:
-    """Say why a grid with an odd side cannot be used."""
-    if token_pixels is None:
-        return f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number"
-    unit, (height, width) = 2 * token_pixels, (size * token_pixels for size in grid)
-    nearest = nearest_sizes(width, height, unit)
-    return f"RALU needs a width and height that divide by {unit}, got {width}x{height}; the nearest {nearest}"
 
 
 @torch.no_grad()

@@ -332,6 +332,8 @@ def test_gpu_tables(tmp_path):
 def test_readme_has_what_was_measured():
     readme = (ROOT / "README.md").read_text()
     assert render.rendered(readme) == readme
+    pages = [path.read_text() for path in render.DOCS.glob("*.md")]
+    assert pages and [render.rendered(page) for page in pages] == pages
     files = [path for path in render.RESULTS.glob("*.csv") if render.latest(path)]
     assert not files or any(f"<!-- begin benchmarks/results/{path.name} -->" in readme for path in files)
 

@@ -169,6 +169,11 @@ def test_generate(folder, pipe, tmp_path, capsys):
     direct = generate(ralu.disable(pipe), PROMPTS[:1], (3,), num_inference_steps=3)
     assert same([Image.open(tmp_path / "a" / "b" / "cat.png")], direct)
 
+    assert main(["generate", PROMPTS[0], "--preset", "stock-3(spacing=trailing)", "--solver", "ab2", *options]) == 0
+    assert "stock-3(solver=ab2,spacing=trailing)" in capsys.readouterr().out
+    solved = generate(ralu.enable(pipe, "stock-3", solver="ab2", spacing="trailing"), PROMPTS[:1], (3,))
+    assert same([Image.open(tmp_path / "a" / "b" / "cat.png")], solved) and not same(solved, direct)
+
 
 def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
     calls = []
@@ -259,6 +264,7 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("generate fox --preset flux-9x", "flux-9x"),
         ("generate fox --steps 4", "have their own steps"),
         ("generate fox --preset stock --ratio .3", "no regions"),
+        ("generate fox --solver heun", "invalid choice: 'heun' (choose from"),
         ("generate fox --preset stock --regions random", "no regions"),
         ("generate fox --preset distilled-4 --regions change", "needs 2 steps before the selection, distilled-4 has 1"),
         ("regions --preset distilled-4 --regions change", "needs 2 steps before the selection, distilled-4 has 1"),
@@ -347,6 +353,7 @@ def test_help(command, capsys):
     ("arguments", "words"),
     [
         ("generate fox --preset stock-28 --steps 20", "stock-28 says how many steps already"),
+        ("generate fox --preset stock-9(solver=ab2) --solver ab2", "--preset stock-9(solver=ab2) says so already"),
         ("generate fox --preset flux-5x(ratio=.3) --ratio .2", "--ratio: --preset flux-5x(ratio=0.3) says so already"),
         ("generate fox --preset flux-5x(threshold=.3) --ratio .2", "--ratio: give ratio or threshold, not both"),
         ("generate fox --preset flux-5x(ratio=3)", "ratio must lie in [0, 1], got 3.0"),

@@ -412,6 +412,8 @@ WRONG = {
     "kept_noise": NO_NAME,
     "matching": NO_NAME,
     "upsampler": NO_NAME,
+    "solver": [*NO_NAME, "heun"],
+    "spacing": [*NO_NAME, "trailing", "stock"],  # which go with "stock-STEPS" alone
     "backend": [*NO_NAME, "cuda"],
     "fused": NO_BOOL,
     "trim_text": NO_BOOL,

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from importlib import metadata
 from importlib.util import find_spec
@@ -630,15 +630,18 @@ def test_the_manifest_says_all_of_a_method(tmp_path, monkeypatch):
     """Also a cache's defaults, so that other ones do not mix."""
     monkeypatch.setitem(caches.CACHES, "toy", Toy)
     pipe = tiny.flux()
-    methods = [Method.parse(text) for text in ("stock-4", "stock-4+toy", "flux-7x(ratio=0.5)")]
+    names = "stock-4", "stock-4+toy", "flux-7x(ratio=0.5)", "stock-4(solver=ab2)", "flux-7x(solver=ab2)"
+    methods = [Method.parse(text) for text in names]
 
     def use(method):
-        (ralu.enable if method.preset else ralu.disable)(pipe, *([method.preset] if method.preset else []))
+        plain = not method.preset and not method.options.given()
+        ralu.disable(pipe) if plain else ralu.enable(pipe, replace(method, cache=None))
 
     runner = SimpleNamespace(pipe=pipe, call_arguments={"height": 64}, seed=3, use=use)
     manifest = folders.describe(runner, methods, [])
     assert list(manifest["methods"]) == [str(method) for method in methods]
-    stock, cached, _ = manifest["methods"].values()
+    stock, cached, _, *solved = manifest["methods"].values()
+    assert [method["scheduler"]["solver"] for method in solved] == ["ab2", "ab2"]
     assert cached == stock | {"cache": {"interval": 2}}
     folders.check_manifest(tmp_path, manifest)
     changed = manifest["methods"] | {"stock-4+toy": stock | {"cache": {"interval": 5}}}

@@ -61,6 +61,17 @@ def toy(monkeypatch):
             None,
             lambda: Method("flux-5x", Options(threshold=2, regions="change")),
         ),
+        ("stock-10( solver=ab2 )", "stock-10(solver=ab2)", lambda: Method("stock-10", Options(solver="ab2"))),
+        (
+            "stock(spacing=trailing,solver=euler)",  # euler is the default
+            "stock(spacing=trailing)",
+            lambda: Method("stock", Options(spacing="trailing")),
+        ),
+        (
+            "sd3-2x(solver=ab2-limited)+toy(interval=1)",
+            "sd3-2x(solver=ab2-limited)+toy(interval=1)",
+            lambda: Method("sd3-2x", Options(solver="ab2-limited"), Toy(1)),
+        ),
         ("flux-5x+toy(interval=1,decay=0.5)", "flux-5x+toy(interval=1)", lambda: Method("flux-5x", cache=Toy(1))),
     ],
 )
@@ -74,7 +85,8 @@ def test_parse_and_print(text, canonical, expected):
 def test_random_methods_parse_back():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        options = {name: str(rng.choice(values)) for name, values in method.CHOICES.items() if rng.random() < 0.5}
+        words = {name: values for name, values in method.CHOICES.items() if name != "spacing"}
+        options = {name: str(rng.choice(values)) for name, values in words.items() if rng.random() < 0.5}
         options |= {["ratio", "threshold"][rng.integers(2)]: float(10 ** rng.uniform(-9, 0))}
         if options.get("upsampler", "nearest") != "nearest":
             options["matching"] = "snr"
@@ -106,7 +118,10 @@ def test_what_it_stands_for():
         ("flux-9x", "none of flux-5x, flux-7x, sd3-2x, sd3-3x, distilled-4, stock, stock-STEPS"),
         ("stock-0", "stock-STEPS"),
         ("stock-05", "stock-STEPS"),
-        ("stock-5(ratio=.1)", "stock-5 has no option 'ratio'"),
+        ("stock-5(ratio=.1)", "stock-5 has no option 'ratio'; it has solver, spacing"),
+        ("stock-5(solver=heun)", "solver must be one of euler, ab2, ab2-limited, got 'heun'"),
+        ("stock-5(spacing=leading)", "spacing must be one of stock, trailing, got 'leading'"),
+        ("flux-5x(spacing=trailing)", "flux-5x has no option 'spacing'; it has ratio"),
         ("flux-5x(ration=.1)", "no option 'ration'; it has ratio, threshold, regions"),
         ("flux-5x(ratio=.1,ratio=.2)", "'ratio' twice"),
         ("flux-5x(ratio)", "option=value"),
@@ -145,6 +160,8 @@ def test_refusals(text, words):
         lambda: Options(ratio="0.3"),
         lambda: Options(threshold=True),
         lambda: Options(granularity=1),
+        lambda: Options(solver=2),
+        lambda: Options(spacing=True),
     ],
 )
 def test_wrong_types(make):
@@ -158,7 +175,7 @@ def test_an_unregistered_cache():
 
 
 def test_the_choices_are_those_of_the_modules_that_make_them():
-    from ralu import regions, scheduler
+    from ralu import regions, scheduler, solver
     from ralu_kernels import _backend, tokens
 
     assert set(method.CHOICES["regions"]) == {"canny", *regions._NAMED}
@@ -166,6 +183,7 @@ def test_the_choices_are_those_of_the_modules_that_make_them():
     assert set(method.CHOICES["kept_noise"]) == {*tokens.KEPT_NOISES}
     assert set(method.CHOICES["matching"]) == {*schedule.MATCHINGS}
     assert set(method.CHOICES["upsampler"]) == {*schedule.INTERPOLATIONS}
+    assert set(method.CHOICES["solver"]) == {*solver.SOLVERS}
     assert set(method.CHOICES["backend"]) == {"auto", *_backend._ABSENT}
     assert scheduler.RaluScheduler().config.regions == method.CHOICES["regions"][0]
     plain = scheduler.RaluScheduler("flux-5x").schedule

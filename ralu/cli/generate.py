@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 
 from ..errors import UsageError, usage
-from ..method import Method
+from ..method import CHOICES, Method
 from ..models import find_model
 from . import arguments
 
@@ -34,6 +34,7 @@ def add(commands):
     add("--steps", type=arguments.count, metavar="N", help="for --preset stock alone: a RALU preset has its own")
     add("--ratio", type=arguments.share, help="share of the regions to upsample early (default: the preset's)")
     arguments.add_regions(parser)
+    add("--solver", choices=CHOICES["solver"], help=f"of the steps (default: {CHOICES['solver'][0]})")
     arguments.add_output(parser, "out.png")
     arguments.add_model(parser)
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace):
 
 
 def _method(args: argparse.Namespace) -> Method:
-    """Return --preset or --speedup with --steps, --ratio and --regions as part of it."""
+    """Return --preset or --speedup with --steps, --ratio, --regions and --solver as part of it."""
     method = args.preset
     if args.speedup:
         if method:
@@ -70,11 +71,11 @@ def _method(args: argparse.Namespace) -> Method:
         method = replace(method, spatial=f"stock-{args.steps}")
     if method is None:
         method = Method(find_model(args.model).presets[0])
-    for name in ("ratio", "regions"):
+    for name in ("ratio", "regions", "solver"):
         value = getattr(args, name)
         if value is None:
             continue
-        if not method.preset:
+        if not method.preset and name != "solver":
             names = arguments.PRESET_NAMES
             raise UsageError(f"--{name}: {method} upsamples nothing and has no regions, choose one of {names}")
         if getattr(method.options, name) is not None:
