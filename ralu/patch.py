@@ -110,6 +110,7 @@ class LayoutHook:
     def __init__(self, pipe: DiffusionPipeline, scheduler: RaluScheduler, family: Family):
         self.scheduler, self.stock, self.family = scheduler, pipe.scheduler, family
         self.cache: Cache | None = None
+        self.copied = False
         self.pipes = WeakSet([pipe])
         self.token_pixels = pipe.vae_scale_factor * 2
         self.parameters = named_arguments(pipe.transformer)
@@ -132,10 +133,18 @@ class LayoutHook:
         unwrapped(transformer).pos_embed.__class__ = self.family.embedding[0]
 
     def __getstate__(self):
-        return self.__dict__ | {"pipes": None}  # the copy has been in no pipeline yet
+        return self.__dict__ | {"pipes": None, "copied": True}  # the copy has been in no pipeline yet
 
     def __setstate__(self, state):
         self.__dict__ = state | {"pipes": WeakSet()}
+
+    def renew_cache(self, transformer: nn.Module):
+        """Put a copy's cache on anew: diffusers' hooks, copied, still call the original's."""
+        if self.copied and self.cache is not None:
+            self.cache.remove(transformer)
+            self.cache.apply(transformer)
+            hooks_changed(transformer)
+        self.copied = False
 
     @torch.compiler.disable  # the hook is within what `transformer.compile()` compiles
     def __call__(self, module, args, kwargs):

@@ -173,6 +173,7 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
     """Make the scheduler this pipeline's, and the pipeline ready for interruptions."""
     family, transformer = hook.family, blocks.unwrapped(pipe.transformer)
     family.patch(pipe)
+    hook.renew_cache(transformer)
     decode = None if pipe.vae is None else lambda tokens, grid: family.decode(pipe, tokens, grid)
 
     def stage_begins(stage: int, steps: int):

@@ -1,5 +1,6 @@
 """Caches in pipelines: TaylorSeer against the method written out, exact where it skips nothing, undone wholly."""
 
+from copy import copy, deepcopy
 from types import MethodType
 
 import pytest
@@ -215,5 +216,28 @@ def test_two_caches_are_refused():
 def test_every_registered_cache_says_whom_it_serves():
     for name, kind in CACHES.items():
         assert kind.families and all(isinstance(family, str) for family in kind.families), name
-        for part in ("apply", "remove", "reset"):
+        for part in ("check", "apply", "remove", "reset", "shares", "kept"):
             assert callable(getattr(kind, part))
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_copy_of_a_pipeline_has_a_cache_of_its_own(name, family):
+    pipe = ralu.enable(family.make(), f"stock-4+{name}")
+    expected = latents(pipe)
+    twin = deepcopy(pipe)
+    for weight in pipe.transformer.parameters():
+        weight.data.add_(1)
+    assert torch.equal(latents(twin), expected)
+    ralu.disable(twin)
+    assert hooks_left(twin) == [] != hooks_left(pipe)
+
+
+def test_a_call_that_is_of_no_run_is_not_cached(family):
+    """Neither one of a pipeline with a scheduler of its own, nor one that no pipeline makes."""
+    pipe = family.make()
+    other = type(pipe)(**pipe.components | {"scheduler": copy(pipe.scheduler)})
+    expected = latents(other, num_inference_steps=4)
+    for cache in ("delta-dit", "teacache(delta=9)"):
+        ralu.enable(pipe, "stock-4", cache=cache)
+        latents(pipe)
+        assert torch.equal(latents(other, num_inference_steps=4), expected)

@@ -390,6 +390,99 @@ def test_help(capsys):
     assert stop.value.code == 0 and "examples:\n  ralu estimate" in text and "None" not in text
 
 
+# ---- caches ----
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("flux", "stock-6+delta-dit(interval=3,num_blocks=3)"),
+        ("flux", "stock-6+delta-dit(interval=5,variant=flux-research)"),
+        ("flux", "stock-6+teacache(delta=0.3)"),
+        ("flux", "flux-5x(regions=gradient)+taylorseer(interval=2,warmup=1)"),
+        ("guided", "stock-4+delta-dit"),
+        ("sd3-3.5-medium", "sd3-2x(regions=gradient)+delta-dit(num_blocks=1,boundary=0.6)"),
+        ("sd3-3.0", "stock-5+taylorseer(interval=2)"),
+    ],
+)
+def test_operations_of_a_real_run_with_a_cache(name, method):
+    call = {"output_type": "latent"}
+    if name == "guided":
+        call |= {"true_cfg_scale": 2.0, "negative_prompt": tiny.PROMPTS[:2]}
+    pipe = ralu.enable(PIPELINES[name](), method)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tiny.paint(pipe, tiny.PROMPTS[:2], (0, 1), **call)
+    counts = counter.get_flop_counts()[type(pipe.transformer).__name__]
+    options = {"height": 64, "width": 64, "text_tokens": TEXT, "batch": 2, "guided": name == "guided" or None}
+    cost = estimate(pipe, method, **options)
+    parts = [part for part in cost.parts if "resolution" in part.name]
+    assert sum(part.attention for part in parts) * 1e12 == pytest.approx(counts[torch.ops.aten.bmm], rel=1e-12)
+    assert sum(part.tflop + part.attention for part in parts) * 1e12 == pytest.approx(sum(counts.values()), rel=1e-12)
+    stock = estimate(pipe, method.partition("+")[0], **options)
+    for part, before in zip(parts, (part for part in stock.parts if "resolution" in part.name), strict=True):
+        assert part.peak_bytes > before.peak_bytes and part.tflop < before.tflop
+    assert cost.at_most is stock.at_most is False
+
+
+@pytest.mark.parametrize(
+    ("model", "ratio", "rows"),
+    [
+        (
+            "flux-dev",
+            None,
+            {
+                "stock-45+teacache(delta=0.99)": 610.59,
+                "stock-30+teacache(delta=0.99)": 431.83,
+                "stock-50+taylorseer(interval=11)": 431.74,
+                "stock-50+delta-dit(interval=5,num_blocks=53)": 772.1,
+            },
+        ),
+        (
+            "flux-dev",
+            0.3,
+            {
+                "flux-5x+delta-dit": 422.56,
+                "flux-5x+taylorseer(interval=3)": 410.70,
+                "flux-5x+taylorseer(interval=3,warmup=2)": 331.38,
+            },
+        ),
+        (
+            "sd3-medium",
+            None,
+            {"stock-28+delta-dit(num_blocks=24)": 183.46, "stock-28+taylorseer(interval=4)": 123.49},
+        ),
+    ],
+)
+def test_caches_as_published(model, ratio, rows):
+    """Tables 1 and 3. Of TeaCache's steps is counted what is expected; Delta-DiT's blocks the paper does not say."""
+    found = {method: estimate(model, method, ratio=ratio).tflop for method in rows}
+    assert found == pytest.approx(rows, rel=0.008)
+
+
+def test_what_a_cache_saves_may_not_be_known(tmp_path, capsys):
+    """SD3's TeaCache has no polynomial before it is calibrated."""
+    tiny.sd3().save_pretrained(tmp_path)
+    arguments = ["estimate", "--model", str(tmp_path), "--size", "64", "--methods", "stock-4", "stock-4+teacache"]
+    assert main(arguments) == 0
+    _, stock, cached = capsys.readouterr().out.split("\n\n")
+    title, *rows, ratio = cached.splitlines()
+    assert title == "stock-4+teacache (at most: what the cache saves is not known)"
+    assert rows == stock.splitlines()[1:] and "takes 1.00 times" in ratio
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "words"),
+    [
+        ("sd3-medium", "stock-4+delta-dit(variant=flux-research)", "variant must be 'paper' for SD3Transformer2DModel"),
+        ("sd3-medium", "stock-4+delta-dit(num_blocks=25)", "num_blocks must be at most 24"),
+        ("flux-dev", "stock-4+teacache(coefficients=nowhere.json)", "coefficients must be auto, identity or a file"),
+    ],
+)
+def test_a_cache_that_does_not_fit(model, method, words):
+    with pytest.raises(ValueError, match=words):
+        estimate(model, method)
+
+
 # ---- ToCa and RAS ----
 
 

@@ -1,6 +1,5 @@
 """Delta-DiT (arXiv 2406.01125): what a range of blocks adds to its input is reused at skipped steps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +53,11 @@ class DeltaDiT(Cache):
             if self.variant != "paper" and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} must be left out with variant={self.variant!r}, got {getattr(self, name)}")
 
+    @property
+    def alternates(self) -> bool:
+        """Whether there are steps of the kind "modules"."""
+        return self.variant != "paper" and self.interval > 2
+
     def kind(self, progress: Progress) -> str:
         """Name what a step does: "full", or leaves out the "rear", "front" or "single" blocks, or all ("modules")."""
         place = progress.step % self.interval
@@ -81,12 +85,16 @@ class DeltaDiT(Cache):
         return spans.get(kind, range(0))
 
     def check(self, transformer: Any) -> None:
-        """Raise ValueError for a transformer that has fewer blocks, or of a kind that the variant is not for."""
+        """Raise ValueError for a transformer that has fewer blocks, or is of a kind that the variant is not for."""
+        from .hooks import check_norms
+
         total = self.span(transformer, "rear").stop
         if self.num_blocks > total:
             raise ValueError(f"num_blocks must be at most {total}, the transformer's blocks, got {self.num_blocks}")
         if self.variant != "paper" and not hasattr(transformer, "single_transformer_blocks"):
             raise ValueError(f"variant must be 'paper' for {type(transformer).__name__}, got {self.variant!r}")
+        if self.alternates:
+            check_norms(transformer)
 
     def apply(self, transformer: Any) -> None:
         """Put hooks on the blocks of all spans, and on what is reused inside of blocks."""
@@ -94,7 +102,7 @@ class DeltaDiT(Cache):
 
         blocks, kinds = list(named_blocks(transformer).values()), ("rear", "front") * (self.variant == "paper")
         hooked: dict[Any, Any] = {i: blocks[i] for kind in kinds or ("single",) for i in self.span(transformer, kind)}
-        if self.variant != "paper" and self.interval > 2:
+        if self.alternates:
             hooked = dict(enumerate(blocks))
             for i, block in enumerate(blocks):
                 names = ("proj_out",) if hasattr(block, "proj_out") else ("attn", "ff", "ff_context")
@@ -157,29 +165,37 @@ class _State:
         if self.kind == "full":
             self.outputs = {}
 
-    def run(self, place: Any, module: Any, compute: Callable, args: tuple, kwargs: dict) -> Any:
+    def enter(self, place: Any, module: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
         from .hooks import streams
 
+        output = None
+        if not isinstance(place, tuple):
+            hidden, encoder, temb = streams(args, kwargs)
+            for kind in self.renewed:
+                if place == self.ends[kind][0]:
+                    self.entries[kind] = self._seen(kind, hidden, encoder)
+            if place in self.spans.get(self.kind, ()):
+                output = self._moved(hidden, encoder) if place == self.ends[self.kind][0] else (encoder, hidden)
+            elif self.kind == "modules":
+                output = self._modulated(place, module, hidden, encoder, temb)
+                self._keep(place, output)
+        return output, args, kwargs
+
+    def leave(self, place: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         if isinstance(place, tuple):
-            output = compute(*args, **kwargs)
             if "modules" in self.needed:
                 self.outputs[place] = output
-            return output
-        hidden, encoder, temb = streams(args, kwargs)
-        if place in self.spans.get(self.kind, ()):
-            return self._moved(hidden, encoder) if place == self.ends[self.kind][0] else (encoder, hidden)
-        for kind in self.renewed:
-            if place == self.ends[kind][0]:
-                self.entries[kind] = self._seen(kind, hidden, encoder)
-        if self.kind == "modules":
-            encoder, hidden = self._modulated(place, module, hidden, encoder, temb)
         else:
-            encoder, hidden = compute(*args, **kwargs)
+            self._keep(place, output)
+        return output
+
+    def _keep(self, place: int, output: tuple) -> None:
+        """Keep Δ of the spans that end with a block."""
+        encoder, hidden = output
         for kind in self.renewed:
             if place == self.ends[kind][1]:
                 after = self._seen(kind, hidden, encoder)
                 self.deltas[kind] = [y - x for x, y in zip(self.entries.pop(kind), after, strict=True)]
-        return encoder, hidden
 
     def _seen(self, kind: str, hidden: Any, encoder: Any) -> list:
         """Return the streams that blocks after a span see."""

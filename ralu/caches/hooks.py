@@ -47,8 +47,14 @@ class State(Protocol):
     def begin(self, call: Call) -> None:
         """Prepare for the modules of a new call."""
 
-    def run(self, place: Any, module: Any, compute: Callable, args: tuple, kwargs: dict) -> Any:
-        """Return a module's output; `compute(*args, **kwargs)` is its own. place: as in `apply_hooks`."""
+    def enter(self, place: Any, module: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+        """Return a module's output, None where it is to be computed, and the arguments to do so with.
+
+        place: of the module, as in `apply_hooks`.
+        """
+
+    def leave(self, place: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Return what is to be passed on for an output that was computed with these arguments."""
 
 
 class Hook(ModelHook):
@@ -60,18 +66,28 @@ class Hook(ModelHook):
         super().__init__()
         self.place, self.state_manager = place, manager
 
-    # Not traced itself: what it does changes from step to step. Modules below it that are compiled still are.
+    # Its own frame is not traced, and neither is the state, which changes from step to step: modules that are compiled
+    # still are.
     @partial(torch.compiler.disable, recursive=False)
     def new_forward(self, module, *args, **kwargs):
         """Call the module, or not."""
         compute, call = self.fn_ref.original_forward, self.state_manager._context
         if not isinstance(call, Call) or call.progress is None:
             return compute(*args, **kwargs)
-        state: Any = self.state_manager.get_state()
+        state, output, args, kwargs = self._enter(call, module, args, kwargs)
+        return self._leave(state, args, kwargs, compute(*args, **kwargs)) if output is None else output
+
+    @torch.compiler.disable
+    def _enter(self, call, module, args, kwargs):
+        state = self.state_manager.get_state()
         if state.call is not call:
             state.call = call
             state.begin(call)
-        return state.run(self.place, module, compute, args, kwargs)
+        return state, *state.enter(self.place, module, args, kwargs)
+
+    @torch.compiler.disable
+    def _leave(self, state, args, kwargs, output):
+        return state.leave(self.place, args, kwargs, output)
 
     def reset_state(self, module):
         """Forget the states of all contexts."""
@@ -110,6 +126,17 @@ def named_blocks(transformer: Any) -> dict[str, Any]:
     """List a transformer's blocks by name, in the order in which they run."""
     parts = ("transformer_blocks", "single_transformer_blocks")
     return {f"{part}.{i}": block for part in parts for i, block in enumerate(getattr(transformer, part, ()))}
+
+
+def check_norms(transformer: Any) -> None:
+    """Raise ValueError where the weights of blocks' norms are on another device while their block is not called."""
+    for name, block in named_blocks(transformer).items():
+        registry = getattr(block, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook("group_offloading") is not None:
+            raise ValueError(
+                f"cache needs norms of {name}, which is offloaded as a whole: offload the transformer with "
+                "offload_type='leaf_level', or after ralu.enable"
+            )
 
 
 def streams(args: tuple, kwargs: dict) -> list[Tensor]:

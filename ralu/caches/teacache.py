@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -35,6 +34,7 @@ _FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 # changes of up to 10 % come the numbers of full steps that the paper of RALU has.
 PUBLISHED = Polynomial(_FLUX, mean=sum(c * 0.1**k / (k + 1) for k, c in enumerate(reversed(_FLUX))))
 IDENTITY = Polynomial((1.0, 0.0))
+FIRST_NORM = "transformer_blocks.0.norm1"  # what it makes of the image's stream tells of the change
 
 
 @register("teacache")
@@ -90,8 +90,11 @@ class TeaCache(Cache):
         return Polynomial(tuple(coefficients), largest, mean)
 
     def check(self, transformer: Any) -> None:
-        """Raise ValueError for coefficients that cannot be read."""
+        """Raise ValueError for coefficients that cannot be read, and for blocks that are offloaded as a whole."""
+        from .hooks import check_norms
+
         self.polynomial(transformer)
+        check_norms(transformer)
 
     def apply(self, transformer: Any) -> None:
         """Put hooks on all blocks."""
@@ -113,11 +116,10 @@ class TeaCache(Cache):
         mean, last = self.polynomial(transformer).mean, progress.step == progress.steps - 1
         if mean is None:
             return None
-        norm = "transformer_blocks.0.norm1"
         period = max(1, math.ceil(self.delta / mean)) if mean > 0 else progress.steps
         if last or progress.step % period == 0:
-            return {} if last else {norm: 2.0}
-        return dict.fromkeys(named_blocks(transformer), 0.0) | {norm: 1.0}
+            return {} if last else {FIRST_NORM: 2.0}
+        return dict.fromkeys(named_blocks(transformer), 0.0) | {FIRST_NORM: 1.0}
 
     def kept(self, transformer: Any, progress: Progress, batch: int, tokens: int, text_tokens: int) -> int:
         """Count the last input and what the blocks added, which no step needs after the last one."""
@@ -196,18 +198,21 @@ class _State:
         self.skips = False
         self.taken: dict[int, tuple] = {}
 
-    def run(self, place: int, module: Any, compute: Callable, args: tuple, kwargs: dict) -> Any:
+    def enter(self, place: int, module: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
         from .hooks import streams
 
         hidden, encoder, temb = streams(args, kwargs)
         if place == self.ends[0]:
             self._begin_blocks(self.gate.decide(self.call, module, hidden, temb), hidden)
+            if self.skips:
+                hidden = self._moved(hidden)
         if self.skips:
-            return encoder, self._moved(hidden) if place == self.ends[0] else hidden
-        if self.rows is not None:
-            args, kwargs = self._of_rows(args), self._of_rows(kwargs)
-        encoder, hidden = compute(*args, **kwargs)
-        return encoder, self._end_blocks(hidden) if place == self.ends[1] else hidden
+            return (encoder, hidden), args, kwargs
+        return (None, args, kwargs) if self.rows is None else (None, self._of_rows(args), self._of_rows(kwargs))
+
+    def leave(self, place: int, args: tuple, kwargs: dict, output: Any) -> Any:
+        encoder, hidden = output
+        return (encoder, self._end_blocks(hidden)) if place == self.ends[1] else output
 
     def _begin_blocks(self, needs: list[bool], hidden: Any) -> None:
         from torch import tensor

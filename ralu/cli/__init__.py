@@ -4,10 +4,10 @@ import os
 import sys
 
 from ..errors import UsageError, lacking, shortened
-from . import compare, estimate, evaluate, generate, info, regions, schedule
+from . import calibrate, compare, estimate, evaluate, generate, info, regions, schedule
 from .arguments import HelpFormatter, Parser, Version
 
-COMMANDS = (generate, compare, evaluate, regions, schedule, estimate, info)
+COMMANDS = (generate, compare, evaluate, regions, schedule, estimate, calibrate, info)
 
 
 def _parser() -> Parser:
@@ -23,6 +23,7 @@ def _parser() -> Parser:
   ralu regions --ratios .1 .2 .3        which regions go to full resolution first
   ralu schedule --steps 4 5 6 --ends .3 .45 1
   ralu estimate --model sd3-medium      operations and memory, before anything runs
+  ralu calibrate teacache -o FILE.json  what a cache has to know of a model
   ralu info                             versions, backends, models, and what is missing
   ralu COMMAND --help                   a command's options""",
     )
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = _parser()
         args = parser.parse_args(argv)
         if "run" not in args:
-            parser.error("which command? generate, compare, evaluate, regions, schedule, estimate or info")
+            parser.error("which command? generate, compare, evaluate, regions, schedule, estimate, calibrate or info")
         args.run(args)
     except BrokenPipeError:  # `ralu schedule | head`: nobody reads on, and Python would complain when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
