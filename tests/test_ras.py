@@ -102,7 +102,7 @@ def by_hand(pipe, cache):
                 cos, sin = (table[:, None] for table in image_rotary_emb)
                 q, k = (y * cos + torch.stack([-y[..., 1::2], y[..., ::2]], -1).flatten(-2) * sin for y in (q, k))
             first = run["text"] if flux else 0
-            if run["dropped"] is not None:
+            if run["dropped"] is not None and run["call"] in self.kept:
                 for b in range(len(k)):
                     for i in run["dropped"][b % len(run["dropped"])]:
                         k[b, first + i], v[b, first + i] = (kept[b, i] for kept in self.kept[run["call"]])
@@ -273,11 +273,14 @@ def test_skip_layer_guidance_drops_the_same_tokens():
     seen = []
     block = pipe.transformer.transformer_blocks[1]
     hook = block.ff.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-    latents(pipe, **call)
+    found = latents(pipe, **call)
     hook.remove()
     few = TOKENS - sum(SHORT.dropped(TOKENS))
     once = [(2, TOKENS), (2, TOKENS), (2, few)]
     assert seen == [*once, (2, few), (1, TOKENS), (2, TOKENS), (1, TOKENS), (2, few), (1, few)]
+    ralu.disable(pipe)
+    by_hand(pipe, SHORT)
+    torch.testing.assert_close(found, latents(pipe, **call), **close)
 
 
 def test_it_is_undone_also_after_an_exception(stock, family):

@@ -217,9 +217,9 @@ def test_the_published_polynomial_and_the_numbers_of_full_steps_of_the_paper():
     flux = tiny.flux().transformer
     for steps, full in ((45, 10), (30, 7)):
         (stage,) = Progress.of([steps])
-        shares = [TeaCache(0.99).shares(flux, progress) for progress in stage]
+        shares = [TeaCache(0.99).shares(flux, progress, 64, 16) for progress in stage]
         assert sum("transformer_blocks.1" not in each for each in shares) == full
-    assert TeaCache(0.99).shares(tiny.sd3().transformer, stage[0]) is None
+    assert TeaCache(0.99).shares(tiny.sd3().transformer, stage[0], 64, 16) is None
 
 
 def test_a_polynomial_that_was_fitted():
@@ -290,7 +290,7 @@ def test_the_command(tmp_path, capsys):
         stored["largest"],
         stored["mean"],
     )
-    assert cache.shares(pipe.transformer, Progress.of([4])[0][1]) is not None
+    assert cache.shares(pipe.transformer, Progress.of([4])[0][1], 64, 16) is not None
     preset = f"stock-4+teacache(delta=0.05,coefficients={file})"
     assert main(["generate", "fox", *options, "--preset", preset, "-o", str(tmp_path / "fox.png")]) == 0
 

@@ -62,12 +62,12 @@ class State:
 
     def __init__(self, cache: RAS, text_first: bool, count: int, choice: Choice):
         self.cache, self.text_first, self.count, self.choice = cache, text_first, count, choice
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
         self.call: Call | None = None
         self.kept: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # keys and values (B, L, H, D) by attention
+
+    def reset(self) -> None:
+        """Forget everything, the choice too."""
+        self.call, self.kept = None, {}
         self.choice.reset()
 
     def begin(self, call: Call) -> None:
