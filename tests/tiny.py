@@ -18,7 +18,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from ralu.mini.train import clip_tokenizer, t5_tokenizer
+from ralu.mini.build import clip_tokenizer, t5_tokenizer
 from ralu.schedule import PRESETS, Schedule
 
 PROMPTS = ["a red circle", "two blue squares on a table", "a small grey cat"]
