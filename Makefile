@@ -75,7 +75,7 @@ evaluate-mini: install
 # All kernels for all GPUs, of which the suite compiles a part.
 aot: install
 	$(BIN)/python benchmarks/aot.py
-	$(BIN)/pytest tests/test_cuda.py -m exhaustive
+	$(BIN)/pytest $(WORKERS) -m exhaustive
 
 clean:
 	rm -rf $(VENV) build dist outputs *.egg-info

@@ -36,6 +36,10 @@ def make(model):
     return tiny.flux() if model == "flux" else tiny.sd3(model)
 
 
+def short(model):
+    return tiny.FAMILIES["flux" if model == "flux" else "sd3"].short
+
+
 def inputs(model, transformer, batch=2, text=7, dtype=torch.float32):
     """Arguments of a transformer call on a 4x6 grid."""
     sample = (24, 16) if model == "flux" else (4, 8, 12)
@@ -119,9 +123,11 @@ def wide_block(kind, arguments, options, dtype):
     with torch.device("meta"):
         block = kind(*arguments, **options)
     block.to_empty(device="cpu").to(dtype)
+    values = torch.randn(2**20 - 1)  # again and again, which is faster; no row is as long
     with torch.no_grad():
         for name, weight in block.named_parameters():
-            weight.normal_(std=weight.shape[-1] ** -0.5)
+            for part in weight.view(-1).split(len(values)):
+                part.copy_(values[: len(part)] * weight.shape[-1] ** -0.5)
             if "norm_" in name:  # RMS norms
                 weight.abs_().add_(0.5)
     return block.eval()
@@ -484,7 +490,8 @@ def threshold(pipe, **options):
 @pytest.mark.parametrize("model", MODELS)
 def test_ragged_batches_equal_their_single_runs(model):
     pipe = make(model)
-    options = {"regions": "gradient", "threshold": threshold(pipe)}
+    options = {"preset": short(model), "regions": "gradient"}
+    options["threshold"] = threshold(pipe, preset=short(model))
     ralu.enable(pipe, fused=True, **options)
     batch = tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7))
     layouts = pipe.transformer.ralu_fusion.layouts.cache_info()
@@ -526,9 +533,9 @@ def test_text_of_zeros_is_left_out(model):
 @pytest.mark.parametrize("model", ["flux", "3.5-medium", "3.0"])
 def test_trimmed_prompts_in_ragged_batches_equal_their_single_runs(model):
     pipe = make(model)
-    value = threshold(pipe, fused=True, trim_text=True)
-    whole = tiny.generate(ralu.enable(pipe, fused=True), PROMPTS, seeds=(5, 6, 7))
-    ralu.enable(pipe, regions="gradient", threshold=value, trim_text=True)
+    value = threshold(pipe, preset=short(model), fused=True, trim_text=True)
+    whole = tiny.generate(ralu.enable(pipe, short(model), fused=True), PROMPTS, seeds=(5, 6, 7))
+    ralu.enable(pipe, short(model), regions="gradient", threshold=value, trim_text=True)
     widths, sequences = [], []
 
     def see(module, args, kwargs):
@@ -590,19 +597,18 @@ def a_third_and_a_quarter(x0, grid):
     return (torch.arange(grid[0] * grid[1]) % torch.tensor([[3], [4]]) == 0).float()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["flux", "3.5-medium"])
 def test_three_stages_compile_three_graphs_at_most(model):
     """With a ragged second stage; another size must not run into PyTorch's limit, where fullgraph=True would raise."""
-    pipe, family = tiny.shallow(make(model)), tiny.FAMILIES["flux" if model == "flux" else "sd3"]
-    options = {"preset": family.short, "regions": a_third_and_a_quarter, "threshold": 0.5, "fused": True}
+    pipe = tiny.shallow(make(model))
+    options = {"preset": short(model), "regions": a_third_and_a_quarter, "threshold": 0.5, "fused": True}
     expected = tiny.generate(ralu.enable(pipe, **options), PROMPTS[:2], seeds=(5, 6))
     ralu.disable(pipe)
     counter = CompileCounter()
-    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    tiny.compile(pipe, in_place=model == "flux", backend=counter)
     actual = tiny.generate(ralu.enable(pipe, **options), PROMPTS[:2], seeds=(5, 6))
     torch.testing.assert_close(actual, expected, **close)
-    assert counter.frame_count <= 3
+    assert 1 <= counter.frame_count <= 3
     for size in (72, 48):
         tiny.generate(pipe, PROMPTS[:2], seeds=(5, 6), height=size)
     assert counter.frame_count <= 4
@@ -630,7 +636,9 @@ def test_fused_blocks_read_and_write_a_third_of_the_bytes(kind):
     assert fused.bytes == 2 * (passes * width * tokens + read + silu) + tables
 
 
-def test_the_benchmark_runs_dry(tmp_path):
+def test_the_benchmark_runs_dry(tmp_path, monkeypatch):
+    *others, _, _ = benchmark.variants()  # on a CPU the last attention is what "auto" is
+    monkeypatch.setattr(benchmark, "variants", lambda: others)
     rows = benchmark.main(["--dry", "--output", str(tmp_path / "blocks.csv")])
     assert {row["part"] for row in rows} == {"traffic", "step"}
     assert {row["variant"] for row in rows if row["part"] == "step"} == {

@@ -210,13 +210,14 @@ def test_offloading_hooks_come_and_go(family, enabled_first):
 
 
 def test_compiled_transformer_needs_no_graph_a_step(family):
+    """FLUX's inside a wrapper, SD3's in place; in test_blocks.py, where blocks are fused, it is the other way round."""
     pipe = ralu.enable(tiny.shallow(family.make()), family.short)
     expected = tiny.generate(pipe)
     ralu.disable(pipe)
     counter = CompileCounter()
-    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    tiny.compile(pipe, in_place=family is tiny.FAMILIES["sd3"], backend=counter)
     torch.testing.assert_close(tiny.generate(ralu.enable(pipe, family.short)), expected, **close)
-    assert counter.frame_count <= 3
+    assert 1 <= counter.frame_count <= 3
     first = counter.frame_count
     torch.testing.assert_close(tiny.generate(pipe), expected, **close)
     assert counter.frame_count == first

@@ -99,6 +99,14 @@ def shallow(pipe):
     return pipe
 
 
+def compile(pipe, in_place, backend):
+    """Compile the transformer, in the two ways there are."""
+    if in_place:
+        pipe.transformer.compile(backend=backend, fullgraph=True)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
+
+
 class Family(NamedTuple):
     """What tests that hold for every family have to know of one.
 
