@@ -26,10 +26,10 @@ def excess(schedule: Schedule, solver: str, s: float) -> float:
         if k:
             entered = schedule.transitions[k - 1]
             noises = np.append(entered.scale * noises, entered.noise_scale * np.sqrt(1 - entered.c))
-        step = Solver(solver, np.linalg.norm)
+        step = Solver(solver, lambda x: x @ x)
         for sigma, following in pairwise(schedule.sigmas(k + 1)):
             velocity = (sigma - (1 - sigma) * s**2) / ((1 - sigma) ** 2 * s**2 + sigma**2) * noises
-            noises = noises + (following - sigma) * step(velocity, sigma, following)
+            noises = noises + (following - sigma) * step(noises, velocity, sigma, following)
     return float(noises @ noises) / s**2 - 1
 
 

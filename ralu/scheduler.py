@@ -20,7 +20,7 @@ from .caches import Progress
 from .options import Options, schedule_of
 from .regions import scorer_of
 from .schedule import Schedule, own_shift
-from .solver import Solver, sample_norms
+from .solver import Solver
 from .stages import Layout, Run
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
@@ -148,7 +148,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             if self.options.spacing == "trailing" and sigmas is None and timesteps is None:
                 sigmas = _trailing(num_inference_steps)
             if self.options.solver not in (None, "euler"):  # which the stock step is
-                self._solver = Solver(self.options.solver, sample_norms)
+                self._solver = Solver(self.options.solver)
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
             self._stage_begins(1, len(self.timesteps))
             return
@@ -235,7 +235,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         if self.step_index is None:
             self._init_step_index(timestep)
-        velocity = self._solver(model_output.float(), *self.sigmas[self.step_index : self.step_index + 2])
+        levels = self.sigmas[self.step_index : self.step_index + 2]
+        velocity = self._solver(sample.float(), model_output.float(), *levels)
         advanced = super().step(velocity, timestep, sample, *args, return_dict=False, **kwargs)[0]
         return _stepped(advanced.to(model_output.dtype), return_dict)
 

@@ -21,7 +21,7 @@ from . import regions
 from .errors import odd_grid
 from .options import Options, schedule_of
 from .schedule import Schedule, Transition
-from .solver import Solver, sample_norms
+from .solver import Solver, sample_squares
 
 Grid = tuple[int, int]
 _RULES = "granularity", "kept_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
@@ -216,7 +216,7 @@ class Run:
         self.schedule, self.options = schedule, options
         self.scorer: Callable = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
-        self.solver = Solver(options.chosen("solver")["solver"], self._norms)
+        self.solver = Solver(options.chosen("solver")["solver"], self._squares)
         self.steps = [  # (stage, sigma, next sigma)
             (stage, *levels)
             for stage in range(1, 1 + len(schedule.stages))
@@ -294,19 +294,19 @@ class Run:
         x, v = x.float(), velocity.float()
         if stage in self._selecting and isinstance(self.scorer, regions.Change):
             self.scorer.observe(self.pack(x - sigma * v))
-        advanced = x + (following - sigma) * self.solver(v, sigma, following)
+        advanced = x + (following - sigma) * self.solver(x, v, sigma, following)
         self.index += 1
         if ended := not self.over and self.steps[self.index][0] != stage:
             self.solver.restart()
             advanced = self._enter(stage + 1, advanced, x - sigma * v)
         return advanced, ended
 
-    def _norms(self, velocity: Tensor) -> Tensor:
-        """Return each sample's norm, in which padding does not count: (B, 1, ...)."""
+    def _squares(self, x: Tensor) -> Tensor:
+        """Return the sum of squares of each sample (B, ...), in which padding does not count: (B, 1, ...)."""
         mask = self.layout.mask
         if mask is not None:
-            velocity = self.unpack(self.pack(velocity).masked_fill(~mask[..., None], 0), (1, mask.shape[1]))
-        return sample_norms(velocity)
+            x = self.unpack(self.pack(x).masked_fill(~mask[..., None], 0), (1, mask.shape[1]))
+        return sample_squares(x)
 
     def _enter(self, stage: int, sample: Tensor, x0: Tensor) -> Tensor:
         """Make the sample that a stage begins with of the previous stage's last one and its clean estimate."""
