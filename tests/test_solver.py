@@ -21,7 +21,6 @@ from ralu.stages import Run
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import solver as benchmark
 
-
 SECOND = [name for name in SOLVERS if name != "euler"]
 
 
