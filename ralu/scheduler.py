@@ -173,10 +173,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     @property
     def progress(self) -> Progress | None:
         """Where the run is, with stages or without; None before and after."""
-        step, run = self.step_index or 0, self._run
-        counts = (len(self.timesteps),) if run is None else run.schedule.steps
-        whole = [progress for stage in Progress.of(counts) for progress in stage]
-        return whole[step] if step < len(whole) else None
+        run = self._run
+        return Progress.at(self.step_index or 0, (len(self.timesteps),) if run is None else run.schedule.steps)
 
     @property
     def layout(self) -> Layout | None:

@@ -1,7 +1,7 @@
 """What a cache is, and the table of those that are known."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,21 +23,26 @@ class Progress:
     run_step: int
     run_steps: int
 
-    def ahead(self) -> "list[Progress]":
+    def ahead(self) -> "Iterator[Progress]":
         """List the stage's later steps."""
-        return [
-            Progress(self.stage, self.step + k, self.steps, self.run_step + k, self.run_steps)
-            for k in range(1, self.steps - self.step)
-        ]
+        for k in range(1, self.steps - self.step):
+            yield Progress(self.stage, self.step + k, self.steps, self.run_step + k, self.run_steps)
+
+    @staticmethod
+    def at(run_step: int, stages: Sequence[int]) -> "Progress | None":
+        """Return where a step is of a run whose stages have so many steps; None after its end."""
+        first = 0
+        for stage, steps in enumerate(stages, 1):
+            if run_step < first + steps:
+                return Progress(stage, run_step - first, steps, run_step, sum(stages))
+            first += steps
+        return None
 
     @staticmethod
     def of(stages: Sequence[int]) -> "list[list[Progress]]":
-        """List the steps of a run, stage by stage, whose stages have so many."""
-        firsts, total = [sum(stages[:k]) for k in range(len(stages))], sum(stages)
-        return [
-            [Progress(k + 1, step, steps, first + step, total) for step in range(steps)]
-            for k, (first, steps) in enumerate(zip(firsts, stages, strict=True))
-        ]
+        """List the steps of such a run, stage by stage."""
+        begins = [Progress.at(sum(stages[:k]), stages) for k in range(len(stages))]
+        return [[begin, *begin.ahead()] for begin in begins if begin is not None]
 
 
 class Cache:
