@@ -183,11 +183,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def progress(self) -> Progress | None:
         """Where the run is, with stages or without; None before and after."""
         step, run = self.step_index or 0, self._run
-        stages = (
-            Progress.of((len(self.timesteps),)) if run is None else Progress.of(run.schedule.steps, run.schedule.mixed)
-        )
-        whole = [progress for stage in stages for progress in stage]
-        return whole[step] if step < len(whole) else None
+        if run is None:
+            return Progress.at(step, (len(self.timesteps),))
+        return Progress.at(step, run.schedule.steps, run.schedule.mixed)
 
     @property
     def layout(self) -> Layout | None:

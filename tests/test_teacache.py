@@ -144,10 +144,13 @@ def test_images_of_a_batch_decide_for_themselves(stock, family, ragged, monkeypa
         return pipe.scheduler.step_index, len(named["hidden_states"]), layout is not None and layout.mask is not None
 
     chosen = dict(prompt=[PROMPTS[least], PROMPTS[most]], seeds=(least, most))
+    found.clear()
     with plain.calls_of(pipe.transformer.transformer_blocks[0].attn, rows) as computed:
         together = latents(pipe, **chosen)
     alone = [latents(pipe, prompt=PROMPTS[i], seeds=(i,)) for i in (least, most)]
     ralu.disable(stock)
+    third = len(found) // 3  # of the decisions, those of the batch
+    assert np.array(found[:third]) == pytest.approx(np.reshape(found[third:], (2, third)).T, rel=1e-3)
     assert (3, halves, ragged) in computed
     torch.testing.assert_close(together, torch.cat(alone), **close)
 

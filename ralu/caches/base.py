@@ -1,7 +1,7 @@
 """What a cache is, and the table of those that are known."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,18 +25,29 @@ class Progress:
     run_steps: int
     mixed: bool = False
 
-    def ahead(self) -> "list[Progress]":
+    def ahead(self) -> "Iterator[Progress]":
         """List the stage's later steps."""
-        return [replace(self, step=self.step + k, run_step=self.run_step + k) for k in range(1, self.steps - self.step)]
+        for k in range(1, self.steps - self.step):
+            yield replace(self, step=self.step + k, run_step=self.run_step + k)
+
+    @staticmethod
+    def at(run_step: int, stages: Sequence[int], mixed: Collection[int] = ()) -> "Progress | None":
+        """Return where a step is of a run whose stages have so many steps; None after its end.
+
+        mixed: numbers of the mixed stages.
+        """
+        first = 0
+        for stage, steps in enumerate(stages, 1):
+            if run_step < first + steps:
+                return Progress(stage, run_step - first, steps, run_step, sum(stages), stage in mixed)
+            first += steps
+        return None
 
     @staticmethod
     def of(stages: Sequence[int], mixed: Collection[int] = ()) -> "list[list[Progress]]":
-        """List the steps of a run, stage by stage, whose stages have so many. mixed: numbers of the mixed stages."""
-        firsts, total = [sum(stages[:k]) for k in range(len(stages))], sum(stages)
-        return [
-            [Progress(k, step, steps, first + step, total, k in mixed) for step in range(steps)]
-            for k, (first, steps) in enumerate(zip(firsts, stages, strict=True), start=1)
-        ]
+        """List the steps of such a run, stage by stage."""
+        begins = [Progress.at(sum(stages[:k]), stages, mixed) for k in range(len(stages))]
+        return [[begin, *begin.ahead()] for begin in begins if begin is not None]
 
 
 class Cache:

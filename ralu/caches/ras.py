@@ -72,7 +72,8 @@ class RAS(Cache):
 
     def keeps(self, progress: Progress) -> bool:
         """Say whether the step after this one is sparse."""
-        return any(map(self.is_sparse, progress.ahead()[:1]))
+        following = next(progress.ahead(), None)
+        return following is not None and self.is_sparse(following)
 
     def dropped(self, tokens: int) -> tuple[int, int]:
         """Count the tokens with the lowest and with the highest metrics that are dropped of so many."""
