@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 # Of tests: one process a core; whoever is done takes over from another, so nothing waits for the longest file.
 WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
+# Importing diffusers without compiled bytecode takes twice as long, in every process of the tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench gpu-check e2e bench-report bench-compare train-mini evaluate-mini aot clean
 
 install: $(VENV)/installed
