@@ -119,10 +119,10 @@ def switched(model: Model, case: Case) -> Iterator[int]:
     """Put a model's pipeline into a case; yield the number of steps to ask for."""
     pipe, transformer, method = model.pipe, model.pipe.transformer, case.method
     with ExitStack() as undo:
-        undo.callback(ralu.disable, pipe)
         if case.compile:
             undo.callback(setattr, pipe, "transformer", transformer)
             pipe.transformer = model.compiled
+        undo.callback(ralu.disable, pipe)  # before the compiled module is taken out, which has RALU's hook
         if case.diffusers_cache:
             transformer.enable_cache(DIFFUSERS_CACHES[case.diffusers_cache](transformer.dtype))
             undo.callback(transformer.disable_cache)

@@ -211,13 +211,15 @@ def test_whole_images(tmp_path, small_models, name, preset, cached, fused, batch
 def test_switches_are_on_for_one_run(small_models):
     """All at once; afterwards the model is as it was, for the next one."""
     model = models.Model("flux-dev", 32, CPU)
-    case = e2e.Case(Method("flux-5x"), fused=True, attention="sdpa", diffusers_cache="firstblock")
+    case = e2e.Case(Method("flux-5x"), fused=True, compile=True, attention="sdpa", diffusers_cache="firstblock")
+    stock = model.pipe.transformer
     with e2e.switched(model, case) as steps:
+        assert model.pipe.transformer is model.compiled
         assert steps == 15 and blocks.is_fused(model.pipe.transformer) and model.pipe.transformer.is_cache_enabled
         assert attention._default == "sdpa"
-    assert not blocks.is_fused(model.pipe.transformer) and not model.pipe.transformer.is_cache_enabled
+    assert model.pipe.transformer is stock and not blocks.is_fused(stock) and not stock.is_cache_enabled
     assert attention._default != "sdpa" and not isinstance(model.pipe.scheduler, ralu.RaluScheduler)
-    assert record.label(case.columns) == "flux-5x, fused, attention sdpa, diffusers cache firstblock"
+    assert record.label(case.columns) == "flux-5x, fused, compile, attention sdpa, diffusers cache firstblock"
     assert not e2e.work(model, case, 1)
 
 
