@@ -1,6 +1,6 @@
 """RAS against the method written out with plain loops over all tokens; exact where nothing is dropped.
 
-The pictures have 8x12 tokens.
+The images have 8x12 tokens.
 """
 
 import math

@@ -1,6 +1,6 @@
 """ToCa against the method written out with plain loops and the whole map of attention; exact where nothing is left out.
 
-The pictures have 8x8 tokens.
+The images have 8x8 tokens.
 """
 
 from dataclasses import replace
