@@ -72,6 +72,11 @@ def toy(monkeypatch):
             "sd3-2x(solver=ab2-limited)+toy(interval=1)",
             lambda: Method("sd3-2x", Options(solver="ab2-limited"), Toy(1)),
         ),
+        (
+            "stock-28+teacache(delta=.40,coefficients=fits/sd3 medium.json)",
+            "stock-28+teacache(delta=0.4,coefficients=fits/sd3 medium.json)",
+            lambda: Method("stock-28", cache=caches.TeaCache(0.4, "fits/sd3 medium.json")),
+        ),
         ("flux-5x+toy(interval=1,decay=0.5)", "flux-5x+toy(interval=1)", lambda: Method("flux-5x", cache=Toy(1))),
     ],
 )
@@ -144,6 +149,12 @@ def test_what_it_stands_for():
         ("flux-5x+toy(interval=2.5)", "interval must be a whole number"),
         ("flux-5x+toy(interval=2,decay=inf)", "decay must be finite"),
         ("flux-5x+toy(interval=2,warm=1)", "warm must be true or false"),
+        ("flux-5x+delta-dit(interval=0)", "interval must be at least 1, got 0"),
+        ("flux-5x+delta-dit(num_blocks=-1)", "num_blocks must be at least 0, got -1"),
+        ("flux-5x+delta-dit(boundary=1.1)", "boundary must be from 0 to 1, got 1.1"),
+        ("flux-5x+delta-dit(variant=deep)", "variant must be one of paper, flux-research, got 'deep'"),
+        ("flux-5x+teacache(delta=-0.1)", "delta must be at least 0, got -0.1"),
+        ("flux-5x+teacache(threshold=0.1)", "teacache has no option 'threshold'; it has delta, coefficients"),
         ("flux-5x+toy(interval=2,speed=1)", "toy has no option 'speed'; it has interval, decay, warm, kind"),
     ],
 )
