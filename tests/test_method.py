@@ -155,6 +155,12 @@ def test_what_it_stands_for():
         ("flux-5x+delta-dit(variant=deep)", "variant must be one of paper, flux-research, got 'deep'"),
         ("flux-5x+teacache(delta=-0.1)", "delta must be at least 0, got -0.1"),
         ("flux-5x+teacache(threshold=0.1)", "teacache has no option 'threshold'; it has delta, coefficients"),
+        ("flux-5x+toca(cache_ratio=1.5)", "cache_ratio must be from 0 to 1, got 1.5"),
+        ("flux-5x+toca(score=edges)", "score must be one of attention, norm, got 'edges'"),
+        ("flux-5x+toca(ratio=0.1)", "toca has no option 'ratio'; it has interval, cache_ratio, score"),
+        ("sd3-2x+ras(ratio=0)", "ratio must be above 0, got 0"),
+        ("sd3-2x+ras(start=0)", "start must be at least 1, got 0"),
+        ("sd3-2x+ras(resets=12-20)", "resets must be steps as in '12/20', or 'none', got '12-20'"),
         ("flux-5x+toy(interval=2,speed=1)", "toy has no option 'speed'; it has interval, decay, warm, kind"),
     ],
 )
