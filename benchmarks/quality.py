@@ -79,8 +79,7 @@ def prepare(pipe, method: str) -> int:
         return 50
     parsed = Method.parse(method)
     if parsed.speedup:
-        size = {"height": SIZE, "width": SIZE, "text_tokens": TEXT_TOKENS}
-        schedule = ralu.schedule_for(parsed.speedup, pipe, **size)
+        schedule = ralu.schedule_for(parsed.speedup, pipe, height=SIZE, width=SIZE, text_tokens=TEXT_TOKENS)
         ralu.enable(pipe, schedule, cache=parsed.cache, **parsed.options.given())
     elif parsed.preset or parsed.cache or parsed.options.given():
         ralu.enable(pipe, parsed)

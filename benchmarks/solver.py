@@ -42,7 +42,7 @@ def rows() -> list[dict]:
     ]
 
 
-def main():
+def main() -> None:
     """Write the table."""
     table = rows()
     with open(RESULTS / "solver-gaussian.csv", "w", newline="") as file:

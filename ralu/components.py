@@ -53,7 +53,11 @@ class Description(NamedTuple):
     @property
     def shrink(self) -> int:
         """Side of a latent pixel, in pixels."""
-        return 8 if self.vae is None else 2 ** (len(json.loads(self.vae.config)["block_out_channels"]) - 1)
+        if self.vae is None:
+            return 8
+        config = json.loads(self.vae.config)
+        blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]  # as AutoencoderTiny saves it
+        return 2 ** (len(blocks) - 1)
 
 
 def describe(model: str | Path | dict | DiffusionPipeline) -> Description:

@@ -464,7 +464,7 @@ def test_options_in_a_methods_name(folder, pipe, rows, tmp_path):
 
 def test_a_cache_reaches_enable(folder, tmp_path, monkeypatch, capsys):
     @dataclass(frozen=True)
-    class Toy:
+    class Toy(caches.Cache):
         families: ClassVar = ("flux",)
         interval: int = 2
 

@@ -16,7 +16,7 @@ from ralu.method import Method
 def toys(monkeypatch):
     """Register them for a test, and forget them after it."""
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    for name in ("cost", "models", "pipeline", "blocks"):
+    for name in ("components", "models", "pipeline", "blocks"):
         module = sys.modules.get(f"ralu.{name}")
         if hasattr(module, "FAMILIES"):
             monkeypatch.setattr(module, "FAMILIES", families.FAMILIES)
