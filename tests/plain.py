@@ -3,8 +3,11 @@
 from contextlib import contextmanager
 from types import MethodType
 
+import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+
+import ralu
 
 
 def before(model, given):
@@ -81,3 +84,22 @@ def hooks_left(pipe):
     registries = [module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook")]
     names = [name for registry in registries for name in registry.hooks]
     return names + [block for block in blocks(pipe.transformer) if "forward" in vars(block)]
+
+
+def check_undone_after_an_exception(stock, family, cache, latents):
+    """A run that fails leaves nothing to the next one, and neither does the cache to the stock pipeline."""
+    plain_run = latents(stock, num_inference_steps=4)
+
+    def fail(pipe, step, timestep, tensors):
+        if step == 2:
+            raise KeyError("stop")
+        return tensors
+
+    for preset in ("stock-4", family.presets[0]):
+        whole = latents(ralu.enable(stock, preset, cache=cache))
+        with pytest.raises(KeyError, match="stop"):
+            latents(stock, callback_on_step_end=fail)
+        assert torch.equal(latents(stock), whole)
+        ralu.disable(stock)
+        assert hooks_left(stock) == []
+        assert torch.equal(latents(stock, num_inference_steps=4), plain_run)

@@ -164,21 +164,7 @@ def test_compiled_blocks_stay_compiled():
 
 
 def test_it_is_undone_also_after_an_exception(stock, family):
-    plain_run, cache = latents(stock, num_inference_steps=4), TeaCache(DELTA[name_of(family)])
-
-    def fail(pipe, step, timestep, tensors):
-        if step == 1:
-            raise KeyError("stop")
-        return tensors
-
-    for preset in ("stock-4", family.presets[0]):
-        whole = latents(ralu.enable(stock, preset, cache=cache))
-        with pytest.raises(KeyError, match="stop"):
-            latents(stock, callback_on_step_end=fail)
-        assert torch.equal(latents(stock), whole)  # the next run does not know of it
-        ralu.disable(stock)
-        assert plain.hooks_left(stock) == []
-        assert torch.equal(latents(stock, num_inference_steps=4), plain_run)
+    plain.check_undone_after_an_exception(stock, family, TeaCache(DELTA[name_of(family)]), latents)
 
 
 def test_memory_by_formula_and_measured(stock, family):

@@ -99,6 +99,11 @@ def register(name: str) -> Callable[[type], type]:
     return add
 
 
+def is_full_step(step: int, warmup: int, interval: int) -> bool:
+    """Say whether a step, from 0, is among the first `warmup` of its stage, or every interval-th from their last on."""
+    return step < warmup or (step - warmup + 1) % interval == 0
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raise TypeError for what is no whole number, and ValueError for one that is not in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int):

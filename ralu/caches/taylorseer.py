@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .base import Cache, Progress, check_whole, register
+from .base import Cache, Progress, check_whole, is_full_step, register
 
 # Whole modules: diffusers' default hooks attention alone, which leaves three quarters of a step's work.
 _PREDICTED = [r"transformer_blocks\.\d+\.(attn|attn2|ff|ff_context)", r"single_transformer_blocks\.\d+\.proj_out"]
@@ -40,7 +40,7 @@ class TaylorSeer(Cache):
 
     def is_full(self, step: int) -> bool:
         """Say whether a stage's step, counted from 0, is computed in full."""
-        return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
+        return is_full_step(step, self.warmup, self.interval)
 
     def apply(self, transformer: Any) -> None:
         """Put diffusers' hooks on the modules, with the published schedule."""

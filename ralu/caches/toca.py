@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .base import Cache, Progress, check_number, check_whole, register
+from .base import Cache, Progress, check_number, check_whole, is_full_step, register
 
 
 @register("toca")
@@ -67,7 +67,7 @@ class ToCa(Cache):
 
     def is_full(self, step: int) -> bool:
         """Say whether a stage's step, counted from 0, is computed in full."""
-        return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
+        return is_full_step(step, self.warmup, self.interval)
 
     def keeps(self, progress: Progress) -> bool:
         """Say whether the step after this one uses what a block keeps."""
