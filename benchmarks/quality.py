@@ -8,13 +8,18 @@ distance    mean L2 distance to the caption's training image, in pixel units
 frechet     Frechet distance to the first method's images: mean and deviation of each latent channel as features
 edge_error  mean of |edge energy / edge energy of the first method's image - 1|; energy: mean Sobel gradient of luma
 blockiness  mean absolute horizontal difference across 8-pixel block borders over elsewhere: grid artefacts raise it
+drift       root mean square of latent minus the first method's; only what stays at full resolution follows its path
 tflop       transformer work for one image, counted from the operators that ran, attention included
+seconds     for one image, of the fastest batch
 
 The score has Wilson's 95% interval, the others a standard error (_se) by leaving out a sixteenth of the captions in
 turn. Frechet distances are taken seed by seed and averaged; the row "NAME, other seeds" compares the first method's
 images of one seed with those of the next, which is what chance alone does.
 
-    python benchmarks/quality.py [--model mini-sd3] [--captions 152] [--seeds 0 1] [--methods METHOD ...]
+    python benchmarks/quality.py [--model mini-sd3] [--curves] [--captions 152] [--seeds 0 1] [--methods METHOD ...]
+
+With --curves the methods are every accelerator, alone and with RALU, each at several strengths, and the file is
+pareto-MODEL.csv. --autocast runs the transformer's matrix products in bfloat16, everything else in float32.
 
 Latents are kept in --cache and sampled once: an interrupted run goes on, and another table or --grid costs seconds.
 """
@@ -22,7 +27,7 @@ Latents are kept in --cache and sampled once: an interrupted run goes on, and an
 import argparse
 import csv
 import math
-import platform
+import time
 from datetime import date
 from pathlib import Path
 
@@ -31,7 +36,7 @@ import diffusers
 import numpy as np
 import scipy.linalg
 import torch
-from record import provenance, transformer_tflop
+from record import device_name, instructions, provenance, transformer_tflop
 from tqdm import tqdm
 
 import ralu
@@ -52,23 +57,63 @@ def scorers(preset: str) -> list[str]:
 # Methods as `ralu.method` has them, or a name of SCHEDULES. The threshold selects a fifth of the tokens on average.
 METHODS = {
     "mini-flux": [
-        "stock-50", "stock-10", "stock-7", *scorers("flux-5x"), *scorers("flux-7x"), "flux-7x(granularity=token)",
+        "stock-50", "stock-28", "stock-10", "stock-10(solver=ab2)", *scorers("flux-5x"), *scorers("flux-7x"),
         *(f"flux-5x({options})" for options in (
-            "granularity=token", "granularity=token,kept_noise=release", "kept_noise=release",
-            "ratio=0", "ratio=0.1", "ratio=0.3", "ratio=0.5", "ratio=1",
-            "threshold=0.075", "matching=snr,upsampler=bilinear", "matching=snr,upsampler=bicubic",
+            "solver=ab2", "solver=ab2-limited", "granularity=token", "granularity=token,kept_noise=release",
+            "kept_noise=release", "ratio=0", "ratio=0.5", "ratio=1", "threshold=0.075",
             "matching=snr,upsampler=lanczos", "matching=snr", "matching=off",
         )),
         "flux-5x-shifts-3",
     ],
     "mini-schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
     "mini-sd3": [
-        "stock-28", "stock-10", *scorers("sd3-2x"), *scorers("sd3-3x"), "sd3-2x(granularity=token)",
-        "sd3-3x(granularity=token)",
+        "stock-28", "stock-10", "stock-10(solver=ab2)", *scorers("sd3-2x"), *scorers("sd3-3x"),
+        *(f"sd3-2x({options})" for options in ("solver=ab2", "solver=ab2-limited", "granularity=token")),
     ],
 }  # fmt: skip
 
 SCHEDULES = {"flux-5x-shifts-3": ralu.PRESETS["flux-5x"].replace(shifts=(3.0,) * 3)}
+
+
+def strengths(form: str, *values) -> list[str]:
+    """Fill a number into a method's name."""
+    return [str(Method.parse(form.format(value))) for value in values]
+
+
+# What `--curves` draws, quality against work: lists of one method at several strengths. The first is the reference.
+CURVES = {
+    "mini-flux": {
+        "converged": ["stock-50(solver=ab2)"],
+        "fewer steps, Euler": strengths("stock-{}", 50, 28, 14, 10, 7, 5, 4, 3),
+        "fewer steps, ab2": strengths("stock-{}(solver=ab2)", 28, 20, 14, 10, 7, 5, 4, 3),
+        "RALU": ["speedup-3", "flux-5x", "flux-7x", "speedup-10"],
+        "RALU, ab2": strengths("{}(solver=ab2)", "speedup-3", "flux-5x", "flux-7x", "speedup-10"),
+        "Delta-DiT": strengths("stock-50+delta-dit(interval={})", 2, 3, 5),
+        "TeaCache": strengths("stock-50+teacache(delta={})", 0.1, 0.2, 0.4, 0.8),
+        "ToCa": strengths("stock-50+toca(interval={})", 3, 5, 10),
+        "RAS": strengths("stock-50+ras(ratio={})", 0.5, 0.25, 0.1),
+        "TaylorSeer": strengths("stock-50+taylorseer(interval={})", 3, 5, 7, 11),
+        "RALU + TaylorSeer": [
+            "flux-5x+taylorseer(interval=3)", "flux-5x+taylorseer(interval=3,warmup=2)",
+            "flux-7x+taylorseer(interval=2,warmup=2)",
+        ],
+        "RALU + Delta-DiT": strengths("{}+delta-dit", "flux-5x", "flux-7x"),
+        "RALU + ToCa": strengths("{}+toca(interval=3,warmup=2)", "flux-5x", "flux-7x"),
+    },
+    "mini-sd3": {
+        "converged": ["stock-28(solver=ab2,spacing=trailing)"],
+        "fewer steps, Euler": strengths("stock-{}(spacing=trailing)", 28, 14, 10, 7, 5, 4, 3),
+        "fewer steps, ab2-limited": strengths("stock-{}(solver=ab2-limited,spacing=trailing)", 20, 14, 10, 7, 5, 4, 3),
+        "RALU": ["speedup-1.5", "sd3-2x", "sd3-3x", "speedup-6"],
+        "Delta-DiT": strengths("stock-28+delta-dit(interval={})", 2, 3, 5),
+        "TeaCache": strengths("stock-28+teacache(delta={})", 0.1, 0.2, 0.4, 0.8),
+        "ToCa": strengths("stock-28+toca(interval={})", 2, 4, 7),
+        "RAS": strengths("stock-28+ras(ratio={})", 0.5, 0.25, 0.125),
+        "TaylorSeer": strengths("stock-28+taylorseer(interval={})", 2, 4, 6),
+        "RALU + TaylorSeer": ["sd3-2x+taylorseer(interval=3)", "sd3-3x+taylorseer(interval=2,warmup=2)"],
+        "RALU + Delta-DiT": strengths("{}+delta-dit", "sd3-2x", "sd3-3x"),
+    },
+}  # fmt: skip
 
 
 def prepare(pipe, method: str) -> int:
@@ -144,20 +189,24 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def sampled(pipe, method: str, captions: list[int], seed: int, batch: int, cache: Path, commit: str) -> dict:
-    """Sample, or load, latents (N, 16, 32, 32) of captions by number, with the work for one and the commit."""
+    """Sample, or load, latents (N, 16, 32, 32) of captions by number, with the work and time for one and the commit."""
     file = cache / f"{method}-{len(captions)}-{seed}.pt"
     if not file.exists():
-        steps, latents = prepare(pipe, method), []
+        steps, latents, seconds = prepare(pipe, method), [], []
         for i in tqdm(range(0, len(captions), batch), desc=f"{method}, seed {seed}"):
             seeds = [1000 * seed + k for k in range(i, min(i + batch, len(captions)))]
+            start = time.perf_counter()
             latents.append(sample(pipe, [CAPTIONS[k] for k in captions[i : i + batch]], seeds, steps))
-        # With a threshold the work differs from image to image.
-        counted = [CAPTIONS[k] for k in captions[:: max(1, len(captions) // 16)][: 16 if "threshold" in method else 1]]
+            seconds.append((time.perf_counter() - start) / len(seeds))
+        # With a threshold and with TeaCache the work differs from image to image.
+        varied = "threshold" in method or "teacache" in method
+        counted = [CAPTIONS[k] for k in captions[:: max(1, len(captions) // 16)][: 16 if varied else 1]]
         tflop = transformer_tflop(
             pipe.transformer, lambda: [sample(pipe, [caption], [i], steps) for i, caption in enumerate(counted)]
         ) / len(counted)
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save({"latents": torch.cat(latents), "tflop": tflop, "commit": commit}, file)
+        found = {"latents": torch.cat(latents), "tflop": tflop, "seconds": min(seconds), "commit": commit}
+        torch.save(found, file)
     return torch.load(file)
 
 
@@ -173,13 +222,19 @@ class Images:
         distances, wanted = torch.cdist(unwhitened, training), torch.tensor(captions).repeat(shape[0])
         self.hits = (distances.argmin(1) == wanted).view(shape).numpy()
         self.distance = distances.gather(1, wanted[:, None]).view(shape).double().numpy()
+        self.latents = latents
         self.features = features(latents.flatten(0, 1)).reshape(*shape, -1)
         self.edge_energy = edge_energy(images).reshape(shape)
         self.blockiness = blockiness(images).reshape(*shape, 2)
 
 
-def measures(images: Images, reference: Images, captions: int) -> dict:
-    """Measure a method's images against the first method's; returns the columns of its row."""
+def follows(method: str) -> bool:
+    """Say whether a method follows the stock run's path from noise to image, which a change of stage leaves."""
+    return method not in SCHEDULES and Method.parse(method).preset is None
+
+
+def measures(images: Images, reference: Images, captions: int, drifts: bool = False) -> dict:
+    """Measure a method's images against the first method's, `drifts` too if asked; returns the columns of its row."""
 
     def frechet_to(mask):
         pairs = zip(images.features, reference.features, strict=True)
@@ -196,7 +251,8 @@ def measures(images: Images, reference: Images, captions: int) -> dict:
     ):
         value, error = jackknife(statistic, captions)
         columns |= {name: f"{value:.{digits}f}", f"{name}_se": f"{error:.{digits}f}"}
-    return columns
+    drift = (images.latents - reference.latents).square().mean().sqrt().item()
+    return columns | {"drift": f"{drift:.3f}" if drifts else ""}
 
 
 def show(pipe, methods: list[str], runs: list[dict], captions: list[int]):
@@ -220,15 +276,22 @@ def main():
     parser.add_argument("--captions", type=int, default=len(CAPTIONS), help="how many, evenly spread over the set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="image i is sampled with 1000·seed + i")
     parser.add_argument("--methods", nargs="+", help="the first is what the others are compared with")
+    parser.add_argument("--curves", action="store_true", help="quality against work: all accelerators at all strengths")
+    parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training images are kept")
     parser.add_argument("--cache", type=Path, help="where the sampled latents are kept (default: runs/quality-MODEL)")
     parser.add_argument("--grid", type=Path, help="save a few images of every method here, and make no table")
     parser.add_argument("--output", type=Path, help="(default: benchmarks/results/quality-MODEL.csv)")
     args = parser.parse_args()
-    methods = args.methods or METHODS[args.model]
-    output = args.output or Path(f"benchmarks/results/quality-{args.model}.csv")
-    cache = args.cache or Path(f"runs/quality-{args.model}")
+    if args.curves and args.model not in CURVES:
+        parser.error(f"--curves are of {' and '.join(CURVES)}")
+    curves = CURVES[args.model] if args.curves else {"": METHODS[args.model]}
+    if args.methods:
+        curves = {"": args.methods}
+    methods = [method for curve in curves.values() for method in curve]
+    output = args.output or Path(f"benchmarks/results/{'pareto' if args.curves else 'quality'}-{args.model}.csv")
+    cache = args.cache or Path(f"runs/quality-{args.model}{'-autocast' * args.autocast}")
 
     images = pictures(args.data)
     pca = PatchPCA(images)
@@ -238,33 +301,37 @@ def main():
     pipe = ralu.mini_pipeline(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
-    commit = provenance(torch.device("cpu"))["commit"]
+    device = torch.device("cpu")
+    commit = provenance(device)["commit"]
     common = {
         "captions": args.captions, "seeds": " ".join(map(str, args.seeds)),
-        "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "device": device_name(device), "isa": instructions(device), "threads": torch.get_num_threads(),
+        "dtype": "autocast to bfloat16" if args.autocast else "float32",
         "torch": torch.__version__, "diffusers": diffusers.__version__, "date": date.today().isoformat(),
     }  # fmt: skip
-    samples = [
-        {method: sampled(pipe, method, chosen, seed, args.batch, cache, commit) for method in methods}
-        for seed in args.seeds
-    ]
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
+        samples = [
+            {method: sampled(pipe, method, chosen, seed, args.batch, cache, commit) for method in methods}
+            for seed in args.seeds
+        ]
     if args.grid:
         show(pipe, methods, [samples[0][method] for method in methods], chosen).save(args.grid)
         return
     rows = []
-    for method in methods:
+    for curve, method in ((curve, method) for curve, members in curves.items() for method in members):
         runs = [of_seed[method] for of_seed in samples]
         sampled_images = Images(runs, pipe.vae, pca, training, chosen)
         if not rows:
             reference, work = sampled_images, runs[0]["tflop"]
         tflop = float(np.mean([run["tflop"] for run in runs]))
-        cost = {"tflop": f"{tflop:.4f}", "flop_ratio": f"{work / tflop:.2f}", "commit": runs[0]["commit"]}
-        rows.append({"method": method} | measures(sampled_images, reference, args.captions) | cost | common)
+        cost = {"tflop": f"{tflop:.4f}", "flop_ratio": f"{work / tflop:.2f}"}
+        cost |= {"seconds": f"{min(run['seconds'] for run in runs):.3f}", "commit": runs[0]["commit"]}
+        measured = measures(sampled_images, reference, args.captions, follows(method))
+        rows.append({"curve": curve, "method": method} | measured | cost | common)
         if len(rows) == 1 and len(runs) > 1:
             turned = Images(runs[1:] + runs[:1], pipe.vae, pca, training, chosen)
-            rows.append(
-                {"method": f"{method}, other seeds"} | measures(turned, reference, args.captions) | cost | common
-            )
+            measured = measures(turned, reference, args.captions)
+            rows.append({"curve": curve, "method": f"{method}, other seeds"} | measured | cost | common)
         print({key: rows[-1][key] for key in ("method", "score", "distance", "frechet", "edge_error", "blockiness")})
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", newline="") as file:

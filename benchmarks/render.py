@@ -247,21 +247,56 @@ def draw_images(rows: list[dict], path: Path):
 # ---- what the images are worth ----
 
 
+MEASURES = {"distance": "distance", "frechet": "Fréchet", "edge_error": "edge error", "blockiness": "blockiness"}
+
+
 def quality(path: Path) -> str:
     """Print the table of a file of quality.py's."""
     rows = record.read(path)
+    columns = {"drift": "drift", "flop_ratio": "less work", "seconds": "seconds"}
+    columns = {name: title for name, title in columns.items() if any(row.get(name) for row in rows)}
     body = [
         [f"`{row['method']}`", f"{row['score']} ({row['score_low']} to {row['score_high']})",
-         *(f"{row[name]} ± {row[f'{name}_se']}" for name in ("distance", "frechet", "edge_error", "blockiness")),
-         row["flop_ratio"]]
+         *(f"{row[name]} ± {row[f'{name}_se']}" for name in MEASURES), *(row[name] for name in columns)]
         for row in rows
     ]  # fmt: skip
-    head = ["", "score", "distance", "Fréchet", "edge error", "blockiness", "less work"]
+    head = ["", "score", *MEASURES.values(), *columns.values()]
     row = rows[-1]
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-    counts = f"{row['captions']} captions, seeds {row['seeds']}"
+    counts = ", ".join([f"{row['captions']} captions", f"seeds {row['seeds']}", *filter(None, [row.get("dtype")])])
     line = f"{counts}; torch {row['torch']}; commit {row['commit']}; {row['date']} ([{path.name}]({name}))."
     return f"{line}\n\n{table(head, body)}"
+
+
+def draw_quality(rows: list[dict], path: Path):
+    """Draw quality against work, a curve a method, with 95 % intervals; the grey line is what chance alone does."""
+    import matplotlib.pyplot as plt
+
+    (reference, chance), rows = rows[:2], rows[2:]
+    step = float(reference["tflop"]) / int(re.search(r"\d+", reference["method"])[0])
+    curves = values(rows, "curve")
+    figure, grid = plt.subplots(1, 3, figsize=(15, 6), layout="constrained")
+    for axes, name in zip(grid, ("frechet", "edge_error", "distance"), strict=True):
+        for k, curve in enumerate(curves):
+            of = sorted((float(row["tflop"]) / step, row) for row in rows if row["curve"] == curve)
+            heights, errors = ([float(row[name + end]) for _, row in of] for end in ("", "_se"))
+            plain, dashed = curve.startswith("fewer steps"), curve.endswith("Euler") or "+" in curve
+            style = {"lw": 2.2, "color": "black"} if plain else {"lw": 1.2, "color": f"C{k}"}
+            axes.errorbar(
+                [work for work, _ in of], heights, [1.96 * error for error in errors], label=curve, **style,
+                ls="--" if dashed else "-", marker="s" if "RALU" in curve else "o", ms=4, capsize=2, elinewidth=0.7,
+            )  # fmt: skip
+        axes.axhline(float(chance[name]), color="grey", lw=0.8)
+        axes.set(xscale="log", xlabel="work of the transformer, in steps at full resolution", title=MEASURES[name])
+        axes.set_yscale("linear" if name == "distance" else "log")
+        axes.set_xticks(ticks := [2, 3, 4, 5, 7, 10, 14, 20, 28, 50], [str(tick) for tick in ticks], minor=False)
+        axes.minorticks_off()
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    row = rows[0]
+    figure.suptitle(
+        f"{row['captions']} captions, seeds {row['seeds']}, against {reference['method']}; commit {row['commit']}"
+    )
+    figure.savefig(path, dpi=100)
 
 
 def solvers(path: Path) -> str:
@@ -276,6 +311,11 @@ def solvers(path: Path) -> str:
     return table(["", *(f"`{name}`" for name in names)], body)
 
 
+def pareto(path: Path) -> Path:
+    """Name the picture of a file of quality against work."""
+    return DOCS / f"{path.stem.replace('-mini', '')}.png"
+
+
 # ---- the README ----
 
 
@@ -283,6 +323,8 @@ def block(path: Path) -> str | None:
     """Write what is said of a file of results; None for another benchmark's."""
     if path.name.startswith("quality-"):
         return quality(path)
+    if path.name.startswith("pareto-"):
+        return f"![Quality against work]({pareto(path).name})\n\n{quality(path)}"
     if path.name == "solver-gaussian.csv":
         return solvers(path)
     if not (rows := latest(path)):
@@ -310,6 +352,8 @@ def main():
     for page in (ROOT / "README.md", *DOCS.glob("*.md")):
         page.write_text(rendered(page.read_text()))
     text = (ROOT / "README.md").read_text()
+    for path in sorted(RESULTS.glob("pareto-*.csv")):
+        draw_quality(record.read(path), pareto(path))
     for path in sorted(RESULTS.glob("*.csv")):
         if rows := latest(path):
             (draw_kernels if "provider" in rows[0] else draw_images)(rows, DOCS / f"{path.stem}.png")

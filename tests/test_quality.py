@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,31 @@ def test_the_table_has_every_scorer_at_equal_ratio():
             plain = [method for method in parsed.values() if method.spatial == preset]
             names = {method.options.regions for method in plain if method.options.given().keys() <= {"regions"}}
             assert names == {None, "gradient", "change", "grid", "random"}
+
+
+def test_the_curves_have_every_cache_at_several_strengths():
+    """Alone, and beside plain steps with both solvers; a method stands in one curve only."""
+    for curves in quality.CURVES.values():
+        methods = [Method.parse(method) for curve in curves.values() for method in curve]
+        assert len(set(map(str, methods))) == len(methods)
+        for kind in ralu.caches.CACHES.values():
+            alone = {method for method in methods if type(method.cache) is kind and method.preset is None}
+            assert 3 <= len(alone) <= 5
+        plain = [method for method in methods if method.preset is None and method.cache is None]
+        assert {method.options.solver for method in plain} >= {None} and len(plain) > 12
+        assert all(quality.follows(str(method)) == (method.preset is None) for method in methods)
+
+
+def test_drift_is_the_root_mean_square_of_the_difference():
+    latents = RNG.standard_normal((2, 4, 16, 32, 32)).astype(np.float32)
+    pca = SimpleNamespace(std=torch.ones(16))
+    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0), decode=lambda z: SimpleNamespace(sample=z[:, :3]))
+    runs = [[{"latents": torch.from_numpy(x)} for x in latents * scale] for scale in (1.0, 1.5)]
+    training = torch.zeros(4, 16 * 32 * 32)
+    first, second = (quality.Images(each, vae, pca, training, [0, 1, 2, 3]) for each in runs)
+    columns = quality.measures(second, first, 4, drifts=True)
+    assert float(columns["drift"]) == pytest.approx(np.sqrt(np.mean((0.5 * latents) ** 2)), abs=1e-3)
+    assert quality.measures(second, first, 4)["drift"] == ""
 
 
 def test_a_method_is_prepared_whole():
