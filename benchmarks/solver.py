@@ -12,7 +12,8 @@ from itertools import pairwise
 import numpy as np
 from record import RESULTS
 
-from ralu.schedule import PRESETS, Schedule, single
+from ralu.presets import PRESETS
+from ralu.schedule import Schedule, single
 from ralu.solver import SOLVERS, Solver
 
 SCHEDULES = {f"stock-{steps}": single(steps, 3.0) for steps in (50, 28, 10, 7, 5, 4)} | PRESETS

@@ -7,7 +7,8 @@ from .budget import schedule_for
 from .errors import lacking
 from .mini import mini_path, mini_pipeline
 from .options import Options
-from .schedule import PRESETS, Schedule, preset, solve
+from .presets import PRESETS, preset
+from .schedule import Schedule, solve
 
 if TYPE_CHECKING:
     from ralu_kernels import attention_backend

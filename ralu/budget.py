@@ -14,7 +14,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .families import DISTILLED_STEPS
-from .schedule import DISTILLED, PRESETS, Schedule, own_shift, solve
+from .presets import DISTILLED, PRESETS
+from .schedule import Schedule, own_shift, solve
 
 if TYPE_CHECKING:
     from .families import Family

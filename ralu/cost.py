@@ -26,7 +26,8 @@ from .components import Model, check_size, describe
 from .counting import FusedAttention, LiveBytes, Repeats, own_work, shared_work, split_work
 from .families import Family
 from .method import Method
-from .schedule import RESOLUTIONS, Schedule, preset
+from .presets import preset
+from .schedule import RESOLUTIONS, Schedule
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,8 @@ def _method(
         cache = method.cache
         if cache is not None and family.name not in cache.families:
             raise ValueError(f"method must have a cache for {family.name}, got {method}")
+        if method.preset is not None and not method.has_regions and ratio is not None:
+            raise ValueError(f"{method.spatial} has whole stages alone, so ratio must be None, got {ratio}")
         ratio = method.options.ratio if ratio is None else ratio
         method = method.steps or (budget(method.speedup) if method.speedup else preset(method.spatial))
     if isinstance(method, Schedule):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .schedule import Schedule, densities
+from .schedule import RESOLUTIONS, Schedule, densities
 
 INK, MUTED, LINES, PAPER, BLUE = "#1f2328", "#59636e", "#afb8c1", "#ffffff", "#0057ff"
-STAGES = ("#0057ff", "#e8710a", "#12855a")  # half, mixed and full resolution
+STAGES = {"low": "#0057ff", "mixed": "#e8710a", "full": "#12855a"}
 
 
 @dataclass
@@ -160,15 +160,15 @@ def plot_schedule(schedule: Schedule, shift: float, path: str | Path, title: str
 
 def _plot_time(axes, schedule: Schedule):
     last, first = sum(schedule.steps), 0
-    names = ("half resolution", "mixed resolution", "full resolution")
-    for stage, (name, color, calls) in enumerate(zip(names, STAGES, schedule.steps, strict=True), 1):
-        times = [1 - sigma for sigma in schedule.sigmas(stage)]
-        label = f"{name}, {calls} call{'s' * (calls != 1)}, h = {schedule.shifts[stage - 1]:.2f}"
+    for number, stage in enumerate(schedule.stages, 1):
+        calls, color = stage.steps, STAGES[stage.resolution]
+        times = [1 - sigma for sigma in schedule.sigmas(number)]
+        label = f"{RESOLUTIONS[stage.resolution]}, {calls} call{'s' * (calls != 1)}, h = {stage.shift:.2f}"
         axes.axvspan(first, first + calls, color=color, alpha=0.06, linewidth=0)
         axes.plot(range(first, first + calls + 1), times, color=color, linewidth=2, label=label, zorder=3)
         axes.scatter(range(first, first + calls), times[:-1], color=color, s=26, zorder=4)
         first += calls
-    axes.scatter([last], [1], facecolor=PAPER, edgecolor=STAGES[2], linewidth=2, s=40, zorder=4)
+    axes.scatter([last], [1], facecolor=PAPER, edgecolor=STAGES["full"], linewidth=2, s=40, zorder=4)
 
     arrow = {
         "arrowstyle": "-|>",
@@ -204,6 +204,7 @@ def _plot_work(axes, schedule: Schedule, shift: float):
     axes.fill_between(t, target, color=LINES, alpha=0.45, linewidth=0, label=f"the flow asks for (shift {shift:g})")
     axes.plot(t, achieved, color=INK, linewidth=1.8, label="this schedule gives")
     for k, transition in enumerate(schedule.transitions):
-        axes.axvspan(transition.start, schedule.ends[k], color=STAGES[k + 1], alpha=0.07, linewidth=0)
+        color = STAGES[schedule.stages[k + 1].resolution]
+        axes.axvspan(transition.start, schedule.ends[k], color=color, alpha=0.07, linewidth=0)
     axes.set(xlim=(0, 1), ylim=(0, None), xlabel="time t (shaded: passed again)", ylabel="density of the work")
     axes.legend(frameon=False, fontsize=9.5, labelcolor=INK)

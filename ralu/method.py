@@ -1,6 +1,6 @@
 """The grammar of methods, `SPATIAL[(option=value,...)][+CACHE[(option=value,...)]]`, parsed and printed here alone.
 
-SPATIAL is a preset of `ralu.schedule`, "speedup-X" for X times less work than a stock run's (`ralu.schedule_for`),
+SPATIAL is a preset of `ralu.presets`, "speedup-X" for X times less work than a stock run's (`ralu.schedule_for`),
 "stock-STEPS", or "stock" for the pipeline's own number of steps; CACHE is a name in `ralu.caches`. For example
 "flux-5x(ratio=0.3,regions=gradient)+taylorseer(interval=3)".
 """
@@ -12,10 +12,10 @@ from typing import Any, get_type_hints
 
 from .budget import speedup_of
 from .caches import CACHES
-from .options import CHOICES, Options
-from .schedule import DISTILLED, PRESETS
+from .options import BASELINE_OPTIONS, CHOICES, Options
+from .presets import BASELINES, DISTILLED, PRESETS
 
-SPATIAL = (*PRESETS, *DISTILLED)
+SPATIAL = (*PRESETS, *DISTILLED, *BASELINES)
 _TYPES = {"ratio": float, "threshold": float, "seeds": int}  # those of options that are no words
 _STOCK_OPTIONS = "solver", "spacing"  # those that mean something where nothing is upsampled
 _PRESET_OPTIONS = tuple(field.name for field in fields(Options) if field.name != "spacing")
@@ -55,6 +55,8 @@ class Method:
             why = (
                 "upsamples nothing"
                 if self.preset is None
+                else "has whole stages alone"
+                if not self.has_regions
                 else "chooses its own ratio"
                 if self.speedup
                 else "has stages"
@@ -70,6 +72,11 @@ class Method:
     def preset(self) -> str | None:
         """The name of the preset, or "speedup-X"; None for the stock pipeline."""
         return None if self.spatial.startswith("stock") else self.spatial
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether it chooses regions, and so has a mixed stage."""
+        return self.preset is not None and self.spatial not in BASELINES
 
     @property
     def speedup(self) -> float | None:
@@ -112,6 +119,8 @@ class Method:
         """List the options that mean something for this spatial method."""
         if self.preset is None:
             return _STOCK_OPTIONS
+        if not self.has_regions:
+            return BASELINE_OPTIONS
         if self.speedup is None:
             return _PRESET_OPTIONS
         return tuple(name for name in _PRESET_OPTIONS if name not in ("ratio", "threshold"))

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .schedule import INTERPOLATIONS, MATCHINGS, Schedule, preset, single
+from .presets import BASELINES, preset
+from .schedule import INTERPOLATIONS, MATCHINGS, Schedule, single
 from .solver import SOLVERS
 
 # What the options that are words can be; the first is the default.
@@ -18,6 +19,7 @@ CHOICES = {
     "spacing": ("stock", "trailing"),
     "backend": ("auto", "native", "triton", "reference"),
 }
+BASELINE_OPTIONS = "solver", "backend", "seeds"  # those that mean something without a mixed stage
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,14 @@ class Options:
         if steps < (fewest := self.fewest_steps):
             raise ValueError(f"regions={self.regions!r} needs {fewest} steps before the selection, {name} has {steps}")
 
+    def check_whole(self, name: str):
+        """Raise ValueError for options that mean nothing to a preset, called `name`, without a mixed stage."""
+        given = {key: value for key, value in self.given().items() if key not in BASELINE_OPTIONS}
+        # A default changes nothing, and a scheduler always has its regions.
+        odd = [key for key, value in given.items() if not isinstance(value, str) or value != CHOICES[key][0]]
+        if odd:
+            raise ValueError(f"{name} has whole stages alone and has no {', '.join(odd)}")
+
     def given(self) -> dict[str, Any]:
         """Return the options that are not None, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -146,6 +156,8 @@ def _schedule_of(name: str | dict | Schedule, options: Options, shift: float) ->
     if options.spacing is not None:
         raise ValueError(f"spacing goes with 'stock-STEPS' alone, got spacing={options.spacing!r} and {name!r}")
     if isinstance(name, str):
+        if name in BASELINES:
+            options.check_whole(name)
         return preset(name, shift, options.ratio, **options.chosen("matching", "upsampler"))
     if not isinstance(name, dict | Schedule):
         raise TypeError(f"preset must be a name or a Schedule, got {name!r}")

@@ -35,7 +35,8 @@ def enable(
     pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `StableDiffusion3Pipeline`.
     preset:  "flux-5x" (default) or "flux-7x" for FLUX.1-dev, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5,
              "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
-             its configuration), "stock-STEPS" for no stages, a `Schedule`, or a whole method, see `ralu.method`:
+             its configuration), "bottleneck-..." and "speed-..." for methods that RALU is compared with, see
+             `ralu.preset`, "stock-STEPS" for no stages, a `Schedule`, or a whole method, see `ralu.method`:
              "flux-5x(ratio=0.3)+taylorseer(interval=3)".
     speedup: instead of a preset, how many times less work than in a stock run the transformer shall do, from 1.5 to 12.
              It chooses steps, ends and ratio by `ralu.schedule_for`, for the pipeline's default size whatever is
@@ -160,7 +161,7 @@ def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule |
         matched = {name: options.pop(name) for name in ("matching", "upsampler") if options.get(name) is not None}
         preset = schedule_for(speedup, pipe, **matched)
     scheduler = RaluScheduler(preset, **stock_arguments(config), **options)
-    if scheduler.config.regions == "canny" and pipe.vae is None and not scheduler.is_stock:
+    if scheduler.config.regions == "canny" and pipe.vae is None and scheduler.has_regions:
         raise ValueError("regions='canny' needs a VAE, and pipe.vae is None: regions='gradient' does without")
     scheduler.run_begins = run_begins
     return scheduler

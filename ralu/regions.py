@@ -43,7 +43,7 @@ def scorer_of(regions: Any, decode: Callable | None = None) -> Scorer:
     """
     if callable(regions):
         return regions
-    if regions == "canny":
+    if isinstance(regions, str) and regions == "canny":
         if decode is None:
             raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
         return canny(decode)

@@ -257,10 +257,51 @@ def two_resolutions(steps, end: float, shifts, c: float, *, matching: str = "cov
     """Make a schedule of two stages, half and full resolution, with no regions in between.
 
     steps, shifts: two of each. end: time at which the first stage ends. With c = 1/4 it is SPEED's (arXiv 2605.18736)
-    with the Haar basis. Raises ValueError for numbers out of range.
+    with the Haar basis: from the noise level s = 1 - end it goes back to 2·s / (1 + s). Raises ValueError for numbers
+    out of range.
     """
     low, full = zip(("low", "full"), steps, (end, 1.0), shifts, strict=True)
     return Schedule((Stage(*low), Stage(*full)), (match_noise("renoise", end, c, matching),))
+
+
+def bottleneck(steps, strengths, shifts, *, truncated: bool = True, interpolation: str = "lanczos") -> Schedule:
+    """Make a schedule of Bottleneck Sampling (arXiv 2503.18940): full resolution, half, and full again.
+
+    Each stage runs to its end, a clean estimate; that is resized and noised anew, and the next stage starts from there,
+    see `resample_noise`.
+
+    steps, shifts: of the stages, which are full, low, full, ...: an odd number of each. One stage is a stock run.
+    strengths:     noise level before the shift, in (0, 1], that each stage but the first starts at: the first is at 1.
+    truncated:     a stage's steps are those of a whole run, of which it makes the last floor(steps·strength), as
+                   image-to-image pipelines do, and it starts at the level of the first of these; else it makes all of
+                   its steps from its strength on.
+    interpolation: how the estimate is resized, one of `INTERPOLATIONS`.
+
+    The method is known here from the RALU paper's account of it (supplement B.2.1), which has the steps and that noise
+    is added and the schedule shifted anew in each stage, but not to which level, by which shift, or where a stage ends.
+    With strengths of 0.85 and 0.5 (FLUX) and 0.95 and 0.5 (SD3) truncated stages do the work that the paper measured;
+    other strengths do so too, and its steps read literally do not.
+    Raises ValueError for numbers out of range and for a strength that leaves no step.
+    """
+    steps, strengths, shifts = tuple(steps), tuple(strengths), tuple(shifts)
+    if len(steps) % 2 == 0 or not len(steps) == len(shifts) == len(strengths) + 1:
+        raise ValueError(
+            "steps and shifts must be an odd number of each, and strengths one fewer, "
+            f"got {len(steps)}, {len(shifts)} and {len(strengths)}"
+        )
+    stages = [Stage(("full", "low")[k % 2], n, 1.0, h) for k, (n, h) in enumerate(zip(steps, shifts, strict=True))]
+    transitions = []
+    for k, strength in enumerate(strengths, 1):
+        if not _is_number(strength) or not 0 < strength <= 1:
+            raise ValueError(f"strengths must lie in (0, 1], got {strength!r}")
+        if truncated:
+            calls = math.floor(strength * stages[k].steps + 1e-6)
+            if not calls:
+                raise ValueError(f"strengths must leave each stage a step: {strength} of {stages[k].steps} is none")
+            strength = calls / stages[k].steps
+            stages[k] = dataclasses.replace(stages[k], steps=calls)
+        transitions.append(resample_noise(1 - shifted(strength, stages[k].shift), interpolation))
+    return Schedule(tuple(stages), tuple(transitions))
 
 
 def single(steps: int, shift: float) -> Schedule:
@@ -338,42 +379,3 @@ def _minimise(steps: tuple, ends: tuple, shift: float) -> tuple[tuple[float, flo
 
     solution = minimize(distance, x0=[3.0, 3.0, 3.0, 2.0], bounds=[(0.5, 10)] * 3 + [(2, 100)], method="L-BFGS-B")
     return unknowns(solution.x)
-
-
-def _differences(*totals: int) -> tuple[int, ...]:
-    return tuple(b - a for a, b in pairwise((0, *totals)))
-
-
-# Table S1, which gives cumulative steps. The distilled models' shifts are solved for each model's own, see `preset`.
-PRESETS = {
-    "flux-5x": region_adaptive(_differences(4, 9, 15), (0.3, 0.45, 1.0), (5.12, 2.64, 2.25), 0.0177, ratio=0.2),
-    "flux-7x": region_adaptive(_differences(2, 5, 10), (0.2, 0.3, 1.0), (8.14, 2.86, 2.19), 0.0255, ratio=0.2),
-    "sd3-2x": region_adaptive(_differences(5, 11, 20), (0.2, 0.3, 1.0), (6.21, 2.23, 1.97), 0.0586, ratio=0.3),
-    "sd3-3x": region_adaptive(_differences(3, 6, 12), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, ratio=0.2),
-}
-DISTILLED = {"distilled-4": (_differences(1, 2, 4), (0.3, 0.45, 1.0))}
-
-
-def preset(
-    name: str,
-    shift: float = 1.0,
-    ratio: float | None = None,
-    *,
-    matching: str = "covariance",
-    upsampler: str = "nearest",
-) -> Schedule:
-    """Return a named schedule of the paper.
-
-    shift: the model's own, which matters for "distilled-4" alone: 1 for FLUX.1-schnell, 3 for SD3.5-large-turbo.
-    ratio: replaces the preset's. matching, upsampler: for comparison, see `match_noise`.
-    Raises ValueError for an unknown name or a value out of range, and ImportError where SciPy is needed and absent.
-    """
-    if name in PRESETS:
-        plain = PRESETS[name]
-        given = plain.steps, plain.ends, plain.shifts, plain.c, plain.ratio
-        schedule = region_adaptive(*given, matching=matching, upsampler=upsampler)
-    elif name in DISTILLED:
-        schedule = solve(*DISTILLED[name], shift, matching=matching, upsampler=upsampler)
-    else:
-        raise ValueError(f"preset must be one of {', '.join([*PRESETS, *DISTILLED])}, got {name!r}")
-    return schedule if ratio is None else schedule.replace(ratio=ratio)

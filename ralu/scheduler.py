@@ -39,7 +39,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     The preset's number of steps is always made: `num_inference_steps` cannot be told from a pipeline's default. Fewer
     than 3 asked for means the stock schedule at full resolution.
 
-    preset:   a name of `ralu.schedule`, a `Schedule`, or the dict that a saved one is. "stock-STEPS" is the stock
+    preset:   a name of `ralu.presets`, a `Schedule`, or the dict that a saved one is. "stock-STEPS" is the stock
               schedule with that many steps, and "stock" with as many as are asked for.
     the rest: as `ralu.Options` describes it, and the arguments of `FlowMatchEulerDiscreteScheduler`.
 
@@ -70,6 +70,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"the stock scheduler's {distorting} must be off: it would distort RALU's schedule")
         self.schedule = None if preset == "stock" else schedule_of(preset, options, own_shift(self.config))
         self.is_stock = isinstance(preset, str) and preset.startswith("stock")
+        self.has_regions = self.schedule is not None and bool(self.schedule.mixed)
         # Only a name can be saved: None is for a mask or a scorer.
         name = regions if isinstance(regions, str) else None
         self.scorer = None if regions is None or name else scorer_of(regions)
@@ -104,7 +105,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         velocity:     makes that of a step of what the model gave for it, of the same shape.
         Raises ValueError for regions="canny" without a decoder.
         """
-        regions = "gradient" if self.is_stock else self.config.regions
+        regions = self.config.regions if self.has_regions else "gradient"
         if regions is None and self.scorer is None:
             raise ValueError(
                 "regions must be given: this scheduler was saved with a mask or scorer, which is not saved"

@@ -380,7 +380,7 @@ def sample(
               `layout.positions`; where `layout.mask` is not None, attention must skip its False tokens.
     noise:    (B, N, C) standard normal tokens in raster order of the full grid; it seeds the later stages' noise too.
     grid:     (rows, columns) of the full grid, both even where the schedule has a stage that is not full.
-    preset:   a name of `ralu.schedule`, or a `Schedule`.
+    preset:   a name of `ralu.presets`, or a `Schedule`.
     decode:   `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, needed for regions="canny".
     options:  `Options`; regions defaults to "canny" with a decoder and "gradient" without.
 

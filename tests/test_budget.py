@@ -18,7 +18,8 @@ from ralu.budget import schedule_for
 from ralu.cli import main
 from ralu.families import family_of
 from ralu.method import Method
-from ralu.schedule import PRESETS, region_adaptive
+from ralu.presets import BASELINES, PRESETS
+from ralu.schedule import region_adaptive
 
 SPEEDUPS = np.geomspace(1.5, 12, 80).tolist()
 STOCK = {"flux-dev": 50, "sd3-medium": 28}
@@ -117,6 +118,16 @@ def test_presets_are_points_of_it(name):
 def test_what_the_readme_says_of_them(unsolved, name, speedup):
     found = schedule_for(speedup, "flux-dev" if "flux" in name else "sd3-medium")
     assert found.steps == PRESETS[name].steps and found.ratio == pytest.approx(PRESETS[name].ratio, abs=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name.startswith("speed")])
+def test_speed_does_the_work_of_the_preset_of_its_name(name):
+    chosen, known = BASELINES[name], PRESETS[name.removeprefix("speed-")]
+    model = "flux-dev" if "flux" in name else "sd3-medium"
+    low, full = (plain(model, tokens) for tokens in (1024, 4096))
+    made = (chosen.steps[0] * low + chosen.steps[1] * full) / full
+    assert made == pytest.approx(total(known, lambda tokens: plain(model, tokens), 1024), rel=0.015)
+    assert chosen.steps[1] == known.steps[2] and chosen.ends == (known.ends[1], 1) and chosen.c == 0.25
 
 
 def test_a_family_without_anchors_goes_by_its_presets(unsolved, monkeypatch):

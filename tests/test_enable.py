@@ -27,7 +27,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from PIL import Image
 
 import ralu
-from ralu.schedule import PRESETS
+from ralu.presets import PRESETS
 
 PROMPT = tiny.PROMPTS[0]
 MAKE = {"flux": tiny.flux, "sd3": tiny.sd3}

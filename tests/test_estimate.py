@@ -20,7 +20,7 @@ from ralu.cli import main
 from ralu.cost import estimate
 from ralu.counting import FusedAttention, LiveBytes, Repeats, cpu_scratch
 from ralu.families import FAMILIES, load
-from ralu.schedule import PRESETS
+from ralu.presets import PRESETS
 
 TEXT = 16  # T5 tokens of the tiny pipelines, see tiny.generate
 
@@ -371,7 +371,7 @@ def test_json(tmp_path, capsys):
     [
         ("--model flux-pro", "neither flux-dev, nor"),
         ("--methods stock", "stock-50"),
-        ("--methods sd3-2x", "flux-5x, flux-7x, distilled-4"),
+        ("--methods sd3-2x", "flux-5x, flux-7x, bottleneck-flux-5x"),
         ("--size 1000", "divide by 32"),
         ("--batch 0", "'0'"),
     ],

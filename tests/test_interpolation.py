@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import ralu
 from ralu.interpolation import complete, resized, select, upsampled, weights
 from ralu.options import Options
-from ralu.schedule import INTERPOLATIONS, PRESETS, match_noise
+from ralu.presets import PRESETS
+from ralu.schedule import INTERPOLATIONS, match_noise
 from ralu_kernels import plan_tokens, upsample_remaining, upsample_selected
 
 SMOOTH = INTERPOLATIONS[1:]

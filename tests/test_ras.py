@@ -18,7 +18,7 @@ import ralu
 from ralu.caches import RAS, Progress, ras_block
 from ralu.caches.hooks import hooks_of, named_blocks
 from ralu.caches.ras_block import Choice
-from ralu.schedule import PRESETS
+from ralu.presets import PRESETS
 
 close = dict(rtol=0, atol=2e-5)
 FLUX = tiny.FAMILIES["flux"]

@@ -23,7 +23,7 @@ from diffusers import (
 from tiny import vae
 
 import ralu
-from ralu.schedule import PRESETS, preset
+from ralu.presets import BASELINES, PRESETS, preset
 
 RECORD = Path(__file__).with_name("recorded.json")
 FLUX, SD3 = ["flux-5x", "flux-7x", "distilled-4"], ["sd3-2x", "sd3-3x", "distilled-4"]
@@ -75,7 +75,7 @@ def flux():
 
 
 @lru_cache
-def sd3(dual):
+def sd3(dual=False):
     torch.manual_seed(0)
     return StableDiffusion3Pipeline(
         tokenizer=None, tokenizer_2=None, tokenizer_3=None, text_encoder=None, text_encoder_2=None,
@@ -138,6 +138,10 @@ def configurations():
         title = ",".join(f"{key}={getattr(value, '__name__', 'mask' if value is MASK else value)}"
                          for key, value in options.items())  # fmt: skip
         runs[f"sample flux-5x {title}"] = lambda o=options: sampled("flux-5x", **o)
+    for name in BASELINES:
+        pipe = flux if "flux" in name else sd3
+        runs[f"sample {name}"] = lambda n=name: sampled(n)
+        runs[f"{'flux' if pipe is flux else 'sd3'} {name}"] = lambda n=name, p=pipe: run(p(), n, regions=None)
     shifts = PRESETS["flux-5x"].replace(shifts=(3.0, 3.0, 3.0))
     runs["sample shifts=3"] = lambda: sampled(shifts)
     runs["sample distilled shift=3"] = lambda: sampled(preset("distilled-4", shift=3.0))

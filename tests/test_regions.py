@@ -15,8 +15,9 @@ from PIL import Image
 
 import ralu
 from ralu import regions
+from ralu.presets import PRESETS
 from ralu.regions import canny, edge_density, evenly_spaced, gradient, mask, random
-from ralu.schedule import PRESETS, Schedule, Stage, match_noise, resample_noise, two_resolutions
+from ralu.schedule import Schedule, Stage, match_noise, resample_noise, two_resolutions
 from ralu_kernels import plan_tokens
 
 
@@ -122,7 +123,8 @@ def test_a_mask_scores_by_the_mean_of_each_block(batch):
 def test_a_mask_may_be_an_image_of_any_size():
     image = Image.new("RGB", (50, 30), "black")
     image.paste("white", (25, 0, 50, 15))
-    assert mask(image)(torch.zeros(2, 4, 8), (2, 2)).tolist() == [[0, 1, 0, 0]] * 2
+    for given in (image, np.asarray(image.convert("L")) / 255.0):
+        assert regions.scorer_of(given)(torch.zeros(2, 4, 8), (2, 2)).tolist() == [[0, 1, 0, 0]] * 2
 
 
 def test_a_mask_for_another_batch_is_refused():

@@ -9,14 +9,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.spatial.distance import jensenshannon
 
 import ralu
+from ralu.presets import DISTILLED, PRESETS, preset
 from ralu.schedule import (
-    DISTILLED,
-    PRESETS,
     Schedule,
     Stage,
     densities,
     match_noise,
-    preset,
     region_adaptive,
     resample_noise,
     shifted,

@@ -17,8 +17,8 @@ from diffusers import (
 
 import ralu
 from ralu.families.sd3 import Positions, pack
+from ralu.presets import PRESETS
 from ralu.regions import edge_density, gradient
-from ralu.schedule import PRESETS
 from ralu.stages import seeds_of
 from ralu_kernels import reference
 

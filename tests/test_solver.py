@@ -14,7 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import ralu
 from ralu.options import Options
-from ralu.schedule import PRESETS, Schedule, Stage, single, two_resolutions
+from ralu.presets import PRESETS
+from ralu.schedule import Schedule, Stage, single, two_resolutions
 from ralu.solver import SOLVERS, Solver
 from ralu.stages import Run
 

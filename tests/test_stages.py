@@ -14,7 +14,8 @@ from PIL import Image
 
 import ralu
 from ralu import stages
-from ralu.schedule import PRESETS, Schedule, Stage, resample_noise, single, two_resolutions
+from ralu.presets import PRESETS
+from ralu.schedule import Schedule, Stage, resample_noise, single, two_resolutions
 from ralu.stages import seeds_of
 from ralu_kernels import plan_tokens, reference
 

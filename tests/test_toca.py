@@ -15,7 +15,7 @@ import ralu
 from ralu.caches import Progress, ToCa, toca_block
 from ralu.caches.hooks import hooks_of
 from ralu.counting import LiveBytes
-from ralu.schedule import PRESETS
+from ralu.presets import PRESETS
 
 close = dict(rtol=0, atol=2e-5)
 FLUX = tiny.FAMILIES["flux"]

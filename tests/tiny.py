@@ -19,7 +19,8 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from ralu.mini.build import clip_tokenizer, t5_tokenizer
-from ralu.schedule import PRESETS, Schedule
+from ralu.presets import PRESETS
+from ralu.schedule import Schedule
 
 PROMPTS = ["a red circle", "two blue squares on a table", "a small grey cat"]
 SD3 = ["3.0", "3.5-medium", "3.5-large"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..runner import Runner
 
 PRESET_NAMES = f"{', '.join(SPATIAL)}, speedup-X"
+REGION_PRESETS = ", ".join([*(name for name in SPATIAL if Method(name).has_regions), "speedup-X"])
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_SEED = 2**63 - 1
 

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace):
 
 
 def _ratio(args: argparse.Namespace, method: Method) -> float | None:
-    if not method.preset or args.ratio is None:
+    if not method.has_regions or args.ratio is None:
         return method.options.ratio
     if method.options.ratio is not None:
         raise UsageError(f"--ratio: {method} says so already")

@@ -76,7 +76,7 @@ def _method(args: argparse.Namespace) -> Method:
         if value is None:
             continue
         if not method.preset and name != "solver":
-            names = arguments.PRESET_NAMES
+            names = arguments.REGION_PRESETS
             raise UsageError(f"--{name}: {method} upsamples nothing and has no regions, choose one of {names}")
         if getattr(method.options, name) is not None:
             raise UsageError(f"--{name}: --preset {method} says so already")

@@ -29,7 +29,7 @@ def add(commands):
     add("--ratios", metavar="RATIO", help="shares to show (default: .1 .2 .3 .5)", **shares)
     add(
         "--preset", type=arguments.method, metavar="METHOD",
-        help=f"{arguments.PRESET_NAMES} (default: the model's first)",
+        help=f"{arguments.REGION_PRESETS} (default: the model's first)",
     )  # fmt: skip
     arguments.add_regions(parser)
     arguments.add_output(parser, "outputs/regions.png")
@@ -39,8 +39,8 @@ def add(commands):
 def run(args: argparse.Namespace):
     """Run once, and mark the tokens that each ratio would have selected."""
     method, prompts = args.preset, args.prompts or PROMPTS
-    if method and not method.preset:
-        raise UsageError(f"--preset: {method} has no regions, choose one of {arguments.PRESET_NAMES}")
+    if method and not method.has_regions:
+        raise UsageError(f"--preset: {method} has no regions, choose one of {arguments.REGION_PRESETS}")
     method = method or Method(find_model(args.model).presets[0])
     if args.regions is not None:
         with usage("--regions"):

@@ -5,7 +5,8 @@ import argparse
 from ..errors import UsageError, usage
 from ..method import SPATIAL, Method
 from ..models import find_model, published, published_model
-from ..schedule import RESOLUTIONS, preset, solve
+from ..presets import preset
+from ..schedule import RESOLUTIONS, solve
 from . import arguments
 
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace):
     with usage("--output", OSError):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         plot_schedule(schedule, args.shift, args.output, title)
-    print(f"{title}, ratio = {schedule.ratio:g}\n")
+    print(f"{title}{f', ratio = {schedule.ratio:g}' if schedule.mixed else ''}\n")
     print("stage                from t    to t  shift h  steps  sigmas")
     for k, (stage, start) in enumerate(zip(schedule.stages, schedule.starts, strict=True), 1):
         sigmas = " ".join(f"{sigma:.4f}" for sigma in schedule.sigmas(k))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
 
-from ..schedule import DISTILLED
+from ..presets import DISTILLED
 
 DISTILLED_STEPS = 4  # of a distilled model's stock run
 
@@ -57,11 +57,14 @@ class Entry:
 # One line a family.
 FAMILIES: dict[str, Entry] = {
     "flux": Entry(
-        f"{__name__}.flux", ("FluxPipeline",), "FluxTransformer2DModel", ("flux-5x", "flux-7x", "distilled-4"), 50,
-        ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
+        f"{__name__}.flux", ("FluxPipeline",), "FluxTransformer2DModel",
+        ("flux-5x", "flux-7x", "bottleneck-flux-5x", "bottleneck-flux-7x", "speed-flux-5x", "speed-flux-7x",
+         "distilled-4"),
+        50, ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
     ),
     "sd3": Entry(
-        f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel", ("sd3-2x", "sd3-3x", "distilled-4"),
+        f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel",
+        ("sd3-2x", "sd3-3x", "bottleneck-sd3-2x", "bottleneck-sd3-3x", "speed-sd3-2x", "speed-sd3-3x", "distilled-4"),
         28, ("sd3-medium", "sd3.5-medium", "sd3.5-large"), position_limit="pos_embed_max_size",
     ),
 }  # fmt: skip

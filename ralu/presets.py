@@ -1,0 +1,73 @@
+"""Schedules with names: RALU's own, and those of the methods it is compared with. Numbers only."""
+
+import math
+from itertools import pairwise
+
+from .schedule import Schedule, bottleneck, region_adaptive, solve, two_resolutions
+
+
+def _differences(*totals: int) -> tuple[int, ...]:
+    return tuple(b - a for a, b in pairwise((0, *totals)))
+
+
+# Table S1, which gives cumulative steps. The distilled models' shifts are solved for each model's own, see `preset`.
+PRESETS = {
+    "flux-5x": region_adaptive(_differences(4, 9, 15), (0.3, 0.45, 1.0), (5.12, 2.64, 2.25), 0.0177, ratio=0.2),
+    "flux-7x": region_adaptive(_differences(2, 5, 10), (0.2, 0.3, 1.0), (8.14, 2.86, 2.19), 0.0255, ratio=0.2),
+    "sd3-2x": region_adaptive(_differences(5, 11, 20), (0.2, 0.3, 1.0), (6.21, 2.23, 1.97), 0.0586, ratio=0.3),
+    "sd3-3x": region_adaptive(_differences(3, 6, 12), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, ratio=0.2),
+}
+DISTILLED = {"distilled-4": (_differences(1, 2, 4), (0.3, 0.45, 1.0))}
+
+# FLUX shifts by the number of tokens: what `FluxPipeline` does at 1024 px and, in the low stages, at 512.
+_FLUX_FULL, _FLUX_LOW, _SD3 = math.exp(1.15), math.exp(0.63), 3.0
+
+# Bottleneck Sampling's steps are those of the RALU paper, cumulative (supplement B.2.1); see `bottleneck` for the rest.
+_BOTTLENECK_FLUX = (0.85, 0.5), (_FLUX_FULL, _FLUX_LOW, _FLUX_FULL)
+_BOTTLENECK_SD3 = (0.95, 0.5), (_SD3, _SD3, _SD3)
+BASELINES = {
+    "bottleneck-flux-5x": bottleneck(_differences(4, 16, 21), *_BOTTLENECK_FLUX),
+    "bottleneck-flux-7x": bottleneck(_differences(3, 11, 15), *_BOTTLENECK_FLUX),
+    "bottleneck-sd3-2x": bottleneck(_differences(6, 24, 31), *_BOTTLENECK_SD3),
+    "bottleneck-sd3-3x": bottleneck(_differences(4, 16, 20), *_BOTTLENECK_SD3),
+    # SPEED's transition; `preset` tells where the steps and the end are from.
+    "speed-flux-5x": two_resolutions((11, 6), 0.45, (_FLUX_LOW, _FLUX_FULL), 0.25),
+    "speed-flux-7x": two_resolutions((6, 5), 0.3, (_FLUX_LOW, _FLUX_FULL), 0.25),
+    "speed-sd3-2x": two_resolutions((16, 9), 0.3, (_SD3, _SD3), 0.25),
+    "speed-sd3-3x": two_resolutions((8, 6), 0.3, (_SD3, _SD3), 0.25),
+}
+
+
+def preset(
+    name: str,
+    shift: float = 1.0,
+    ratio: float | None = None,
+    *,
+    matching: str = "covariance",
+    upsampler: str = "nearest",
+) -> Schedule:
+    """Return a named schedule: RALU's of the paper, or one of the methods it is compared with.
+
+    "bottleneck-..." are Bottleneck Sampling's at the paper's steps, see `ralu.schedule.bottleneck` for what the paper
+    leaves open. "speed-..." have SPEED's transition (arXiv 2605.18736, Haar basis), see `two_resolutions`. Their steps
+    are chosen here, for the work of the RALU preset of that name: as many full steps, and so many low ones that 1024 px
+    cost as much to within 1.5 %, attention included. They become full at the time at which that preset does, under the
+    model's own shift at each resolution.
+
+    shift: the model's own, which matters for "distilled-4" alone: 1 for FLUX.1-schnell, 3 for SD3.5-large-turbo.
+    ratio: replaces the preset's. matching, upsampler: for comparison, see `match_noise`. All three of RALU's alone.
+    Raises ValueError for an unknown name or a value out of range, and ImportError where SciPy is needed and absent.
+    """
+    if name in BASELINES:
+        if ratio is not None or matching != "covariance" or upsampler != "nearest":
+            raise ValueError(f"{name} has whole stages alone and has no ratio, matching, upsampler")
+        return BASELINES[name]
+    if name in PRESETS:
+        plain = PRESETS[name]
+        given = plain.steps, plain.ends, plain.shifts, plain.c, plain.ratio
+        schedule = region_adaptive(*given, matching=matching, upsampler=upsampler)
+    elif name in DISTILLED:
+        schedule = solve(*DISTILLED[name], shift, matching=matching, upsampler=upsampler)
+    else:
+        raise ValueError(f"preset must be one of {', '.join([*PRESETS, *DISTILLED, *BASELINES])}, got {name!r}")
+    return schedule if ratio is None else schedule.replace(ratio=ratio)
