@@ -311,6 +311,21 @@ def solvers(path: Path) -> str:
     return table(["", *(f"`{name}`" for name in names)], body)
 
 
+def work(path: Path) -> str:
+    """Print the tables of work.py's file."""
+    rows, parts = record.read(path), []
+    head = ["", "counted", "footing", "with attention", "ours", "paper's", "deviation", ""]
+    for number, model in dict.fromkeys((row["table"], row["model"] if row["table"] == "1" else "") for row in rows):
+        of = [row for row in rows if row["table"] == number and row["model"].startswith(model)]
+        body = [
+            [row["name"], quoted(row["method"]), f"{row['text_tokens']}, {row['passes']}", row["total"],
+             row["ours"] + "×" * bool(row["over"]), row["paper"], f"{float(row['deviation']):+.1%}", row["note"]]
+            for row in of
+        ]  # fmt: skip
+        parts += [f"Table {number}{f', {model}' if model else ''}:", table(head, body)]
+    return f"torch {rows[-1]['torch']}; commit {rows[-1]['commit']}; {rows[-1]['date']}.\n\n" + "\n\n".join(parts)
+
+
 def pareto(path: Path) -> Path:
     """Name the picture of a file of quality against work."""
     return DOCS / f"{path.stem.replace('-mini', '')}.png"
@@ -325,8 +340,8 @@ def block(path: Path) -> str | None:
         return quality(path)
     if path.name.startswith("pareto-"):
         return f"![Quality against work]({pareto(path).name})\n\n{quality(path)}"
-    if path.name == "solver-gaussian.csv":
-        return solvers(path)
+    if path.name in (tables := {"solver-gaussian.csv": solvers, "work.csv": work}):
+        return tables[path.name](path)
     if not (rows := latest(path)):
         return None
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name

@@ -29,6 +29,7 @@ import e2e
 import models
 import record
 import render
+import work
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -338,6 +339,47 @@ def test_readme_has_what_was_measured():
     assert pages and [render.rendered(page) for page in pages] == pages
     files = [path for path in render.RESULTS.glob("*.csv") if render.latest(path)]
     assert not files or any(f"<!-- begin benchmarks/results/{path.name} -->" in readme for path in files)
+
+
+# ---- the paper's work ----
+
+
+def test_the_table_of_work_is_that_of_a_plain_formula():
+    """FLUX.1-dev: 12·D² multiply-adds a token and block, and D for each value that goes in and out of them."""
+
+    def step(image, text=512):
+        return 2e-12 * (57 * 12 * (image + text) * 3072**2 + (128 * image + 4096 * text) * 3072)
+
+    low, full = step(1024), step(4096)
+    rows = {(row["method"], row["text_tokens"]): float(row["tflop"]) for row in record.read(work.OUTPUT)}
+    rest, preview = rows["stock-50", "512"] - 50 * full, 2.48  # by Table S3
+    for method, steps in {
+        "bottleneck-flux-5x": 6 * full + 10 * low,
+        "bottleneck-flux-5x, all steps made": 9 * full + 12 * low,
+        "bottleneck-flux-7x": 5 * full + 6 * low,
+        "flux-5x": 4 * low + 5 * step(1024 + 3 * 204) + 6 * full + preview,
+        "flux-7x(ratio=0.1)": 2 * low + 3 * step(1024 + 3 * 102) + 5 * full + preview,
+        "stock-45+teacache(delta=0.99)": 10 * full,
+    }.items():
+        assert rows[method, "512"] == pytest.approx(steps + rest, rel=1e-3), method
+    # What they skip costs little: the full steps of the paper, and at most a hundredth of a step for each other.
+    for method, fulls, others in (
+        ("stock-50+taylorseer(interval=7)", 9, 41),
+        ("stock-50+taylorseer(interval=11)", 7, 43),
+    ):
+        assert 0 < rows[method, "512"] - rest - fulls * full < 0.01 * others * full
+
+
+def test_the_table_of_work_is_fresh():
+    rows = record.read(work.OUTPUT)
+    assert [(row["name"], row["method"], row["note"]) for row in rows] == [
+        (row.name, row.method, row.note) for row in work.ROWS
+    ]
+    cheap = next(i for i, row in enumerate(work.ROWS) if row.method == "bottleneck-sd3-3x")
+    found = work.counted(work.ROWS[cheap])
+    assert found.keys() <= rows[cheap].keys()
+    for key in ("tflop", "total", "ours", "paper"):
+        assert float(found[key]) == pytest.approx(float(rows[cheap][key]), rel=1e-3)
 
 
 # ---- two revisions ----
