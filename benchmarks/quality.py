@@ -28,6 +28,7 @@ import argparse
 import csv
 import math
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -36,10 +37,11 @@ import diffusers
 import numpy as np
 import scipy.linalg
 import torch
-from record import device_name, instructions, provenance, transformer_tflop
+from record import RESULTS, device_name, instructions, provenance, transformer_tflop
 from tqdm import tqdm
 
 import ralu
+from ralu.families import family_of
 from ralu.figures import Row, grid
 from ralu.method import Method
 from ralu.mini import PROMPTS
@@ -88,6 +90,8 @@ CURVES = {
         "fewer steps, ab2": strengths("stock-{}(solver=ab2)", 28, 20, 14, 10, 7, 5, 4, 3),
         "RALU": ["speedup-3", "flux-5x", "flux-7x", "speedup-10"],
         "RALU, ab2": strengths("{}(solver=ab2)", "speedup-3", "flux-5x", "flux-7x", "speedup-10"),
+        "Bottleneck Sampling": ["bottleneck-flux-5x", "bottleneck-flux-7x"],
+        "SPEED": ["speed-flux-5x", "speed-flux-7x"],
         "Delta-DiT": strengths("stock-50+delta-dit(interval={})", 2, 3, 5),
         "TeaCache": strengths("stock-50+teacache(delta={})", 0.1, 0.2, 0.4, 0.8),
         "ToCa": strengths("stock-50+toca(interval={})", 3, 5, 10),
@@ -105,6 +109,8 @@ CURVES = {
         "fewer steps, Euler": strengths("stock-{}(spacing=trailing)", 28, 14, 10, 7, 5, 4, 3),
         "fewer steps, ab2-limited": strengths("stock-{}(solver=ab2-limited,spacing=trailing)", 20, 14, 10, 7, 5, 4, 3),
         "RALU": ["speedup-1.5", "sd3-2x", "sd3-3x", "speedup-6"],
+        "Bottleneck Sampling": ["bottleneck-sd3-2x", "bottleneck-sd3-3x"],
+        "SPEED": ["speed-sd3-2x", "speed-sd3-3x"],
         "Delta-DiT": strengths("stock-28+delta-dit(interval={})", 2, 3, 5),
         "TeaCache": strengths("stock-28+teacache(delta={})", 0.1, 0.2, 0.4, 0.8),
         "ToCa": strengths("stock-28+toca(interval={})", 2, 4, 7),
@@ -117,12 +123,18 @@ CURVES = {
 
 
 def prepare(pipe, method: str) -> int:
-    """Switch the pipeline to a method; returns the number of steps to ask for."""
+    """Switch the pipeline to a method; returns the number of steps to ask for.
+
+    TeaCache has the model's own polynomial, which `ralu calibrate teacache` has fitted.
+    """
     ralu.disable(pipe)
     if method in SCHEDULES:
         ralu.enable(pipe, SCHEDULES[method])
         return 50
     parsed = Method.parse(method)
+    if isinstance(parsed.cache, ralu.TeaCache):
+        fitted = RESULTS / f"teacache-mini-{family_of(pipe).name}.json"
+        parsed = replace(parsed, cache=replace(parsed.cache, coefficients=str(fitted)))
     if parsed.speedup:
         schedule = ralu.schedule_for(parsed.speedup, pipe, height=SIZE, width=SIZE, text_tokens=TEXT_TOKENS)
         ralu.enable(pipe, schedule, cache=parsed.cache, **parsed.options.given())
