@@ -47,6 +47,7 @@ from ralu.method import Method
 from ralu.mini import PROMPTS
 from ralu.mini.train import CAPTIONS, GUIDANCE, PatchPCA, pictures
 from ralu.options import CHOICES
+from ralu.schedule import two_resolutions
 
 SIZE, TEXT_TOKENS = 256, 32
 
@@ -59,22 +60,28 @@ def scorers(preset: str) -> list[str]:
 # Methods as `ralu.method` has them, or a name of SCHEDULES. The threshold selects a fifth of the tokens on average.
 METHODS = {
     "mini-flux": [
-        "stock-50", "stock-28", "stock-10", "stock-10(solver=ab2)", *scorers("flux-5x"), *scorers("flux-7x"),
+        "stock-50(solver=ab2)", "stock-50", "stock-28", "stock-10", "stock-10(solver=ab2)", *scorers("flux-5x"),
         *(f"flux-5x({options})" for options in (
-            "solver=ab2", "solver=ab2-limited", "granularity=token", "granularity=token,kept_noise=release",
-            "kept_noise=release", "ratio=0", "ratio=0.5", "ratio=1", "threshold=0.075",
-            "matching=snr,upsampler=lanczos", "matching=snr", "matching=off",
+            "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token",
+            "granularity=token,kept_noise=release", "kept_noise=release", "ratio=0", "ratio=0.5", "ratio=1",
+            "threshold=0.075", "matching=snr,upsampler=lanczos", "matching=snr", "matching=off",
         )),
         "flux-5x-shifts-3",
     ],
     "mini-schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
     "mini-sd3": [
-        "stock-28", "stock-10", "stock-10(solver=ab2)", *scorers("sd3-2x"), *scorers("sd3-3x"),
-        *(f"sd3-2x({options})" for options in ("solver=ab2", "solver=ab2-limited", "granularity=token")),
+        "stock-28(solver=ab2,spacing=trailing)", "stock-28", "stock-10", *scorers("sd3-3x"),
+        *(f"sd3-3x({options})" for options in (
+            "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token"
+        )), "sd3-2x",
     ],
 }  # fmt: skip
 
-SCHEDULES = {"flux-5x-shifts-3": ralu.PRESETS["flux-5x"].replace(shifts=(3.0,) * 3)}
+PIXELS = [(2, 2), (3, 3), (3, 5), (5, 8)]  # steps at half and at full resolution
+SCHEDULES = {"flux-5x-shifts-3": ralu.PRESETS["flux-5x"].replace(shifts=(3.0,) * 3)} | {
+    f"{low}+{full}-pixels": two_resolutions((low, full), 0.3, (3.0, 3.0), 0.1, upsampler="pixels")
+    for low, full in PIXELS
+}
 
 
 def strengths(form: str, *values) -> list[str]:
@@ -86,10 +93,11 @@ def strengths(form: str, *values) -> list[str]:
 CURVES = {
     "mini-flux": {
         "converged": ["stock-50(solver=ab2)"],
-        "fewer steps, Euler": strengths("stock-{}", 50, 28, 14, 10, 7, 5, 4, 3),
-        "fewer steps, ab2": strengths("stock-{}(solver=ab2)", 28, 20, 14, 10, 7, 5, 4, 3),
+        "fewer steps, Euler": strengths("stock-{}", 50, 28, 10, 7, 5, 4, 3),
+        "fewer steps, ab2": strengths("stock-{}(solver=ab2)", 20, 10, 7, 5, 4, 3),
         "RALU": ["speedup-3", "flux-5x", "flux-7x", "speedup-10"],
         "RALU, ab2": strengths("{}(solver=ab2)", "speedup-3", "flux-5x", "flux-7x", "speedup-10"),
+        "two stages, pixels": [f"{low}+{full}-pixels" for low, full in PIXELS],
         "Bottleneck Sampling": ["bottleneck-flux-5x", "bottleneck-flux-7x"],
         "SPEED": ["speed-flux-5x", "speed-flux-7x"],
         "Delta-DiT": strengths("stock-50+delta-dit(interval={})", 2, 3, 5),
@@ -106,9 +114,10 @@ CURVES = {
     },
     "mini-sd3": {
         "converged": ["stock-28(solver=ab2,spacing=trailing)"],
-        "fewer steps, Euler": strengths("stock-{}(spacing=trailing)", 28, 14, 10, 7, 5, 4, 3),
-        "fewer steps, ab2-limited": strengths("stock-{}(solver=ab2-limited,spacing=trailing)", 20, 14, 10, 7, 5, 4, 3),
+        "fewer steps, Euler": strengths("stock-{}(spacing=trailing)", 28, 10, 7, 5, 4, 3),
+        "fewer steps, ab2-limited": strengths("stock-{}(solver=ab2-limited,spacing=trailing)", 14, 10, 7, 5, 4, 3),
         "RALU": ["speedup-1.5", "sd3-2x", "sd3-3x", "speedup-6"],
+        "two stages, pixels": [f"{low}+{full}-pixels" for low, full in PIXELS],
         "Bottleneck Sampling": ["bottleneck-sd3-2x", "bottleneck-sd3-3x"],
         "SPEED": ["speed-sd3-2x", "speed-sd3-3x"],
         "Delta-DiT": strengths("stock-28+delta-dit(interval={})", 2, 3, 5),

@@ -152,8 +152,8 @@ def estimate(
     if parts.vae is None:
         raise ValueError("model must have a VAE, which decodes its images: pipe.vae is None")
 
-    def budget(speedup):
-        return schedule_for(speedup, model, height=height, width=width, text_tokens=text_tokens)
+    def budget(speedup, **matched):
+        return schedule_for(speedup, model, height=height, width=width, text_tokens=text_tokens, **matched)
 
     method, cache = _method(method, family, ratio, budget)
     if cache is not None:
@@ -181,6 +181,9 @@ def estimate(
     def decoder(name, height, width):
         return name, 1, height * width, parts.vae, _decode, (batch, height, width)
 
+    def image_encoder(height, width):
+        return "resized estimate", 1, height * width, parts.vae, _encode_image, (batch, height, width, shrink)
+
     height, width = height // shrink, width // shrink
     full = height * width // 4
     if isinstance(method, int):
@@ -191,6 +194,11 @@ def estimate(
         tokens, selects = {"low": low, "mixed": mixed, "full": full}, decoder("preview", height // 2, width // 2)
         stages = []
         for k, each in enumerate(method.stages):
+            if k and method.transitions[k - 1].interpolation == "pixels":
+                before = 1 if method.stages[k - 1].resolution == "full" else 2
+                after = 2 if each.resolution == "low" else 1
+                stages.append(decoder("clean estimate", height // before, width // before))
+                stages.append(image_encoder(height // after, width // after))
             stages += [selects] if preview and each.resolution == "mixed" else []
             stages.append(stage(f"stage {k + 1}, {RESOLUTIONS[each.resolution]}", each.steps, tokens[each.resolution]))
     rows, at_most, progress = (
@@ -218,11 +226,11 @@ def _method(
     method: str | int | Method | Schedule | None,
     family: Family,
     ratio: float | None,
-    budget: Callable[[float], Schedule],
+    budget: Callable[..., Schedule],
 ) -> tuple[int | Schedule, Cache | None]:
     """Return the schedule that is meant, or a number of stock steps, and the cache.
 
-    budget: makes the schedule of a speedup.
+    budget: makes the schedule of a speedup, with `matching` and `upsampler`.
     """
     cache = None
     known = family.entry.presets
@@ -245,7 +253,9 @@ def _method(
         if method.preset is not None and not method.has_regions and ratio is not None:
             raise ValueError(f"{method.spatial} has whole stages alone, so ratio must be None, got {ratio}")
         ratio = method.options.ratio if ratio is None else ratio
-        method = method.steps or (budget(method.speedup) if method.speedup else preset(method.spatial))
+        matched = method.options.chosen("matching", "upsampler")
+        of_name, name = (budget, method.speedup) if method.speedup else (preset, method.spatial)
+        method = method.steps or of_name(name, **matched)
     if isinstance(method, Schedule):
         return method if ratio is None else method.replace(ratio=ratio), cache
     if isinstance(method, bool) or not isinstance(method, int):
@@ -266,6 +276,10 @@ def _encode(module: Any, dtype: torch.dtype, batch: int, tokens: int):
 
 def _decode(module: Any, dtype: torch.dtype, batch: int, height: int, width: int):
     module.decode(torch.empty(batch, module.config.latent_channels, height, width, dtype=dtype))
+
+
+def _encode_image(module: Any, dtype: torch.dtype, batch: int, height: int, width: int, shrink: int):
+    module.encode(torch.empty(batch, 3, height * shrink, width * shrink, dtype=dtype))
 
 
 @lru_cache

@@ -1,4 +1,14 @@
-"""Interpolation other than nearest neighbour: ablations of the transitions (supplement C, Table S5), and resizing.
+"""Upsampling other than by nearest neighbour, and resizing.
+
+Of the image ("pixels", not in the paper): what nearest neighbour makes of the clean estimate x0 is replaced by the
+latents of the decoded, enlarged image. A transition upsamples x = e·x0 + (1-e)·noise by a with a·e = s; adding
+
+    s·(encode(enlarge(decode(x0))) - Up(x0))
+
+moves the mean and leaves the noise, and so its matching, as it is. Nearest neighbour supposes that a latent at half
+resolution stands for four alike at full resolution, which holds as far as latents are local averages.
+
+Of latents (ablations, supplement C, Table S5):
 
 Smoother upsamplers' noise would need a dense covariance, so the SNR alone is matched. Interpolation U gives pixel i of
 Up(x) the noise variance (1-e)²·v_i, v = diag(U Uᵀ), and the flow at the start s has (1-s)². With the signal right,
@@ -19,7 +29,7 @@ from torch import Tensor
 from ralu_kernels import TokenPlan, upsample_remaining, upsample_selected
 
 from .options import Options
-from .schedule import Transition
+from .schedule import Schedule, Transition
 
 
 @lru_cache
@@ -39,7 +49,10 @@ def weights(kind: str, size: int, target: int) -> Tensor:
 
 
 def resized(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int], kind: str) -> Tensor:
-    """Resize the latent pixels of tokens (B, h·w, C) from a grid (h, w) to another: float32 (B, n, C)."""
+    """Resize the latent pixels of tokens (B, h·w, C) from a grid (h, w) to another: float32 (B, n, C).
+
+    kind: one of `ralu.schedule.SMOOTH`, or "nearest".
+    """
     planes = _planes(tokens.float(), grid, "pixel")
     rows, columns = (weights(kind, 2 * old, 2 * new).to(tokens.device) for old, new in zip(grid, target, strict=True))
     return _tokens(rows @ planes @ columns.T, "pixel")
@@ -69,6 +82,57 @@ def upsampled(low: Tensor, grid: tuple[int, int], kind: str, granularity: str) -
 def _renoise(x: Tensor, v: Tensor | float, transition: Transition, white: Tensor) -> Tensor:
     variance = (1 - transition.start) ** 2 - (transition.scale - transition.start) ** 2 * v
     return transition.scale * x + variance**0.5 * white
+
+
+def through_pixels(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int], decode: Callable, encode: Callable):
+    """Resize tokens (B, h·w, C) from a grid (h, w) to another by way of the image, bicubic: float32 (B, n, C).
+
+    decode: `(tokens, grid) -> images (B, 3, H, W) in [-1, 1]`. encode: images to tokens of their own grid.
+    """
+    images = decode(tokens, grid).float()
+    size = [side * new // old for side, old, new in zip(images.shape[2:], grid, target, strict=True)]
+    enlarged = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+    return encode(enlarged.clamp(-1, 1)).float()
+
+
+def check_resize(schedule: Schedule, resize: Callable | None):
+    """Raise ValueError for a schedule that goes by way of the image where nothing decodes and encodes it."""
+    if resize is None and any(transition.interpolation == "pixels" for transition in schedule.transitions):
+        raise ValueError("upsampler='pixels' needs an autoencoder: a pipeline with a VAE, or decode and encode")
+
+
+def correction(x0: Tensor, grid: tuple[int, int], transition: Transition, options: Options, resize: Callable) -> Tensor:
+    """Compute what "pixels" adds to the upsampled tokens of clean low ones (B, n, C): float32 (B, 4n, C), raster."""
+    granularity = options.chosen("granularity")["granularity"]
+    planes = _planes(x0.float(), grid, granularity)
+    nearest = _tokens(planes.repeat_interleave(2, -2).repeat_interleave(2, -1), granularity)
+    return transition.start * (resize(x0, grid, (2 * grid[0], 2 * grid[1])) - nearest)
+
+
+def corrected(tokens: Tensor, change: Tensor, transition: Transition, plan: TokenPlan | None) -> Tensor:
+    """Add a correction (B, 4n, C) to what a transition has upsampled.
+
+    tokens: packed (total, C) after "select", the plan's; else raster (B, 4n, C).
+    """
+    if transition.kind == "select":
+        children, tokens = _selected(plan), tokens.clone()
+        tokens[plan.inverse[children].long()] += change[children].to(tokens.dtype)
+        return tokens
+    if transition.kind == "complete":
+        change = change.masked_fill(_selected(plan)[..., None], 0)
+    return tokens + change.to(tokens.dtype)
+
+
+def low_estimate(packed: Tensor, plan: TokenPlan, before: Tensor) -> Tensor:
+    """Make the clean estimate on the low grid, (B, n, C), of a mixed stage's packed one (total, C).
+
+    before: the one that the selection was made from, (B, n, C), which goes on standing for the selected tokens.
+    """
+    h, w = plan.grid
+    first = slice(None), slice(None), 0, slice(None), 0
+    covered = packed[plan.inverse.long()].unflatten(1, (h, 2, w, 2))[first].flatten(1, 2)
+    chosen = _selected(plan).unflatten(1, (h, 2, w, 2))[first].flatten(1, 2)
+    return torch.where(chosen[..., None], before.to(covered.dtype), covered)
 
 
 def _selected(plan: TokenPlan) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .presets import BASELINES, preset
-from .schedule import INTERPOLATIONS, MATCHINGS, Schedule, single
+from .schedule import INTERPOLATIONS, MATCHINGS, Schedule, check_matching, single
 from .solver import SOLVERS
 
 # What the options that are words can be; the first is the default.
@@ -37,8 +37,8 @@ class Options:
     kept_noise:  "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    of noise and timestep between stages: "covariance" (the paper's), "snr" or "off", see
                  `ralu.schedule.match_noise`.
-    upsampler:   "nearest" (the paper's); with matching="snr" also "bilinear", "bicubic", "lanczos", see
-                 `ralu.interpolation`.
+    upsampler:   "nearest" (the paper's); "pixels" corrects it by the image, which the VAE decodes and encodes again at
+                 each transition; with matching="snr" also "bilinear", "bicubic", "lanczos", see `ralu.interpolation`.
     solver:      "euler" (the paper's); "ab2" and "ab2-limited", which is safer where steps are few, are of second order
                  for as many calls, see `ralu.solver`.
     spacing:     of "stock-STEPS" alone: "stock" as the pipeline has it, or "trailing", noise levels 1, ..., 1/STEPS
@@ -84,8 +84,8 @@ class Options:
                 raise TypeError(f"{name} must be a string, got {value!r}")
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.upsampler not in (None, "nearest") and self.matching != "snr":
-            raise ValueError(f"upsampler={self.upsampler!r} needs matching='snr', got {self.matching!r}")
+        if self.upsampler is not None:
+            check_matching(self.upsampler, self.matching)
         # Beyond [0, 1] all or nothing would be selected; differences and a scorer's scores have no such range.
         differences = isinstance(self.regions, str) and self.regions in ("gradient", "change")
         bounded = not (callable(self.regions) or differences)

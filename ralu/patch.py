@@ -191,3 +191,10 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor, decode: Callable | 
     """Decode latents (B, C, H, W) of a VAE with one scale and shift. decode: stands for the VAE's own."""
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     return (decode or pipe.vae.decode)(latents.to(pipe.vae.dtype), return_dict=False)[0]
+
+
+def encode_images(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
+    """Encode images (B, 3, H, W) in [-1, 1] by a VAE with one scale and shift, to the means of its latents."""
+    encoded = pipe.vae.encode(images.to(pipe.vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor

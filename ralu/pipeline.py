@@ -1,6 +1,7 @@
 """`enable` and `disable`: RALU in and out of a diffusers pipeline, all or nothing."""
 
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -13,6 +14,7 @@ from . import blocks
 from .budget import check_speedup, schedule_for, speedup_of
 from .caches import CACHES, Cache
 from .families import FAMILIES, Family, family_of
+from .interpolation import through_pixels
 from .method import Method
 from .options import Options
 from .patch import LayoutHook, StandIn, calling_pipeline, hooks_changed, remove_stand_ins, reset_caches, stateful
@@ -190,7 +192,10 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
     family, transformer = hook.family, blocks.unwrapped(pipe.transformer)
     family.patch(pipe)
     hook.renew_cache(transformer)
-    decode = None if pipe.vae is None else lambda tokens, grid: family.decode(pipe, tokens, grid)
+    decode = resize = None
+    if pipe.vae is not None:
+        decode = partial(family.decode, pipe)
+        resize = partial(through_pixels, decode=decode, encode=partial(family.encode, pipe))
 
     def stage_begins(stage: int, steps: int):
         reset_caches(transformer)
@@ -204,7 +209,7 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
         made = hook.cache.velocity(transformer, tokens, scheduler.progress)
         return given if made is tokens else family.unpack(made, (given.shape[-2] // 2, given.shape[-1] // 2))
 
-    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity)
+    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity, resize)
 
 
 def run_begins(scheduler: RaluScheduler):

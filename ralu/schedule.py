@@ -19,7 +19,8 @@ KINDS = {
     "resample": (("full", "low"), ("low", "full")),
 }
 MATCHINGS = ("covariance", "snr", "off")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+SMOOTH = ("bilinear", "bicubic", "lanczos")
+INTERPOLATIONS = ("nearest", *SMOOTH, "pixels")
 
 
 def shifted(u, h):
@@ -107,8 +108,8 @@ def match_noise(
     """Match noise and timestep after a stage that ended at time `end` in (0, 1), with 0 < c <= 1/4 (Eq. S10, S11).
 
     matching: "covariance" is the paper's. The others are for comparison: "snr" goes back to the same start, with white
-    noise (c = 0) of the same variance, (1 - start)² in all; "off" neither goes back nor adds noise. An interpolation
-    other than "nearest" needs "snr". Raises ValueError for a value that is not as described.
+    noise (c = 0) of the same variance, (1 - start)² in all; "off" neither goes back nor adds noise. A smooth
+    interpolation needs "snr", and "pixels" needs "covariance". Raises ValueError for a value that is not as described.
     """
     if not _is_number(end) or not 0 < end < 1:
         raise ValueError(f"end must lie strictly between 0 and 1, got {end!r}")
@@ -118,15 +119,21 @@ def match_noise(
         raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {matching!r}")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"upsampler must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
-    if interpolation != "nearest" and matching != "snr":
-        raise ValueError(f"upsampler={interpolation!r} needs matching='snr', got {matching!r}")
+    check_matching(interpolation, matching)
     if matching == "off":
         return Transition(kind, start=end, scale=1.0, noise_scale=0.0)
     delta = (1 - end) / math.sqrt(c)
     start, scale, noise_scale = end / (delta + end), 1 / (delta + end), delta / (delta + end)
     if matching == "snr":
         return Transition(kind, start, scale, noise_scale * math.sqrt(1 - c), 0.0, interpolation)
-    return Transition(kind, start, scale, noise_scale, c)
+    return Transition(kind, start, scale, noise_scale, c, interpolation)
+
+
+def check_matching(upsampler: str, matching: str | None):
+    """Raise ValueError for a kind of matching that an upsampler does not go with; None is the default."""
+    needed = {"pixels": "covariance", **dict.fromkeys(SMOOTH, "snr")}.get(upsampler)
+    if needed not in (None, matching or MATCHINGS[0]):
+        raise ValueError(f"upsampler={upsampler!r} needs matching={needed!r}, got {matching!r}")
 
 
 def resample_noise(start: float, interpolation: str = "lanczos") -> Transition:
@@ -253,7 +260,9 @@ def region_adaptive(
     return Schedule(stages, tuple(match_noise(kind, end, c, matching, upsampler) for kind, end in kinds), ratio)
 
 
-def two_resolutions(steps, end: float, shifts, c: float, *, matching: str = "covariance") -> Schedule:
+def two_resolutions(
+    steps, end: float, shifts, c: float, *, matching: str = "covariance", upsampler: str = "nearest"
+) -> Schedule:
     """Make a schedule of two stages, half and full resolution, with no regions in between.
 
     steps, shifts: two of each. end: time at which the first stage ends. With c = 1/4 it is SPEED's (arXiv 2605.18736)
@@ -261,7 +270,7 @@ def two_resolutions(steps, end: float, shifts, c: float, *, matching: str = "cov
     out of range.
     """
     low, full = zip(("low", "full"), steps, (end, 1.0), shifts, strict=True)
-    return Schedule((Stage(*low), Stage(*full)), (match_noise("renoise", end, c, matching),))
+    return Schedule((Stage(*low), Stage(*full)), (match_noise("renoise", end, c, matching, upsampler),))
 
 
 def bottleneck(steps, strengths, shifts, *, truncated: bool = True, interpolation: str = "lanczos") -> Schedule:

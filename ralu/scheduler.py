@@ -17,11 +17,13 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from .caches import Progress
+from .interpolation import check_resize
+from .layout import Layout
 from .options import Options, schedule_of
 from .regions import scorer_of
 from .schedule import Schedule, own_shift
 from .solver import Solver
-from .stages import Layout, Run
+from .stages import Run
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
 
@@ -95,6 +97,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         pack: Callable[[Tensor], Tensor] = lambda sample: sample,
         unpack: Callable[[Tensor, tuple[int, int]], Tensor] = lambda tokens, grid: tokens,
         velocity: Callable[[Tensor], Tensor] = lambda velocity: velocity,
+        resize: Callable | None = None,
     ):
         """Make ready to run. A second call replaces the first.
 
@@ -103,20 +106,23 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         pack, unpack: where a model's samples are no tokens, see `ralu.stages.Run`. The methods below take and give
                       samples as the model's.
         velocity:     makes that of a step of what the model gave for it, of the same shape.
-        Raises ValueError for regions="canny" without a decoder.
+        resize:       for upsampler="pixels", see `ralu.stages.Run`.
+        Raises ValueError for regions="canny" without a decoder, and upsampler="pixels" without `resize`.
         """
         regions = self.config.regions if self.has_regions else "gradient"
         if regions is None and self.scorer is None:
             raise ValueError(
                 "regions must be given: this scheduler was saved with a mask or scorer, which is not saved"
             )
-        self._bound_scorer = self.scorer or scorer_of(regions, decode)
+        if not self.is_stock:
+            check_resize(self.schedule, resize)
+        self._bound_scorer, self._resize = self.scorer or scorer_of(regions, decode), resize
         self._stage_begins, self._pack, self._unpack, self._velocity = stage_begins, pack, unpack, velocity
 
     def unbind(self):
         """Forget the model."""
         self._bound_scorer = self._stage_begins = self._pack = self._unpack = None
-        self._velocity = self._run = self._solver = None
+        self._velocity = self._resize = self._run = self._solver = None
 
     @property
     def bound(self) -> bool:
@@ -125,7 +131,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     def __getstate__(self):
         """Leave the model out: a scheduler that is copied or pickled must not take it along."""
-        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_velocity", "_run", "_solver")
+        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_velocity", "_resize", "_run", "_solver")
         return self.__dict__ | dict.fromkeys(loose)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -162,7 +168,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             return
         if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, _trailing(asked))):
             raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps do not fit in")
-        run = Run(self.schedule, self._bound_scorer, self.options, pack=self._pack, unpack=self._unpack)
+        run = Run(self.schedule, self._bound_scorer, self.options, self._resize, pack=self._pack, unpack=self._unpack)
         self._run = run
         self.num_inference_steps = len(run.steps)
         self.sigmas = torch.cat([run.sigmas, torch.zeros(1)]).to(device)

@@ -1,106 +1,24 @@
-"""The stages of a run: what the model sees, the transitions in between, and the loop. Needs PyTorch alone.
-
-Tokens are packed as FLUX packs them: (B, n, C) in raster order, and channel c·4 + 2·row + column of a token is pixel
-(row, column) of its 2x2 latent pixels in latent channel c.
-"""
+"""The stages of a run: the transitions in between, and the loop. Needs PyTorch alone. Tokens as in `ralu.layout`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ralu_kernels import TokenPlan, plan_tokens, upsample_remaining, upsample_renoise, upsample_selected
 from ralu_kernels._backend import resolve
 
-from . import regions
+from . import interpolation, regions
 from .errors import odd_grid
+from .layout import Grid, Layout, pack, pad, raster, strip, unpack
 from .options import Options, schedule_of
-from .schedule import Schedule, Transition
+from .schedule import SMOOTH, Schedule, Transition
 from .solver import Solver, sample_squares
 
-Grid = tuple[int, int]
 _RULES = "granularity", "kept_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The tokens that the model sees now.
-
-    stage:      the stage's number, from 1.
-    resolution: "low", "mixed" or "full".
-    positions:  float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in a low stage, the
-                children of a selected token at its own position + {0, 1/2} in a mixed one, whole numbers on the full
-                grid in a full one.
-    plan:       a mixed stage's TokenPlan, else None.
-    scores:     float32 (B, n), what the plan was made from, else None.
-    x0:         float32 (B, n, C), the clean estimate that was scored, else None.
-    """
-
-    stage: int
-    resolution: str
-    positions: Tensor
-    plan: TokenPlan | None = None
-    scores: Tensor | None = None
-    x0: Tensor | None = None
-
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """Which tokens are no padding, bool (B, L); None where none is."""
-        rows = None if self.plan is None else _rows(self.plan)
-        return None if rows is None else rows[1]
-
-    @property
-    def total(self) -> int:
-        """Tokens of all samples together, without padding."""
-        batch, length = self.positions.shape[:2]
-        return batch * length if self.plan is None else self.plan.source.shape[0]
-
-
-def _rows(plan: TokenPlan) -> tuple[Tensor, Tensor] | None:
-    """Return every token's packed row and which are no padding, (B, L) each; None where all samples have L tokens."""
-    if plan.source.shape[0] == plan.batch_size * plan.max_seqlen:
-        return None
-    column = torch.arange(plan.max_seqlen, device=plan.source.device)
-    kept, first = column < plan.lengths[:, None], plan.cu_seqlens[:-1, None]
-    return torch.where(kept, first + column, first), kept  # any row pads
-
-
-def pad(packed: Tensor, plan: TokenPlan) -> Tensor:
-    """Spread a mixed stage's packed rows (total, ...) over samples, (B, L, ...); what pads has no meaning."""
-    rows = _rows(plan)
-    return packed.unflatten(0, (plan.batch_size, plan.max_seqlen)) if rows is None else packed[rows[0]]
-
-
-def strip(padded: Tensor, plan: TokenPlan) -> Tensor:
-    """Undo `pad`: (B, L, ...) to (total, ...)."""
-    total, rows = plan.source.shape[0], padded.flatten(0, 1)
-    if total == len(rows):
-        return rows
-    sample = torch.repeat_interleave(plan.lengths, output_size=total)
-    gap = plan.max_seqlen * torch.arange(plan.batch_size, device=rows.device) - plan.cu_seqlens[:-1]
-    return rows[torch.arange(total, device=rows.device) + gap[sample]]
-
-
-def raster(grid: Grid, batch: int, device: torch.device) -> Tensor:
-    """List the whole positions of a grid in raster order, float32 (batch, h·w, 2)."""
-    rows, columns = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
-    return torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(batch, -1, -1)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Pack latent pixels (B, C, 2h, 2w) to tokens (B, h·w, 4C) in raster order."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, grid: Grid) -> Tensor:
-    """Unpack tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
-    # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
 
 
 def seeds_of(noise: Tensor) -> Tensor:
@@ -155,9 +73,7 @@ def renoise(tokens: Tensor, grid: Grid, transition: Transition, seeds: Tensor, s
 
 def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
     """Go from a low stage to a mixed one: (B, n, C) to packed (total, C), the selected upsampled, all re-noised."""
-    if transition.interpolation != "nearest":
-        from . import interpolation
-
+    if transition.interpolation in SMOOTH:
         return interpolation.select(tokens, plan, transition, seeds, options)
     noise = transition.scale, transition.noise_scale, transition.c, seeds
     return upsample_selected(tokens, plan, *noise, **options.chosen(*_RULES))
@@ -165,26 +81,21 @@ def select(tokens: Tensor, plan: TokenPlan, transition: Transition, seeds: Tenso
 
 def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
     """Go from a mixed stage to a full one: packed (total, C) to (B, 4n, C), the rest upsampled, all re-noised."""
-    if transition.interpolation != "nearest":
-        from . import interpolation
-
+    if transition.interpolation in SMOOTH:
         return interpolation.complete(packed, plan, transition, seeds, options)
     noise = transition.scale, transition.noise_scale, transition.c, seeds
     return upsample_remaining(packed, plan, *noise, **options.chosen(*_RULES))
 
 
-def resample(x0: Tensor, grids: tuple[Grid, Grid], transition: Transition, seeds: Tensor, stage: int, options: Options):
-    """Go between whole stages: resize the clean estimate (B, n, C) from one grid to the other and add fresh noise.
+def resample(resized: Tensor, grid: Grid, transition: Transition, seeds: Tensor, stage: int, options: Options):
+    """Go between whole stages: add fresh noise to the clean estimate (B, n, C), resized to the grid that is entered.
 
-    The noise is white: it depends on the seed, the stage that is entered and the place. Returns (B, m, C).
+    The noise is white: it depends on the seed, the stage that is entered and the place.
     """
-    from . import interpolation
-
-    resized = interpolation.resized(x0, *grids, transition.interpolation)
-    batch, _, channels = x0.shape
-    none = x0.new_zeros(batch, channels // 4, *grids[1], dtype=torch.float32)
+    batch, _, channels = resized.shape
+    none = resized.new_zeros(batch, channels // 4, *grid, dtype=torch.float32)
     white = pack(upsample_renoise(none, 0.0, 1.0, 0.0, seeds, stage=stage, **options.chosen("backend")))
-    return (transition.scale * resized + transition.noise_scale * white).to(x0.dtype)
+    return transition.scale * resized + transition.noise_scale * white
 
 
 # ---- the loop ----
@@ -199,6 +110,8 @@ class Run:
 
     scorer:       `(x0, grid) -> scores`, see `ralu.regions`.
     options:      of these the threshold, the seeds, the solver and how transitions treat tokens.
+    resize:       `(x0, grid, target) -> x0` by way of the image, which the upsampler "pixels" needs, see
+                  `ralu.interpolation.through_pixels`. Without it such a schedule is a ValueError.
     pack, unpack: where a model's samples are no tokens (B, L, C): `pack(sample)` gives them and
                   `unpack(tokens, (rows, columns))` undoes it. A mixed sequence is one row. The methods below take and
                   give samples as the model's.
@@ -209,11 +122,13 @@ class Run:
         schedule: Schedule,
         scorer: Callable,
         options: Options,
+        resize: Callable[[Tensor, Grid, Grid], Tensor] | None = None,
         *,
         pack: Callable[[Tensor], Tensor] = _same,
         unpack: Callable[[Tensor, Grid], Tensor] = _same,
     ):
-        self.schedule, self.options = schedule, options
+        interpolation.check_resize(schedule, resize)
+        self.schedule, self.options, self.resize = schedule, options, resize
         self.scorer: Callable = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
         self.solver = Solver(options.chosen("solver")["solver"], self._squares)
@@ -310,27 +225,40 @@ class Run:
 
     def _enter(self, stage: int, sample: Tensor, x0: Tensor) -> Tensor:
         """Make the sample that a stage begins with of the previous stage's last one and its clean estimate."""
-        transition, layout = self.schedule.transitions[stage - 2], self.layout
-        batch, device = len(sample), sample.device
+        transition, before = self.schedule.transitions[stage - 2], self.layout
+        tokens, x0, rest = self.pack(sample), self.pack(x0), (self._seeds, self.options)
         if transition.kind == "select":
-            x0 = self.pack(x0)
             scores = regions.score(self.scorer, x0, self.grid, self._seeds)
             threshold = self.options.threshold
             chosen: dict[str, Any] = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
             plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
-            packed = select(self.pack(sample), plan, transition, self._seeds, self.options)
+            packed = self._by_pixels(select(tokens, plan, transition, *rest), x0, transition, plan)
             self.layout = Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)
             return self.unpack(pad(packed, plan), (1, plan.max_seqlen))
-        self.layout = self._whole(stage, batch, device)
-        if transition.kind == "complete":
-            packed = strip(self.pack(sample), layout.plan)
-            tokens = complete(packed, layout.plan, transition, self._seeds, self.options)
-        elif transition.kind == "renoise":
-            tokens = renoise(self.pack(sample), self.grid, transition, self._seeds, stage, self.options)
+        self.layout = self._whole(stage, len(sample), sample.device)
+        if transition.kind == "resample":
+            grids = self._grid_of(before), self._grid_of(self.layout)
+            if transition.interpolation == "pixels":
+                x0 = self.resize(x0, *grids)
+            else:
+                x0 = interpolation.resized(x0, *grids, transition.interpolation)
+            tokens = resample(x0, grids[1], transition, self._seeds, stage, self.options)
+        elif transition.kind == "complete":
+            tokens, x0 = strip(tokens, before.plan), strip(x0, before.plan)
+            tokens = complete(tokens, before.plan, transition, *rest)
+            x0 = interpolation.low_estimate(x0, before.plan, before.x0)
+            tokens = self._by_pixels(tokens, x0, transition, before.plan)
         else:
-            grids = self._grid_of(layout), self._grid_of(self.layout)
-            tokens = resample(self.pack(x0), grids, transition, self._seeds, stage, self.options)
+            tokens = renoise(tokens, self.grid, transition, self._seeds, stage, self.options)
+            tokens = self._by_pixels(tokens, x0, transition)
         return self.unpack(tokens, self._grid_of(self.layout))
+
+    def _by_pixels(self, tokens: Tensor, x0: Tensor, transition: Transition, plan: TokenPlan | None = None) -> Tensor:
+        """Correct upsampled tokens where the transition says so. x0: the clean estimate on the low grid."""
+        if transition.interpolation != "pixels":
+            return tokens
+        change = interpolation.correction(x0, self.grid, transition, self.options, self.resize)
+        return interpolation.corrected(tokens, change, transition, plan)
 
     def full_resolution(self, sample: Tensor) -> Tensor:
         """Upsample a sample of any stage to full resolution without noise: for previews and interrupted runs."""
@@ -372,6 +300,7 @@ def sample(
     preset: str | Schedule = "flux-5x",
     *,
     decode: Callable[[Tensor, Grid], Tensor] | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
     **options,
 ) -> Tensor:
     """Sample any flow-matching transformer with RALU, without a diffusers pipeline.
@@ -382,6 +311,7 @@ def sample(
     grid:     (rows, columns) of the full grid, both even where the schedule has a stage that is not full.
     preset:   a name of `ralu.presets`, or a `Schedule`.
     decode:   `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, needed for regions="canny".
+    encode:   `images -> tokens` of a grid that many times smaller, needed beside `decode` for upsampler="pixels".
     options:  `Options`; regions defaults to "canny" with a decoder and "gradient" without.
 
     Returns the clean tokens, (B, N, C), in the dtype of the last velocity. Raises TypeError or ValueError, which name
@@ -390,7 +320,8 @@ def sample(
     chosen = Options(**options)
     default = "gradient" if decode is None else "canny"
     scorer = regions.scorer_of(default if chosen.regions is None else chosen.regions, decode)
-    run = Run(schedule_of(preset, chosen), scorer, chosen)
+    resize = partial(interpolation.through_pixels, decode=decode, encode=encode) if decode and encode else None
+    run = Run(schedule_of(preset, chosen), scorer, chosen, resize)
     run.start(noise, grid)
     x = noise
     for sigma in run.sigmas.tolist():

@@ -3,7 +3,7 @@
 import gc
 import json
 from collections import defaultdict
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 import tiny
@@ -97,8 +97,10 @@ PIPELINES = {"flux": tiny.flux, "guided": lambda: tiny.flux(guidance_embeds=True
 }
 
 
-@pytest.mark.parametrize("method", ["stock", "preset"])
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*product(PIPELINES, ["stock", "preset"]), ("flux", "pixels"), ("sd3-3.0", "pixels")],
+)
 def test_operations_of_a_real_run(name, method):
     """A whole run of a pipeline with real weights, prompts to images, two in a batch."""
     pipe, call, steps, ratio = PIPELINES[name](), {}, None, None
@@ -107,7 +109,8 @@ def test_operations_of_a_real_run(name, method):
     if method == "stock":
         call["num_inference_steps"] = steps = 3
     else:
-        ralu.enable(pipe, ratio=(ratio := 0.3))
+        ralu.enable(pipe, ratio=(ratio := 0.3), upsampler="pixels" if method == "pixels" else None)
+        steps = f"{pipe.scheduler.config.preset}(upsampler=pixels)" if method == "pixels" else None
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tiny.generate(pipe, tiny.PROMPTS[:2], (0, 1), height=48, width=64, **call)
     counts = counter.get_flop_counts()

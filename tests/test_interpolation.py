@@ -1,6 +1,7 @@
 """Other upsamplers and kinds of matching: weights against PyTorch and the formula, moments against the flow's."""
 
 import math
+from functools import partial
 
 import pytest
 import tiny
@@ -8,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import ralu
-from ralu.interpolation import complete, resized, select, upsampled, weights
+from ralu.interpolation import complete, resized, select, through_pixels, upsampled, weights
+from ralu.layout import pack, strip, unpack
 from ralu.options import Options
 from ralu.presets import PRESETS
-from ralu.schedule import INTERPOLATIONS, match_noise
+from ralu.schedule import SMOOTH, Schedule, Stage, match_noise, resample_noise, two_resolutions
+from ralu.stages import Run
 from ralu_kernels import plan_tokens, upsample_remaining, upsample_selected
 
-SMOOTH = INTERPOLATIONS[1:]
 GRANULARITIES = ("pixel", "token")
 
 
@@ -96,7 +98,7 @@ def moments(kind, matching, granularity, stage, e=0.4, c=0.1, batch=6000):
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("kind", INTERPOLATIONS)
+@pytest.mark.parametrize("kind", ["nearest", *SMOOTH])
 def test_the_signal_to_noise_ratio_is_the_flows_at_every_value(kind, granularity, stage):
     out, transition, x1 = moments(kind, "snr", granularity, stage)
     count = out.shape[0]
@@ -154,11 +156,136 @@ def test_selected_tokens_alone_are_interpolated(kind):
     torch.testing.assert_close(merged[children], flat[plan.inverse.long()][children], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", SMOOTH)
+def halves(tokens, grid):
+    """Decode tokens to an image of 2x2 pixels each, of half the latent's size."""
+    return unpack(tokens, grid) / 2
+
+
+def doubles(images):
+    """Undo `halves`."""
+    return pack(2 * images)
+
+
+def enlarged(low, grid):
+    """Enlarge the image of low tokens (B, n, C), whose values are clamped: bicubic, written out with PyTorch's own."""
+    image = F.interpolate(unpack(low, grid) / 2, scale_factor=2, mode="bicubic", antialias=True)
+    return pack(2 * image.clamp(-1, 1))
+
+
+def doubled(low, grid, granularity):
+    """Repeat latent pixels, or tokens, in each direction: (B, n, C) to (B, 4n, C)."""
+    planes = unpack(low, grid) if granularity == "pixel" else low.mT.unflatten(2, grid)
+    planes = planes.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return pack(planes) if granularity == "pixel" else planes.flatten(2).mT
+
+
+def stages(schedule, options, noise, grid):
+    """Run a schedule of one step a stage with a velocity that is half the sample: yield stage, run, x, estimate."""
+    resize = partial(through_pixels, decode=halves, encode=doubles)
+    run = Run(schedule, lambda x0, low: x0.square().mean(2), options, resize)
+    run.start(noise, grid)
+    x = noise
+    for sigma in run.sigmas.tolist():
+        given = run.first(x)
+        layout = run.layout
+        x, _ = run.step(x, given / 2)
+        yield layout, run, x, given - sigma * given / 2
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_pixels_move_the_mean_of_upsampled_tokens_alone(granularity):
+    """The difference to nearest neighbours, whose noise is the same, is s times that of the clean estimates."""
+    grid, low = (8, 12), (4, 6)
+    noise = torch.randn(2, 96, 12)
+    made = {
+        name: list(stages(
+            ralu.schedule.region_adaptive((1, 1, 1), (0.3, 0.45, 1.0), (3.0, 3.0, 3.0), 0.1, 0.3, upsampler=name),
+            Options(granularity=granularity), noise, grid,
+        ))
+        for name in ("nearest", "pixels")
+    }  # fmt: skip
+    first, second = ralu.schedule.region_adaptive((1, 1, 1), (0.3, 0.45, 1.0), (3.0, 3.0, 3.0), 0.1).transitions
+    (_, run, plain, x0), (_, _, moved, same) = made["nearest"][0], made["pixels"][0]
+    assert torch.equal(x0, same)
+    plan = made["pixels"][1][0].plan
+    children = (plan.child >= 0)[plan.inverse.long()]
+    change = first.start * (enlarged(x0, low) - doubled(x0, low, granularity))
+    difference = (moved - plain).flatten(0, 1)[plan.inverse.long()]
+    torch.testing.assert_close(difference[children], change[children], rtol=0, atol=1e-5)
+    assert not difference[~children].any() and change[children].abs().max() > 0.01
+
+    # The second transition: from the tokens of the mixed stage, the estimate of the selected being the first one's.
+    _, run, after, estimate = made["pixels"][1]
+    packed = strip(estimate, plan)
+    sigma, following = (run.steps[1][k] for k in (1, 2))
+    ended = strip(moved + (following - sigma) * moved / 2, plan)
+    nearest = upsample_remaining(
+        ended, plan, second.scale, second.noise_scale, second.c, run._seeds, granularity=granularity
+    )
+    kept = x0.clone()
+    for b in range(2):
+        for i in range(24):
+            corner = 2 * (i // 6) * 12 + 2 * (i % 6)
+            if not children[b, corner]:
+                kept[b, i] = packed[plan.inverse[b, corner]]
+    change = second.start * (enlarged(kept, low) - doubled(kept, low, granularity))
+    torch.testing.assert_close((after - nearest)[~children], change[~children], rtol=0, atol=1e-5)
+    torch.testing.assert_close(after[children], nearest[children], rtol=0, atol=1e-6)
+
+
+def test_pixels_between_whole_stages():
+    """Of a low stage all tokens are corrected; a resampled estimate is the image's own."""
+    grid, low, noise = (8, 12), (4, 6), torch.randn(2, 96, 12)
+    of = {
+        name: next(stages(two_resolutions((1, 1), 0.4, (3, 3), 0.1, upsampler=name), Options(), noise, grid))
+        for name in ("nearest", "pixels")
+    }
+    (_, _, plain, x0), (_, run, moved, _) = of["nearest"], of["pixels"]
+    change = run.schedule.transitions[0].start * (enlarged(x0, low) - doubled(x0, low, "pixel"))
+    torch.testing.assert_close(moved - plain, change, rtol=0, atol=1e-5)
+
+    full, half = Stage("full", 1, 1.0, 3.0), Stage("low", 1, 1.0, 3.0)
+    schedule = Schedule((full, half, full), (resample_noise(0.4, "pixels"), resample_noise(0.9, "pixels")))
+    (_, _, low_x, x0), (_, _, full_x, _), _ = stages(schedule, Options(), noise, grid)
+    shrunk = F.interpolate(unpack(x0, grid) / 2, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
+    schedule = Schedule((full, half, full), (resample_noise(0.4), resample_noise(0.9)))
+    again = list(stages(schedule, Options(), noise, grid))
+    white = (again[0][2] - 0.4 * resized(x0, grid, low, "lanczos")) / 0.6  # the seed's noise, which does not differ
+    torch.testing.assert_close(low_x, 0.4 * pack(2 * shrunk) + 0.6 * white, rtol=0, atol=1e-5)
+    assert full_x.shape == noise.shape and torch.isfinite(full_x).all()
+
+
+def test_pixels_change_nothing_of_a_flat_image():
+    """Whose enlargement is what nearest neighbours make of it; so with a batch of such noise at any ratio."""
+    noise = torch.linspace(-1.5, 1.5, 3).repeat_interleave(4).expand(2, 96, 12).contiguous()
+    for ratio in (0, 0.3, 1):
+        presets = [ralu.preset("flux-7x", ratio=ratio, upsampler=name) for name in ("nearest", "pixels")]
+        schedules = [preset.replace(steps=(1, 1, 1)) for preset in presets]
+        runs = [list(stages(schedule, Options(), noise, (8, 12))) for schedule in schedules]
+        torch.testing.assert_close(runs[0][0][2], runs[1][0][2], rtol=0, atol=1e-6)
+
+
+def test_pixels_need_an_autoencoder():
+    pipe = tiny.flux()
+    pipe.vae = None
+    before = pipe.scheduler
+    with pytest.raises(ValueError, match="upsampler='pixels' needs an autoencoder"):
+        ralu.enable(pipe, upsampler="pixels", regions="gradient")
+    assert pipe.scheduler is before
+    noise = torch.randn(1, 64, 12)
+    for given in ({}, {"decode": halves}, {"encode": doubles}):
+        with pytest.raises(ValueError, match="decode and encode"):
+            ralu.sample(lambda x, *_: x, noise, (8, 8), upsampler="pixels", **given)
+    assert ralu.sample(
+        lambda x, *_: x, noise, (8, 8), "flux-7x", upsampler="pixels", regions="gradient", decode=halves, encode=doubles
+    ).shape == noise.shape  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*SMOOTH, "pixels"])
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_a_batch_equals_its_single_runs(family, kind):
     pipe = tiny.flux() if family == "flux" else tiny.sd3()
-    ralu.enable(pipe, upsampler=kind, matching="snr")
+    ralu.enable(pipe, upsampler=kind, matching="snr" if kind in SMOOTH else None)
     together = tiny.generate(pipe, tiny.PROMPTS[:2], seeds=(1, 2))
     alone = [tiny.generate(pipe, prompt, seeds=(seed,)) for prompt, seed in zip(tiny.PROMPTS[:2], (1, 2), strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-4)
@@ -183,8 +310,12 @@ def test_options_are_saved(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(upsampler="area", matching="snr"), "upsampler must be one of nearest, bilinear, bicubic, lanczos"),
+        (
+            dict(upsampler="area", matching="snr"),
+            "upsampler must be one of nearest, bilinear, bicubic, lanczos, pixels",
+        ),
         (dict(upsampler="bicubic"), "upsampler='bicubic' needs matching='snr', got None"),
+        (dict(upsampler="pixels", matching="snr"), "upsampler='pixels' needs matching='covariance', got 'snr'"),
         (dict(matching="on"), "matching must be one of covariance, snr, off, got 'on'"),
     ],
 )

@@ -160,6 +160,10 @@ class Family(ABC):
     def decode(self, pipe: Any, tokens, grid: tuple[int, int]):
         """Decode tokens (B, h·w, C) to images (B, 3, H, W) in [-1, 1]."""
 
+    @abstractmethod
+    def encode(self, pipe: Any, images):
+        """Encode images (B, 3, H, W) in [-1, 1] to tokens (B, h·w, C), without chance."""
+
     def patch(self, pipe: Any) -> None:  # noqa: B027, most pipelines need none
         """Put stand-ins into a pipeline, see `ralu.patch.StandIn`; they are removed by their type."""
 

@@ -19,8 +19,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 from ralu_kernels import concat_gelu, gated_add, modulate
 
 from ..blocks import Processor, clipped, feed_forward, is_fused, vectors
-from ..patch import StandIn, calling_pipeline, decode_latents
-from ..stages import Layout, unpack
+from ..layout import Layout, pack, unpack
+from ..patch import StandIn, calling_pipeline, decode_latents, encode_images
 from . import Family, FusedBlock
 from ._published import CLIP_L, T5_XXL
 
@@ -153,6 +153,10 @@ class Flux(Family):
     def decode(self, pipe: FluxPipeline, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Decode tokens (B, h·w, 64) to images (B, 3, H, W) in [-1, 1]."""
         return decode_latents(pipe, unpack(tokens, grid))
+
+    def encode(self, pipe: FluxPipeline, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) to tokens (B, h·w, 64)."""
+        return pack(encode_images(pipe, images))
 
     def patch(self, pipe: FluxPipeline) -> None:
         """Make the pipeline ready for interruptions."""

@@ -20,8 +20,8 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from ralu_kernels import gated_add, modulate
 
 from ..blocks import Processor, feed_forward, is_fused, unwrapped, vectors
-from ..patch import StandIn, calling_pipeline, decode_latents
-from ..stages import Layout, pack, unpack
+from ..layout import Layout, pack, unpack
+from ..patch import StandIn, calling_pipeline, decode_latents, encode_images
 from . import Family, FusedBlock
 from ._published import CLIP_G, CLIP_L, T5_XXL
 
@@ -249,6 +249,10 @@ class SD3(Family):
         """Decode tokens (B, h·w, 64) to images (B, 3, H, W) in [-1, 1]; an interruption does not touch them."""
         decode = vars(pipe.vae).get("decode")
         return decode_latents(pipe, unpack(tokens, grid), decode.stock if isinstance(decode, WholeDecode) else None)
+
+    def encode(self, pipe: StableDiffusion3Pipeline, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) to tokens (B, h·w, 64)."""
+        return pack(encode_images(pipe, images))
 
     def patch(self, pipe: StableDiffusion3Pipeline) -> None:
         """Make the pipeline ready for interruptions."""

@@ -1,0 +1,92 @@
+"""What the model sees: tokens and where they lie, whole or of two resolutions. Needs PyTorch alone.
+
+Tokens are packed as FLUX packs them: (B, n, C) in raster order, and channel c·4 + 2·row + column of a token is pixel
+(row, column) of its 2x2 latent pixels in latent channel c.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ralu_kernels import TokenPlan
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tokens that the model sees now.
+
+    stage:      the stage's number, from 1.
+    resolution: "low", "mixed" or "full".
+    positions:  float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in a low stage, the
+                children of a selected token at its own position + {0, 1/2} in a mixed one, whole numbers on the full
+                grid in a full one.
+    plan:       a mixed stage's TokenPlan, else None.
+    scores:     float32 (B, n), what the plan was made from, else None.
+    x0:         float32 (B, n, C), the clean estimate that was scored, else None.
+    """
+
+    stage: int
+    resolution: str
+    positions: Tensor
+    plan: TokenPlan | None = None
+    scores: Tensor | None = None
+    x0: Tensor | None = None
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Which tokens are no padding, bool (B, L); None where none is."""
+        rows = None if self.plan is None else _rows(self.plan)
+        return None if rows is None else rows[1]
+
+    @property
+    def total(self) -> int:
+        """Tokens of all samples together, without padding."""
+        batch, length = self.positions.shape[:2]
+        return batch * length if self.plan is None else self.plan.source.shape[0]
+
+
+def _rows(plan: TokenPlan) -> tuple[Tensor, Tensor] | None:
+    """Return every token's packed row and which are no padding, (B, L) each; None where all samples have L tokens."""
+    if plan.source.shape[0] == plan.batch_size * plan.max_seqlen:
+        return None
+    column = torch.arange(plan.max_seqlen, device=plan.source.device)
+    kept, first = column < plan.lengths[:, None], plan.cu_seqlens[:-1, None]
+    return torch.where(kept, first + column, first), kept  # any row pads
+
+
+def pad(packed: Tensor, plan: TokenPlan) -> Tensor:
+    """Spread a mixed stage's packed rows (total, ...) over samples, (B, L, ...); what pads has no meaning."""
+    rows = _rows(plan)
+    return packed.unflatten(0, (plan.batch_size, plan.max_seqlen)) if rows is None else packed[rows[0]]
+
+
+def strip(padded: Tensor, plan: TokenPlan) -> Tensor:
+    """Undo `pad`: (B, L, ...) to (total, ...)."""
+    total, rows = plan.source.shape[0], padded.flatten(0, 1)
+    if total == len(rows):
+        return rows
+    sample = torch.repeat_interleave(plan.lengths, output_size=total)
+    gap = plan.max_seqlen * torch.arange(plan.batch_size, device=rows.device) - plan.cu_seqlens[:-1]
+    return rows[torch.arange(total, device=rows.device) + gap[sample]]
+
+
+def raster(grid: Grid, batch: int, device: torch.device) -> Tensor:
+    """List the whole positions of a grid in raster order, float32 (batch, h·w, 2)."""
+    rows, columns = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
+    return torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(batch, -1, -1)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Pack latent pixels (B, C, 2h, 2w) to tokens (B, h·w, 4C) in raster order."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, grid: Grid) -> Tensor:
+    """Unpack tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
+    # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
