@@ -98,15 +98,14 @@ class DeltaDiT(Cache):
 
     def apply(self, transformer: Any) -> None:
         """Put hooks on the blocks of all spans, and on what is reused inside of blocks."""
-        from .hooks import apply_hooks, named_blocks
+        from .hooks import apply_hooks, named_blocks, reused
 
         blocks, kinds = list(named_blocks(transformer).values()), ("rear", "front") * (self.variant == "paper")
         hooked: dict[Any, Any] = {i: blocks[i] for kind in kinds or ("single",) for i in self.span(transformer, kind)}
         if self.alternates:
             hooked = dict(enumerate(blocks))
             for i, block in enumerate(blocks):
-                names = ("proj_out",) if hasattr(block, "proj_out") else ("attn", "ff", "ff_context")
-                hooked |= {(i, name): getattr(block, name) for name in names}
+                hooked |= {(i, name): getattr(block, name) for name in reused(block)}
         apply_hooks(hooked, _State, self, transformer)
 
     def remove(self, transformer: Any) -> None:
@@ -117,13 +116,12 @@ class DeltaDiT(Cache):
 
     def shares(self, transformer: Any, progress: Progress, tokens: int, text_tokens: int) -> dict[str, float]:
         """Leave out the blocks of the span; where modules are reused, all but the vectors that modulate them."""
-        from .hooks import named_blocks
+        from .hooks import modulation_alone, named_blocks
 
         names, kind = list(named_blocks(transformer)), self.kind(progress)
-        if kind != "modules":
-            return {names[i]: 0.0 for i in self.span(transformer, kind)}
-        norms = {f"{name}.{norm}": 1.0 for name in names for norm in ("norm", "norm1", "norm1_context")}
-        return dict.fromkeys(names, 0.0) | norms
+        if kind == "modules":
+            return modulation_alone(transformer)
+        return {names[i]: 0.0 for i in self.span(transformer, kind)}
 
     def kept(self, transformer: Any, progress: Progress, batch: int, tokens: int, text_tokens: int) -> int:
         """Count Δ of the spans that this step or a later one reuses, and the modules' outputs."""
@@ -166,18 +164,18 @@ class _State:
             self.outputs = {}
 
     def enter(self, place: Any, module: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
-        from .hooks import streams
+        from .hooks import modulated, streams
 
         output = None
         if not isinstance(place, tuple):
-            hidden, encoder, temb = streams(args, kwargs)
+            hidden, encoder, _ = streams(args, kwargs)
             for kind in self.renewed:
                 if place == self.ends[kind][0]:
                     self.entries[kind] = self._seen(kind, hidden, encoder)
             if place in self.spans.get(self.kind, ()):
                 output = self._moved(hidden, encoder) if place == self.ends[self.kind][0] else (encoder, hidden)
             elif self.kind == "modules":
-                output = self._modulated(place, module, hidden, encoder, temb)
+                output = modulated(module, args, kwargs, lambda name: self._output((place, name)))
                 self._keep(place, output)
         return output, args, kwargs
 
@@ -209,23 +207,7 @@ class _State:
         hidden, *seen = (clipped(x + y) for x, y in zip((hidden, encoder), deltas, strict=False))
         return (seen or [encoder])[0], hidden
 
-    def _modulated(self, index: int, block: Any, hidden: Any, encoder: Any, temb: Any) -> tuple:
-        """Return what a block of FLUX makes of the outputs that are kept of its attention and MLPs."""
-        from ..blocks import clipped, vectors
-
-        def output(name: str):
-            return self.outputs[index, name] if "modules" in self.needed else self.outputs.pop((index, name))
-
-        if hasattr(block, "proj_out"):
-            *_, gate = vectors(block.norm, temb, 3)
-            text, image = (gate.unsqueeze(1) * output("proj_out")).split([encoder.shape[1], hidden.shape[1]], dim=1)
-            return clipped(encoder + text), clipped(hidden + image)
-        changed = []
-        attention = output("attn")  # of image, text, and an IP-adapter, which has no gate
-        for x, norm, y, mlp in (
-            (hidden, block.norm1, attention[0], "ff"),
-            (encoder, block.norm1_context, attention[1], "ff_context"),
-        ):
-            _, _, gate, _, _, gate_mlp = vectors(norm, temb, 6)
-            changed.append(x + gate.unsqueeze(1) * y + gate_mlp.unsqueeze(1) * output(mlp))
-        return clipped(changed[1]), sum(attention[2:], changed[0])
+    def _output(self, place: tuple[int, str]) -> tuple:
+        """Return what a module gave, and drop it after its last use."""
+        output = self.outputs[place] if "modules" in self.needed else self.outputs.pop(place)
+        return output if isinstance(output, tuple) else (output,)

@@ -1,6 +1,6 @@
 """Hooks on a transformer's blocks, and what they are told of a call: for the caches that leave out whole blocks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -137,6 +137,48 @@ def check_norms(transformer: Any) -> None:
                 f"cache needs norms of {name}, which is offloaded as a whole: offload the transformer with "
                 "offload_type='leaf_level', or after ralu.enable"
             )
+
+
+def reused(block: Any) -> list[str]:
+    """Name what a block is made of beside norms and modulation; its outputs are all that `modulated` needs."""
+    names = ("proj_out",) if hasattr(block, "proj_out") else ("attn", "attn2", "ff", "ff_context")
+    return [name for name in names if getattr(block, name, None) is not None]
+
+
+def modulated(block: Any, args: tuple, kwargs: dict, outputs: Callable[[str], Sequence[Tensor]]) -> tuple:
+    """Return what a block makes of the outputs of what is `reused` in it, under the modulation of this step.
+
+    args, kwargs: what it is called with. outputs: by the name of a module, of attention in the order of its results.
+    """
+    from ..blocks import clipped, vectors
+
+    hidden, encoder, temb = streams(args, kwargs)
+    if hasattr(block, "proj_out"):
+        gate = vectors(block.norm, temb, 3)[2].unsqueeze(1)
+        text, image = outputs("proj_out")[0].split([encoder.shape[1], hidden.shape[1]], dim=1)
+        return clipped(torch.addcmul(encoder, gate, text)), clipped(torch.addcmul(hidden, gate, image))
+    attention, second = outputs("attn"), getattr(block, "attn2", None) is not None
+    gates = vectors(block.norm1, temb, 9 if second else 6)
+    image = [(gates[2], attention[0]), *([(gates[8], outputs("attn2")[0])] if second else [])]
+    for gate, output in (*image, (gates[5], outputs("ff")[0])):
+        hidden = torch.addcmul(hidden, gate.unsqueeze(1), output)
+    for output in attention[2:]:  # an IP-adapter's, which has no gate
+        hidden = hidden + output
+    if getattr(block, "context_pre_only", False):
+        return None, hidden
+    gates = vectors(block.norm1_context, temb, 6)
+    for gate, output in ((gates[2], attention[1]), (gates[5], outputs("ff_context")[0])):
+        encoder = torch.addcmul(encoder, gate.unsqueeze(1), output)
+    return clipped(encoder), hidden
+
+
+def modulation_alone(transformer: Any) -> dict[str, float]:
+    """Return the shares of a step, see `Cache.shares`, that computes in blocks only what `modulated` does."""
+    shares: dict[str, float] = {}
+    for name, block in named_blocks(transformer).items():
+        norms = ("norm", "norm1") if getattr(block, "context_pre_only", False) else ("norm", "norm1", "norm1_context")
+        shares |= {name: 0.0} | {f"{name}.{norm}": 1.0 for norm in norms}
+    return shares
 
 
 def streams(args: tuple, kwargs: dict) -> list[Tensor]:
