@@ -1,4 +1,4 @@
-"""What a step that a cache skips still costs, on the embedded models and on one core: all of it, and what the host does.
+"""What a step that a cache skips still costs on the embedded models, on one core: all of it, and what the host does.
 
     python benchmarks/caches.py [--models mini-flux mini-sd3] [--repeats 3]
 

@@ -326,6 +326,16 @@ def work(path: Path) -> str:
     return f"torch {rows[-1]['torch']}; commit {rows[-1]['commit']}; {rows[-1]['date']}.\n\n" + "\n\n".join(parts)
 
 
+def skipped(path: Path) -> str:
+    """Print the table of a file of caches.py's: a line a cache, of each model the last row of it."""
+    rows = {(row["model"], row["cache"]): row for row in record.read(path)}
+    models, caches = (list(dict.fromkeys(key[k] for key in rows)) for k in (0, 1))
+    cells = {key: f"{float(row['ms']):.1f}, {float(row['share']):.1%} / {float(row['host_share']):.1%}"
+             for key, row in rows.items()}  # fmt: skip
+    body = [[cache, *(cells.get((model, cache), "") for model in models)] for cache in caches]
+    return f"{origin([*rows.values()])}.\n\n{table(['', *(f'`{model}`' for model in models)], body)}"
+
+
 def pareto(path: Path) -> Path:
     """Name the picture of a file of quality against work."""
     return DOCS / f"{path.stem.replace('-mini', '')}.png"
@@ -342,6 +352,8 @@ def block(path: Path) -> str | None:
         return f"![Quality against work]({pareto(path).name})\n\n{quality(path)}"
     if path.name in (tables := {"solver-gaussian.csv": solvers, "work.csv": work}):
         return tables[path.name](path)
+    if path.name.startswith("caches-"):
+        return skipped(path)
     if not (rows := latest(path)):
         return None
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from types import FrameType
 from typing import Any
 from weakref import WeakSet
@@ -131,6 +132,20 @@ class LayoutHook:
         self.handle.remove()
         self.family.clear_layout(transformer)
         unwrapped(transformer).pos_embed.__class__ = self.family.embedding[0]
+
+    def __reduce_ex__(self, protocol):
+        """Make it ready to be pickled. Raises TypeError with a cache: how diffusers puts hooks on cannot be pickled."""
+        if self.cache is not None:
+            raise TypeError(
+                "a pipeline with a cache cannot be pickled or saved by torch.save: call ralu.disable(pipe) before it, "
+                "and ralu.enable after it is loaded. copy.deepcopy and save_pretrained work"
+            )
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__setstate__(deepcopy(self.__getstate__(), memo))
+        return twin
 
     def __getstate__(self):
         return self.__dict__ | {"pipes": None, "copied": True}  # the copy has been in no pipeline yet

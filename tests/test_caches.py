@@ -1,6 +1,8 @@
 """Caches in pipelines: TaylorSeer against the method written out, exact where it skips nothing, undone wholly."""
 
+import pickle
 from copy import copy, deepcopy
+from itertools import product
 from types import MethodType
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from diffusers import TaylorSeerCacheConfig
 
 import ralu
-from ralu.caches import CACHES, TaylorSeer
+from ralu.caches import CACHES, Progress, TaylorSeer, taylorseer
+from ralu.caches.hooks import Call
 
 close = dict(rtol=0, atol=2e-5)
 PREDICTED = {"attn", "attn2", "ff", "ff_context", "proj_out"}
@@ -95,6 +98,23 @@ def predict_by_hand(transformer, is_full, order):
             del module.forward
 
     return undo
+
+
+def test_schedule_and_series_are_those_of_cache_dit():
+    """Whose first difference is that of the third step: so long a warm-up, and the first order."""
+    name = "cache_dit.caching.cache_contexts.calibrators.taylorseer"
+    oracle = pytest.importorskip(name, reason="cache-dit is not installed", exc_type=ImportError).TaylorSeerState
+    for warmup, interval in product(range(1, 6), range(1, 8)):
+        cache, theirs = TaylorSeer(interval, warmup=warmup), oracle(1, warmup, interval)
+        assert [cache.is_full(step) for step in range(50)] == [theirs.should_compute(step) for step in range(50)]
+    outputs, cache, theirs = torch.randn(20, 2, 3, 4), TaylorSeer(interval=4), oracle(1, 3, 4)
+    state = taylorseer._State(cache)
+    for progress, output in zip(Progress.of((20,))[0], outputs, strict=True):
+        state.begin(Call("cond", progress=progress))
+        expected = theirs.step(output)
+        if state.full:
+            state.leave(("block", "attn"), (), {}, output)
+        torch.testing.assert_close(state._predicted(("block", "attn"))[0], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -230,6 +250,24 @@ def test_a_copy_of_a_pipeline_has_a_cache_of_its_own(name, family):
     assert torch.equal(latents(twin), expected)
     ralu.disable(twin)
     assert hooks_left(twin) == [] != hooks_left(pipe)
+
+
+@pytest.mark.parametrize("name", ["taylorseer", "toca"])
+def test_pickling_is_refused_in_words_and_saving_works(name, family, tmp_path):
+    """What is refused changes nothing; caches of both kinds of hooks."""
+    pipe = ralu.enable(family.make(), f"stock-2+{name}")
+    for save in (pickle.dumps, lambda given: torch.save(given, tmp_path / "pipe.pt")):
+        for given in (pipe, pipe.transformer):
+            with pytest.raises(TypeError, match=r"with a cache cannot be pickled.*call ralu.disable\(pipe\)"):
+                save(given)
+    expected = latents(pipe)
+    assert torch.equal(expected, latents(deepcopy(pipe)))
+    pipe.save_pretrained(tmp_path / "folder")
+    loaded = type(pipe).from_pretrained(tmp_path / "folder")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(ralu.enable(loaded, cache=name)), expected)
+    pipe.transformer = pickle.loads(pickle.dumps(ralu.disable(pipe).transformer))
+    assert torch.equal(latents(ralu.enable(pipe, f"stock-2+{name}")), expected)
 
 
 def test_a_call_of_another_pipeline_is_not_cached(family):
