@@ -192,7 +192,7 @@ def summary(model: Model, runs: dict[Case, list[dict]], batch: int) -> list[dict
         }  # fmt: skip
         if total := tflop(case):
             row["tflop"] = f"{total:.4f}"
-            row["tflop_per_s"] = f"{1e3 * total / median(case, 'transformer'):.4f}"
+            row["tflop_per_s"] = f"{1e3 * total / median(case, 'transformer'):.5g}"
             row["flop_ratio"] = f"{tflop(first) / total:.3f}"
         rows.append(row)
     return rows

@@ -167,7 +167,7 @@ def counted(model, method):
 
 @pytest.mark.parametrize(
     "name, preset, cached, fused, batches",
-    [("flux-dev", "flux-5x", ["stock-6+taylorseer"], ["no", "yes"], "1"), ("sd3-medium", "sd3-2x", [], ["no"], "12")],
+    [("flux-dev", "flux-7x", ["stock-6+taylorseer"], ["no", "yes"], "1"), ("sd3-medium", "sd3-3x", [], ["no"], "12")],
 )
 def test_whole_images(tmp_path, small_models, name, preset, cached, fused, batches):
     output = tmp_path / "e2e.csv"
@@ -184,7 +184,7 @@ def test_whole_images(tmp_path, small_models, name, preset, cached, fused, batch
         assert sum(parts.values()) == pytest.approx(float(row["p50_ms"]), abs=0.1)
         assert parts["transformer"] > 0 and parts["decode"] > 0 and parts["outside"] > 0
         assert (parts["preview"] > 0) == method.startswith(preset)
-        assert int(row["calls"]) == {"flux-5x": 15, "sd3-2x": 20}.get(method, 6)
+        assert int(row["calls"]) == {"flux-7x": 10, "sd3-3x": 12}.get(method, 6)
         assert float(row["images_per_s"]) == pytest.approx(1e3 * int(batch) / float(row["p50_ms"]), rel=1e-3)
         assert (row["fused"] == "yes") == label.endswith("fused")
         if method in cached:
