@@ -67,13 +67,6 @@ def block_backend(request):
     return request.param
 
 
-# To torch.compile an operation is opaque: of a slow interpreted one the harder case says as much as both.
-@pytest.fixture(params=[True] if INTERPRET else [False, True])
-def dynamic(request):
-    """Whether torch.compile takes sizes for unknown."""
-    return request.param
-
-
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
