@@ -53,8 +53,8 @@ def stock_image(stock):
 
 
 @pytest.fixture
-def pipe(stock):
-    yield ralu.enable(stock)
+def pipe(stock, family):
+    yield ralu.enable(stock, SHORT[family])
     ralu.disable(stock)
 
 
@@ -85,8 +85,8 @@ def preview(pipe, latents):
 
 
 @pytest.mark.parametrize("ratio", [None, 1.0])  # with all tokens selected stage 2 is as long as stage 3
-def test_previews_never_change_a_run(stock, ratio):
-    ralu.enable(stock, ratio=ratio)
+def test_previews_never_change_a_run(stock, family, ratio):
+    ralu.enable(stock, SHORT[family], ratio=ratio)
     expected, shapes = tiny.generate(stock), []
 
     def callback(pipe, i, t, values):
@@ -98,17 +98,14 @@ def test_previews_never_change_a_run(stock, ratio):
     assert set(shapes) == {(1, 3, 64, 64)} and len(shapes) == stock.num_timesteps
 
 
-def last_steps(stock):
-    """One in every stage, the callbacks at two of which see the next stage's latents already."""
-    first, second, _ = PRESETS["flux-5x" if isinstance(stock, FluxPipeline) else "sd3-2x"].steps
-    return 1, first - 1, first + 1, first + second - 1, first + second + 1
+LAST_STEPS = range(5)  # of two a stage: the callbacks at 1 and 3 see the next stage's latents already
 
 
 @pytest.mark.parametrize("ratio", [None, 1.0])
 @pytest.mark.parametrize("previewing", [False, True])
-def test_interruptions_in_every_stage_decode_what_there_is(stock, ratio, previewing):
-    ralu.enable(stock, ratio=ratio)
-    for step in last_steps(stock):
+def test_interruptions_in_every_stage_decode_what_there_is(stock, family, ratio, previewing):
+    ralu.enable(stock, SHORT[family], ratio=ratio)
+    for step in LAST_STEPS:
         expected = []
 
         def stop(pipe, i, t, values, step=step, expected=expected):
@@ -126,7 +123,7 @@ def test_interruptions_in_every_stage_decode_what_there_is(stock, ratio, preview
 
 def test_a_from_pipe_copy_is_interrupted_as_the_pipe_itself(pipe, family):
     twin = from_pipe(KIND[family], pipe)
-    for step in last_steps(pipe):
+    for step in LAST_STEPS:
 
         def stop(pipe, i, t, values, step=step):
             pipe._interrupt = i == step
@@ -252,7 +249,7 @@ def embeddings(pipe):
 
 
 def test_without_vae_and_text_encoders(stock, family):
-    expected = tiny.generate(ralu.enable(stock, regions="gradient"), output_type="latent")
+    expected = tiny.generate(ralu.enable(stock, SHORT[family], regions="gradient"), output_type="latent")
     given = embeddings(ralu.disable(stock))
     names = [name for name in stock.components if name.startswith(("text_encoder", "tokenizer")) or name == "vae"]
     bare = KIND[family](**stock.components | dict.fromkeys(names))
@@ -261,7 +258,7 @@ def test_without_vae_and_text_encoders(stock, family):
     with pytest.raises(ValueError, match=r"regions='canny' needs a VAE.*regions='gradient'"):
         ralu.enable(bare)
     assert type(bare.scheduler) is FlowMatchEulerDiscreteScheduler and not bare.transformer._forward_pre_hooks
-    ralu.enable(bare, regions="gradient")
+    ralu.enable(bare, SHORT[family], regions="gradient")
     assert torch.equal(tiny.generate(bare, None, output_type="latent", **given), expected)
     ralu.disable(bare)
 
@@ -369,10 +366,10 @@ def test_positional_arguments_of_the_transformer(pipe, family):
 # ---- refusals ----
 
 
-def test_masks_for_another_batch_are_refused_before_the_first_step(stock):
+def test_masks_for_another_batch_are_refused_before_the_first_step(stock, family):
     calls = []
     handle = stock.transformer.register_forward_hook(lambda *_: calls.append(1))
-    ralu.enable(stock, regions=torch.rand(2, 16, 16))
+    ralu.enable(stock, SHORT[family], regions=torch.rand(2, 16, 16))
     for images in (1, 3):
         with pytest.raises(ValueError, match=f"regions has masks for 2 images, but the batch has {images}"):
             tiny.generate(stock, tiny.PROMPTS[:images], seeds=range(images))

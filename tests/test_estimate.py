@@ -21,6 +21,7 @@ from ralu.cost import estimate
 from ralu.counting import FusedAttention, LiveBytes, Repeats, cpu_scratch
 from ralu.families import FAMILIES, load
 from ralu.presets import PRESETS
+from ralu.schedule import region_adaptive
 
 TEXT = 16  # T5 tokens of the tiny pipelines, see tiny.generate
 
@@ -103,20 +104,22 @@ PIPELINES = {"flux": tiny.flux, "guided": lambda: tiny.flux(guidance_embeds=True
 )
 def test_operations_of_a_real_run(name, method):
     """A whole run of a pipeline with real weights, prompts to images, two in a batch."""
-    pipe, call, steps, ratio = PIPELINES[name](), {}, None, None
+    pipe, call = PIPELINES[name](), {}
     if name == "guided":
         call = {"true_cfg_scale": 2.0, "negative_prompt": tiny.PROMPTS[:2]}
     if method == "stock":
-        call["num_inference_steps"] = steps = 3
+        call["num_inference_steps"] = run = 2
     else:
-        ralu.enable(pipe, ratio=(ratio := 0.3), upsampler="pixels" if method == "pixels" else None)
-        steps = f"{pipe.scheduler.config.preset}(upsampler=pixels)" if method == "pixels" else None
+        run = tiny.FAMILIES["sd3" if name.startswith("sd3") else "flux"].short.replace(steps=(2, 1, 1), ratio=0.3)
+        if method == "pixels":
+            run = region_adaptive(run.steps, run.ends, run.shifts, run.c, run.ratio, upsampler="pixels")
+        ralu.enable(pipe, run)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tiny.generate(pipe, tiny.PROMPTS[:2], (0, 1), height=48, width=64, **call)
     counts = counter.get_flop_counts()
 
     options = {"height": 48, "width": 64, "text_tokens": TEXT, "batch": 2, "guided": name == "guided" or None}
-    cost = estimate(pipe, steps, ratio=ratio, **options)
+    cost = estimate(pipe, run, **options)
     attention = counts["Global"][torch.ops.aten.bmm]
     assert cost.attention * 1e12 == pytest.approx(attention, rel=1e-12)
     assert cost.total * 1e12 == pytest.approx(counter.get_total_flops(), rel=1e-12)
