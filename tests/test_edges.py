@@ -248,4 +248,4 @@ image[..., 4:] = 255
 for backend in ("auto", "reference"):
     assert ralu_kernels.canny(image, backend=backend).count_nonzero() == 8
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
