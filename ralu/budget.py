@@ -115,10 +115,29 @@ def schedule_for(
     def work(tokens):
         return family.flop(config, tokens, text_tokens)
 
-    low = height * width // (4 * parts.shrink) ** 2
     distilled = family.entry.is_distilled(parts.scheduler) or stock_steps == DISTILLED_STEPS
-    kind = "distilled" if distilled else family.name
-    point, calls = fit(stock_steps / speedup, _anchors(family, kind), work, low)
+    anchors = _anchors(family, "distilled" if distilled else family.name)
+    point = reach(speedup, stock_steps, anchors, work, height, width, 2 * parts.shrink)
+    shift = own_shift(parts.scheduler) if shift is None else shift
+    return solve(point.steps, point.ends, shift, point.ratio, matching=matching, upsampler=upsampler)
+
+
+def reach(
+    speedup: float,
+    stock_steps: int,
+    anchors: Iterable[Point],
+    work: Callable[[int], float],
+    height: int,
+    width: int,
+    token_pixels: int,
+) -> Point:
+    """Find steps, ends and ratio for 1/speedup of a stock run's work, see `fit`.
+
+    height, width: of the image in pixels, multiples of two tokens. token_pixels: side of a token.
+    Raises ValueError for a speedup that no schedule comes within `TOLERANCE` of.
+    """
+    low = height * width // (2 * token_pixels) ** 2
+    point, calls = fit(stock_steps / speedup, anchors, work, low)
     if abs(calls * speedup / stock_steps - 1) > TOLERANCE:
         least = 1 + (work(low) + work(low + 3 * _selectable(low)[0])) / work(4 * low)
         most = math.floor(100 * min(SPEEDUPS[1], stock_steps / least)) / 100
@@ -126,8 +145,7 @@ def schedule_for(
             f"speedup={speedup:g} cannot be reached at {height}x{width} pixels, against {stock_steps} steps: "
             f"it can be at most {most:g}, and the nearest to it is {stock_steps / calls:.3g}"
         )
-    shift = own_shift(parts.scheduler) if shift is None else shift
-    return solve(point.steps, point.ends, shift, point.ratio, matching=matching, upsampler=upsampler)
+    return point
 
 
 def _anchors(family: "Family", kind: str) -> Iterable[Point]:
