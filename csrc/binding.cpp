@@ -1,5 +1,6 @@
 // The operations' schemas and which device runs what; everything else is Python. They are registered in a namespace of
-// the extension's own name, so that extensions built under different names can be loaded side by side.
+// the extension's own name, so that extensions built under different names can be loaded side by side, and as overloads,
+// since the package's own operations have the same names and may be in the same namespace.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -15,37 +16,41 @@
 
 RALU_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def(
-      "upsample_renoise(Tensor x, Tensor(a!) out, Tensor seed, float scale, float noise_scale, float k, int stage)"
+      "upsample_renoise.out(Tensor x, Tensor(a!) out, Tensor seed, float scale, float noise_scale, float k, int stage)"
       " -> ()");
   m.def(
-      "plan_tokens(Tensor scores, Tensor(a!) cu_seqlens, Tensor(b!) source, Tensor(c!) child, Tensor(d!) inverse,"
+      "plan_tokens.out(Tensor scores, Tensor(a!) cu_seqlens, Tensor(b!) source, Tensor(c!) child, Tensor(d!) inverse,"
       " Tensor(e!) positions, int width, int count, float? threshold) -> ()");
   m.def(
-      "upsample_selected(Tensor low, Tensor(a!) out, Tensor inverse, Tensor seed, int width, float scale,"
+      "upsample_selected.out(Tensor low, Tensor(a!) out, Tensor inverse, Tensor seed, int width, float scale,"
       " float noise_scale, float kept_scale, float k, bool pixel) -> ()");
   m.def(
-      "upsample_remaining(Tensor packed, Tensor(a!) out, Tensor inverse, Tensor seed, int width, float scale,"
+      "upsample_remaining.out(Tensor packed, Tensor(a!) out, Tensor inverse, Tensor seed, int width, float scale,"
       " float noise_scale, float kept_scale, float k, bool pixel) -> ()");
-  m.def("canny(Tensor image, Tensor(a!) edges, Tensor(b!) parent, int low, int high) -> ()");
+  m.def("canny.out(Tensor image, Tensor(a!) edges, Tensor(b!) parent, int low, int high) -> ()");
 }
 
 RALU_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   using namespace ralu::cpu;
-  m.impl("upsample_renoise", TORCH_BOX(&upsample_renoise));
-  m.impl("plan_tokens", TORCH_BOX(&plan_tokens));
-  m.impl("upsample_selected", TORCH_BOX(&upsample_selected));
-  m.impl("upsample_remaining", TORCH_BOX(&upsample_remaining));
-  m.impl("canny", TORCH_BOX(&canny));
+  m.impl("upsample_renoise.out", TORCH_BOX(&upsample_renoise));
+  m.impl("plan_tokens.out", TORCH_BOX(&plan_tokens));
+  m.impl("upsample_selected.out", TORCH_BOX(&upsample_selected));
+  m.impl("upsample_remaining.out", TORCH_BOX(&upsample_remaining));
+  m.impl("canny.out", TORCH_BOX(&canny));
 }
+
+#if defined(CUDA_KERNEL) && !defined(RALU_CUDA)  // kernel-builder's macro
+#define RALU_CUDA
+#endif
 
 #ifdef RALU_CUDA
 RALU_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   using namespace ralu::cuda;
-  m.impl("upsample_renoise", TORCH_BOX(&upsample_renoise));
-  m.impl("plan_tokens", TORCH_BOX(&plan_tokens));
-  m.impl("upsample_selected", TORCH_BOX(&upsample_selected));
-  m.impl("upsample_remaining", TORCH_BOX(&upsample_remaining));
-  m.impl("canny", TORCH_BOX(&canny));
+  m.impl("upsample_renoise.out", TORCH_BOX(&upsample_renoise));
+  m.impl("plan_tokens.out", TORCH_BOX(&plan_tokens));
+  m.impl("upsample_selected.out", TORCH_BOX(&upsample_selected));
+  m.impl("upsample_remaining.out", TORCH_BOX(&upsample_remaining));
+  m.impl("canny.out", TORCH_BOX(&canny));
 }
 #endif
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -17,10 +18,11 @@ try:
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)  # the kernels are defined, with their annotations, all the same
 
-# The operations' namespace and the extension are named after the package, so that copies of it do not meet.
+# The operations' namespace and the extension are named after the package, so that copies of it do not meet. setup.py
+# adds a suffix to the extension's name, and Hugging Face's kernel-builder does not.
 _PACKAGE = __name__.rpartition(".")[0]
 NAMESPACE = _PACKAGE.replace(".", "_")
-_EXTENSION = f"{NAMESPACE}_C"
+_EXTENSION = NAMESPACE if find_spec(f".{NAMESPACE}", _PACKAGE) else f"{NAMESPACE}_C"
 
 _extension: Any
 try:
@@ -36,7 +38,7 @@ except ImportError as error:
 INTERPRET = triton is not None and triton.knobs.runtime.interpret
 native = getattr(torch.ops, _EXTENSION)  # the extension's operations, where it is there
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # beside what a kernel-builder extension defines
 _Result = TypeVar("_Result")
 
 
@@ -117,7 +119,7 @@ def register(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*args[:-1]), lib=_library)
-    op: Callable[..., _Result] = getattr(getattr(torch.ops, NAMESPACE), name)
+    op: Callable[..., _Result] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return op if pick else call
 
 

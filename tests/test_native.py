@@ -1,7 +1,11 @@
 """What is the compiled extension's own: that it was built, its arithmetic on every instruction set, threads, errors."""
 
 import ctypes
+import importlib.util
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -201,7 +205,7 @@ def test_only_what_is_traced_sees_the_op():
     x = torch.randn(1, 2, 3, 4)
     with Names():
         expected = call(x)
-    assert "ralu_kernels_C.upsample_renoise.default" in seen and "ralu_kernels.upsample_renoise.default" not in seen
+    assert "ralu_kernels_C.upsample_renoise.out" in seen and "ralu_kernels.upsample_renoise.default" not in seen
     seen.clear()
     assert torch.equal(torch.compile(call, fullgraph=True, backend=backend)(x), expected)
     assert any("ralu_kernels.upsample_renoise" in name for name in seen) and not any("_C" in name for name in seen)
@@ -295,25 +299,131 @@ def test_copies_load_beside_an_installed_one(tmp_path):
     ]  # fmt: skip
 
 
-@native
-@compiler
-def test_copies_have_extensions_of_their_own(tmp_path):
-    """Compiled without optimisation, and all as one, for speed: what it shows is that two of them load."""
-    folder, extension, source = Path(torch.__file__).parent, tmp_path / "extension.so", tmp_path / "all.cpp"
+HUB = "_ralu_kernels_cpu_0123abc"  # as kernel-builder names a build: package, extension and namespace at once
+
+
+@pytest.fixture(scope="module")
+def hub_extension(tmp_path_factory):
+    """Compile it without optimisation, and all as one, for speed: what it shows is that it loads beside another."""
+    folder, place = Path(torch.__file__).parent, tmp_path_factory.mktemp("extension")
+    extension, source = place / f"{HUB}.abi3.so", place / "all.cpp"
     sources = [ROOT / "csrc/binding.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")]
     source.write_text("".join(f'#include "{path}"\n' for path in sources))
     command = ["c++", "-O0", "-w", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-o", extension, source]
-    command += ["-DTORCH_EXTENSION_NAME=other_kernels_C", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-DTORCH_EXTENSION_NAME={HUB}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += ["-DTORCH_STABLE_ONLY", f"-I{folder}/include", f"-I{sysconfig.get_path('include')}", f"-L{folder}/lib"]
     command += [f"-I{ROOT / 'csrc'}", "-lc10", "-ltorch", "-ltorch_cpu"]
     subprocess.run(command, check=True, timeout=300)
-    copy_of(tmp_path, "other_kernels", extension.read_bytes())
-    code, out, errors = run_in(tmp_path, BESIDE, "other_kernels", "ralu_kernels")
+    return extension
+
+
+@native
+@compiler
+def test_copies_have_extensions_of_their_own(tmp_path, hub_extension):
+    shutil.copy(hub_extension, copy_of(tmp_path, HUB))
+    code, out, errors = run_in(tmp_path, BESIDE, HUB, "ralu_kernels")
     assert code == 0, errors
     assert out.splitlines() == [
-        "other_kernels native", "other_kernels reference", "ralu_kernels native", "ralu_kernels reference",
-        "ralu_kernels refuses",
+        f"{HUB} native", f"{HUB} reference", "ralu_kernels native", "ralu_kernels reference", "ralu_kernels refuses",
     ]  # fmt: skip
+
+
+# ---- Hugging Face's kernels ----
+
+hub = pytest.mark.skipif(not importlib.util.find_spec("kernels"), reason="kernels is not installed")
+
+
+def built(folder, extension):
+    """Lay out the build variant that kernel-builder makes, with what pip builds in place of its own compilation."""
+    variant = folder / "build" / f"torch-stable-abi210-cpu-{platform.machine()}-linux"
+    variant.parent.mkdir()
+    copy_of(folder, "sources").rename(variant)
+    shutil.copy(extension, variant)
+    metadata = {"id": HUB, "name": "ralu-kernels", "version": 1, "license": "MIT", "python-depends": []}
+    (variant / "metadata.json").write_text(json.dumps(metadata | {"backend": {"type": "cpu"}}))
+    return folder
+
+
+# Every operation of the kernel that is loaded and of the installed package, on every backend that they have for it.
+LOADED = """
+import torch
+import ralu_kernels as installed
+from kernels import get_kernel
+
+loaded = get_kernel("ralu/ralu-kernels", version=1, backend="cpu", trust_remote_code=True)
+assert loaded.__name__ == sys.argv[1] and loaded.upsample_renoise is not installed.upsample_renoise
+x, y, vector = torch.randn(2, 12, 16), torch.randn(2, 12, 16), torch.randn(2, 16)
+image, noise = torch.randint(0, 256, (2, 24, 32), dtype=torch.uint8), (0.9, 0.4, 0.02, torch.tensor([3, 4]))
+used = set()
+
+def results(package, backend):
+    def call(name, *given, **named):
+        used.add(name)
+        made = getattr(package, name)(*given, **named)
+        everything.extend(torch.utils._pytree.tree_leaves(vars(made) if hasattr(made, "source") else made))
+        return made
+
+    everything, own = [], {"backend": backend}
+    blocks = own if backend == "reference" else {}  # operations inside the blocks have no compiled version
+    plan = call("plan_tokens", x[..., 0].contiguous(), (3, 4), ratio=0.5, **own)
+    packed = call("upsample_selected", x, plan, *noise, **own)
+    call("upsample_remaining", packed, plan, *noise, **own)
+    call("upsample_renoise", x.view(2, 4, 6, 8), *noise, **own)
+    call("canny", image, **own)
+    call("edge_density", image, 8, **own)
+    call("modulate", x, vector, vector, **blocks)
+    call("gated_add", x, vector, y, **blocks)
+    call("gated_add_modulate", x, vector, y, vector, vector, **blocks)
+    call("concat_gelu", x, y, **blocks)
+    used.add("packed_layout")
+    layout = package.packed_layout(torch.arange(24).view(2, 12) % 5 > 0, 2, 12, "cpu")
+    q, k, v = call("pack_qkv", [package.QKV(x, y, x)], layout, 2, **blocks)
+    lengths = layout.cu_seqlens, layout.cu_seqlens, 12, 12
+    used.add("attention_backend")
+    with package.attention_backend("sdpa"):
+        attended = call("varlen_attention", q, k, v, *lengths)
+    call("unpack", attended, layout, [12], **blocks)
+    return [leaf for leaf in everything if isinstance(leaf, torch.Tensor)]
+
+for backend in ("native", "reference"):
+    for ours, theirs in zip(results(loaded, backend), results(installed, backend), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    operations = {name for name in installed.__all__ if callable(getattr(installed, name)) and name.islower()}
+    assert used == operations, used ^ operations
+    used.clear()
+    print(backend)
+assert set(getattr(torch.ops, sys.argv[1]).upsample_selected.overloads()) == {"default", "out"}
+"""
+
+
+@native
+@compiler
+@hub
+def test_the_hub_kernel_loads_beside_an_installed_package(tmp_path, hub_extension, monkeypatch):
+    """Through `get_kernel`, offline: operations of Python and of C++ share the build's own namespace."""
+    monkeypatch.setenv("LOCAL_KERNELS", f"ralu/ralu-kernels={built(tmp_path, hub_extension)}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, errors = run_in(tmp_path, LOADED, HUB)
+    assert code == 0, errors
+    assert out.splitlines() == ["native", "reference"]
+
+
+@hub
+def test_the_hub_kernel_is_built_from_what_is_here(tmp_path):
+    """`kernels` itself reads build.toml; its sources are all there are, and its flags those of setup.py."""
+    from kernels._rust import Build
+
+    config = Build.open(ROOT / "integrations/hf_kernels")
+    assert [str(backend) for backend in config.general.backends] == ["Backend.CPU", "Backend.CUDA"]
+    text = (ROOT / "integrations/hf_kernels/build.toml").read_text()
+    named = set(re.findall(r'"(csrc/[^"]+)"', text))
+    assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    setup = (ROOT / "setup.py").read_text()
+    for name, key in (("CXX_FLAGS", "cxx-flags"), ("NVCC_FLAGS", "cuda-flags")):
+        flags, theirs = (
+            re.search(rf"^{word} = \[(.+)\]$", where, re.M)[1] for word, where in ((name, setup), (key, text))
+        )
+        assert set(theirs.split(", ")) == set(flags.split(", ")) - {'"-g0"'}
 
 
 # ---- the whole ----
