@@ -10,7 +10,10 @@ eager      what a careful author writes with PyTorch alone: `interpolate`, `rand
            operation is nothing but PyTorch's the reference backend itself
 compile    that under `torch.compile`, one graph a shape; batch 1, on a CPU 1024 pixels: a graph takes seconds
 reference  the specification in eager PyTorch, with the kernels' own random numbers (batch 1)
-native, triton, and the backends of varlen_attention  the kernels, where they can run
+native, triton, and the backends of varlen_attention (FlashAttention among them)  the kernels, where they can run
+comfy-kitchen, liger  what these packages have for the same work, where they are installed: `adaln` for modulate, and
+           `rms_rope` with PyTorch's concatenation and gather for pack_qkv; a layer norm whose weight and bias are one
+           image's vectors
 fill       as many Philox and Box-Muller normals as the output has values, and nothing else: the floor (CPU: one thread)
 dense      the way of the paper's release for the noise alone: a dense covariance and its Cholesky factor, made anew
 copy       as many bytes read and written as the operation must read and write: the device's own bandwidth
@@ -50,6 +53,7 @@ def checked(case: Case, shape: Shape, expected, chosen: list[str] | None) -> dic
         torch.compiler.reset()
         providers["compile"] = torch.compile(eager, fullgraph=True, dynamic=False), case.check or same
     providers |= {name: (partial(case.ours, name), same) for name in case.backends}
+    providers |= {name: (call, same) for name, call in case.others.items()}
     providers |= case.floors
     if case.eager and shape.batch == 1:
         providers["reference"] = partial(case.ours, "reference"), same

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Operation, Shape, installed
+from cases import Case, Operation, Shape, installed, package
 from torch import Tensor
 
 import ralu_kernels
@@ -39,9 +39,9 @@ BLOCKS = {
 }
 
 
-def block_case(shape: Shape, inputs, ours, eager) -> Case:
+def block_case(shape: Shape, inputs, ours, eager, **others) -> Case:
     """Make the case of an operation that Triton alone has a kernel for."""
-    return Case(inputs, ours, eager, backends=installed(shape.device, "triton"))
+    return Case(inputs, ours, eager, backends=installed(shape.device, "triton"), others=others)
 
 
 def modulated(shape: Shape):
@@ -60,8 +60,13 @@ def modulate_case(shape: Shape) -> Case:
     """Normalise and modulate, as AdaLN does before attention."""
     x, shift, scale, _ = inputs = modulated(shape)
     ours = partial(ralu_kernels.modulate, x, shift, scale)
+    others = {}
+    if kitchen := package("comfy_kitchen"):
+        others["comfy-kitchen"] = lambda: kitchen.adaln(x, scale[:, None], shift[:, None])
+    if shape.batch == 1 and shape.device.type == "cuda" and (liger := package("liger_kernel.transformers.functional")):
+        others["liger"] = lambda: liger.liger_layer_norm(x, 1 + scale[0], shift[0], 1e-6)  # one weight for all samples
     return block_case(
-        shape, inputs[:3], lambda backend: ours(backend=backend), partial(eager_modulate, x, shift, scale)
+        shape, inputs[:3], lambda backend: ours(backend=backend), partial(eager_modulate, x, shift, scale), **others
     )
 
 
@@ -143,8 +148,23 @@ def pack_case(shape: Shape) -> Case:
             packed.append(x.flatten(0, 1) if dense else x.flatten(0, 1).index_select(0, rows))
         return tuple(packed)
 
+    others = {}
+    if block.norm and rotary and (kitchen := package("comfy_kitchen")):
+        cos, sin = (table[None, :, None, ::2] for table in rotary)
+        turns = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).split(lengths, dim=1)
+
+        def rotated():
+            """Norm and rotate with its kernel, which has one weight for a call; join and gather as eager does."""
+            parts = []
+            for stream, weight, turn in zip(streams, weights, turns, strict=True):
+                q, k, v = (x.unflatten(2, (block.heads, block.size)) for x in stream[:3])
+                parts.append((*kitchen.rms_rope(q, k, turn, weight, weight, 1e-6), v))
+            joined = (torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(*parts, strict=True))
+            return tuple(x if dense else x.index_select(0, rows) for x in joined)
+
+        others["comfy-kitchen"] = rotated
     inputs = [x for stream in streams for x in stream[:3]] + [x for x in (*weights, *(rotary or ())) if x is not None]
-    return block_case(shape, inputs, ours, eager)
+    return block_case(shape, inputs, ours, eager, **others)
 
 
 def unpack_case(shape: Shape) -> Case:

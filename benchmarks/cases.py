@@ -8,11 +8,14 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +64,7 @@ class Case:
     check:  raises unless eager's result has the right law, where its random numbers are not ours.
     floors: other providers, and their checks.
     backends: which of ours can run here, the reference apart.
+    others: what other packages have for the same work, by the packages' names.
     """
 
     inputs: list[Tensor]
@@ -69,6 +73,7 @@ class Case:
     check: Callable[[Tensor], None] | None = None
     floors: dict[str, tuple[Callable, Callable[[Tensor], None]]] = field(default_factory=dict)
     backends: tuple[str, ...] = ()
+    others: dict[str, Callable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,16 @@ def installed(device: torch.device, *backends: str) -> tuple[str, ...]:
             return False
 
     return tuple(filter(runs, backends))
+
+
+@lru_cache
+def package(module: str) -> Any:
+    """Import what another package has for the same work; None, and once a line that says why, where it is not there."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        print(f"left out: {module} ({error})", file=sys.stderr)
+        return None
 
 
 # ---- checks ----

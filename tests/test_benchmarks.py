@@ -1,6 +1,7 @@
 """The benchmarks on shapes that take milliseconds: what they count and conclude, and what they refuse to write."""
 
 import csv
+import importlib
 import math
 import subprocess
 import sys
@@ -69,6 +70,23 @@ def test_every_operation_has_rows(tmp_path, monkeypatch):
             other = next(one for one in rows if record.case(one) == record.case(row | {"provider": provider}))
             ratio = float(other["p50_ms"]) / float(row["p50_ms"])
             assert float(row[column]) == pytest.approx(ratio, rel=1e-3)
+
+
+def test_other_packages_do_the_same_work(capsys, monkeypatch):
+    """Where they are installed their results are checked as ours are; where not, a line says why they are left out."""
+    monkeypatch.setitem(block_cases.BLOCKS, "flux-dev", block_cases.Block(2, 8, 6, True, True))
+    shape = cases.Shape("flux-dev", 128, 2, torch.float32, CPU)
+    for name in ("modulate", "pack_qkv"):
+        cases.package.cache_clear()
+        with monkeypatch.context() as absent:
+            absent.setattr(cases, "import_module", lambda module: importlib.import_module(f"no.{module}"))
+            assert bench.OPERATIONS[name].case(shape).others == {}
+        assert capsys.readouterr().err == "left out: comfy_kitchen (No module named 'no')\n"
+    cases.package.cache_clear()
+    pytest.importorskip("comfy_kitchen")
+    for name in ("modulate", "pack_qkv"):
+        case = bench.OPERATIONS[name].case(shape)
+        cases.agree(case.others["comfy-kitchen"](), case.ours("reference"))
 
 
 @pytest.mark.parametrize(
