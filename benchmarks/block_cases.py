@@ -154,11 +154,11 @@ def pack_case(shape: Shape) -> Case:
         turns = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).split(lengths, dim=1)
 
         def rotated():
-            """Norm and rotate with its kernel, which has one weight for a call; join and gather as eager does."""
+            """Norm and rotate each stream with its kernel, since a model's two have weights of their own."""
             parts = []
-            for stream, weight, turn in zip(streams, weights, turns, strict=True):
+            for stream, turn in zip(streams, turns, strict=True):
                 q, k, v = (x.unflatten(2, (block.heads, block.size)) for x in stream[:3])
-                parts.append((*kitchen.rms_rope(q, k, turn, weight, weight, 1e-6), v))
+                parts.append((*kitchen.rms_rope(q, k, turn, *weights, 1e-6), v))
             joined = (torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(*parts, strict=True))
             return tuple(x if dense else x.index_select(0, rows) for x in joined)
 

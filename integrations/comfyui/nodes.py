@@ -16,8 +16,9 @@ from ralu.budget import ANCHORS, check_speedup, reach
 from ralu.errors import nearest_sizes
 from ralu.families import DISTILLED_STEPS, FAMILIES
 from ralu.options import CHOICES, Options, schedule_of
+from ralu.presets import DISTILLED, PRESETS
 from ralu.regions import scorer_of
-from ralu.schedule import DISTILLED, PRESETS, RESOLUTIONS, Schedule, solve
+from ralu.schedule import RESOLUTIONS, Schedule, solve
 from ralu.stages import Run, pack, unpack
 
 from .sampling import Positions, Sampler
