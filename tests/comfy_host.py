@@ -131,13 +131,13 @@ class CFGGuider:
     ):
         self.inner_model = model = self.model_patcher.model
         assert torch.count_nonzero(latent_image) == 0 and latent_image.shape == noise.shape
-        patched = {}
+        patched = []
         for name, value in self.model_patcher.object_patches.items():
             *path, last = name.split(".")
             owner = model
             for part in path:
                 owner = getattr(owner, part)
-            patched[last] = owner, getattr(owner, last)
+            patched.append((owner, last))
             setattr(owner, last, value)
         options = nested_copy(self.model_options)
         options["transformer_options"]["sample_sigmas"] = sigmas
@@ -145,8 +145,8 @@ class CFGGuider:
         try:
             samples = sampler.sample(self, sigmas, extra, callback, noise, latent_image, denoise_mask, disable_pbar)
         finally:
-            for last, (owner, value) in patched.items():
-                setattr(owner, last, value)
+            for owner, last in patched:
+                delattr(owner, last)
         return model.process_latent_out(samples.to(torch.float32))
 
     def __call__(self, x, timestep, model_options={}, seed=None):  # noqa: B006

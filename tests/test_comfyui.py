@@ -145,14 +145,17 @@ def test_sd3_equals_the_pipeline(host):
         output_type="latent",
     ).images  # fmt: skip
     ralu.disable(pipe)
-    model = host.Patcher(host.SD3(pipe.transformer))
+    model, latent = host.Patcher(host.SD3(pipe.transformer)), {"samples": torch.zeros(1, 4, 24, 32)}
     (result,) = execute(
-        host.node("RALUSampler"), model=model, latent_image={"samples": torch.zeros(1, 4, 24, 32)}, preset="sd3-2x",
+        host.node("RALUSampler"), model=model, latent_image=latent, preset="sd3-2x",
         positive=[[embeds, {"pooled_output": pooled}]], negative=[[negative, {"pooled_output": negative_pooled}]],
         seed=7, cfg=3.0,
     )  # fmt: skip
     torch.testing.assert_close(result["samples"], expected / 1.5305 + 0.0609, rtol=1e-3, atol=1e-3)
-    assert "cropped_pos_embed" not in vars(model.model.diffusion_model) or model.object_patches == {}
+    assert not model.object_patches
+    model.model.diffusion_model.pos_embed = None
+    with pytest.raises(ValueError, match="no stored position embedding"):
+        execute(host.node("RALUSampler"), model=model, latent_image=latent, positive=[], negative=[])
 
 
 def test_mask_and_canny(host, flux):

@@ -335,7 +335,7 @@ hub = pytest.mark.skipif(not importlib.util.find_spec("kernels"), reason="kernel
 
 def built(folder, extension):
     """Lay out the build variant that kernel-builder makes, with what pip builds in place of its own compilation."""
-    variant = folder / "build" / f"torch-stable-abi210-cpu-{platform.machine()}-linux"
+    variant = folder / "build" / f"torch-stable-abi210-cpu-{platform.machine()}-{platform.system().lower()}"
     variant.parent.mkdir()
     copy_of(folder, "sources").rename(variant)
     shutil.copy(extension, variant)

@@ -28,14 +28,15 @@ class Positions:
         self.rows = 0
 
     def put_into(self, model: Any, family: str) -> Any:
-        """Return a clone of a model, a `ModelPatcher`, that asks here."""
+        """Clone a model, a `ModelPatcher`, so that it asks here. Raises ValueError for an SD3 without positions."""
         model = model.clone()
         if family == "flux":
             model.set_model_patch(self.flux, "post_input")
-        else:
-            place = "diffusion_model.cropped_pos_embed"
-            stored = model.get_model_object("diffusion_model.pos_embed")
-            model.add_object_patch(place, partial(self.sd3, model.get_model_object(place), stored))
+            return model
+        place, module = "diffusion_model.cropped_pos_embed", model.get_model_object("diffusion_model")
+        if module.pos_embed is None:
+            raise ValueError("model has no stored position embedding, which every published SD3 has")
+        model.add_object_patch(place, partial(self.sd3, model.get_model_object(place), module))
         return model
 
     def begin(self, module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -47,17 +48,18 @@ class Positions:
         positions, ids = self._of_strip(), given["img_ids"]
         return given if positions is None else {**given, "img_ids": torch.cat([ids[..., :1], positions], dim=-1)}
 
-    def sd3(self, stock: Callable, stored: Tensor, size: Any, device: Any = None) -> Tensor:
+    def sd3(self, stock: Callable, module: Any, size: Any, device: Any = None) -> Tensor:
         """Return the embedding (B, L, D) of a strip's positions, or the model's own, of a size in latent pixels.
 
-        stored: (1, side², D), the embedding of whole positions: sine and cosine of the column, then of the row, each
-        of D/4 frequencies. The angle half-way between two places is the mean of theirs, so that its sine and cosine are
+        The model stores that of whole positions, (1, side², D): sine and cosine of the column, then of the row, each of
+        D/4 frequencies. The angle half-way between two places is the mean of theirs, so that its sine and cosine are
         the sum of theirs at their length.
         """
         positions = self._of_strip()
         if positions is None or self.layout is None or self.layout.plan is None:
             return stock(size, device=device)
-        side = round(stored.shape[1] ** 0.5)
+        stored = module.pos_embed
+        positions, side = positions.to(stored.device), round(stored.shape[1] ** 0.5)
         table = stored.view(side, side, 2, 2, -1)
         middle = [(side - cells) // 2 for cells in self.layout.plan.grid]
         corners = []
