@@ -53,6 +53,7 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
     model = unwrapped(transformer)
     family = family_of_transformer(model)
     check_trim_text(trim_text)
+    check_fusible(family)
     unfuse(model)
     blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
     strange = next((type(block).__name__ for block in blocks if type(block) not in family.fused_blocks), None)
@@ -92,6 +93,13 @@ def unfuse(transformer: nn.Module) -> nn.Module:
                 if isinstance(attention.processor, Processor):  # and not one put in since
                     attention.set_processor(attention.processor.stock or attention._default_processor_cls())
     return transformer
+
+
+def check_fusible(family: Family):
+    """Raise ValueError for a family whose blocks cannot be fused."""
+    if not family.fused_blocks:
+        name = family.transformer.__name__
+        raise ValueError(f"fused must be False or 'auto' and trim_text False: the blocks of a {name} cannot be fused")
 
 
 def check_trim_text(trim_text: bool):

@@ -14,8 +14,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .families import DISTILLED_STEPS
-from .presets import DISTILLED, PRESETS
-from .schedule import Schedule, own_shift, solve
+from .presets import DISTILLED, PRESETS, SOLVED
+from .schedule import Schedule, solve
 
 if TYPE_CHECKING:
     from .families import Family
@@ -37,15 +37,14 @@ class Point(NamedTuple):
 
 
 def _preset(name: str) -> Point:
-    plain = PRESETS[name]
-    return Point(plain.steps, plain.ends, plain.ratio)
+    plain: Any = PRESETS.get(name) or SOLVED[name]
+    return Point(plain.steps, plain.ends, getattr(plain, "ratio", 0.2))
 
 
 # What budgets are interpolated between, by family; in any order. Other families have their presets.
 ANCHORS: dict[str, tuple[Point, ...]] = {
     "flux": (_preset("flux-7x"), _preset("flux-5x")),
     "sd3": (_preset("sd3-3x"), _preset("sd3-2x")),
-    "distilled": tuple(Point(steps, ends, 0.2) for steps, ends in DISTILLED.values()),
 }
 
 
@@ -116,9 +115,8 @@ def schedule_for(
         return family.flop(config, tokens, text_tokens)
 
     distilled = family.entry.is_distilled(parts.scheduler) or stock_steps == DISTILLED_STEPS
-    anchors = _anchors(family, "distilled" if distilled else family.name)
-    point = reach(speedup, stock_steps, anchors, work, height, width, 2 * parts.shrink)
-    shift = own_shift(parts.scheduler) if shift is None else shift
+    point = reach(speedup, stock_steps, _anchors(family, distilled), work, height, width, 2 * parts.shrink)
+    shift = family.entry.own_shift(parts.scheduler) if shift is None else shift
     return solve(point.steps, point.ends, shift, point.ratio, matching=matching, upsampler=upsampler)
 
 
@@ -148,8 +146,11 @@ def reach(
     return point
 
 
-def _anchors(family: "Family", kind: str) -> Iterable[Point]:
-    return ANCHORS.get(kind) or [_preset(name) for name in family.entry.presets if name in PRESETS]
+def _anchors(family: "Family", distilled: bool) -> Iterable[Point]:
+    if distilled:
+        return [_preset(name) for name in family.entry.presets if name in DISTILLED] or [_preset("distilled-4")]
+    named = (name for name in family.entry.presets if name not in DISTILLED)
+    return ANCHORS.get(family.name) or [_preset(name) for name in named if name in PRESETS or name in SOLVED]
 
 
 def _complete(kind: type, config: dict[str, Any]) -> dict[str, Any]:

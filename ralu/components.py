@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch.nn import Module
 from transformers import AutoTokenizer
 
@@ -16,15 +16,8 @@ from . import families
 from .blocks import unwrapped
 from .families import FAMILIES, Family
 from .mini import NAMES, mini_path
+from .models import latent_pixels, published_scheduler
 from .models import published as published_models
-from .models import published_scheduler
-
-# What all published models decode with; of a configuration only what differs from the class's defaults.
-_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
-    "use_quant_conv": False, "use_post_quant_conv": False,
-}  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -41,6 +34,7 @@ class Description(NamedTuple):
     """A pipeline's models, of which nothing is loaded or built, and its scheduler's configuration.
 
     clip_tokens: length that its CLIP prompts are padded to.
+    scheduler:   the configuration, with the pipeline's own `is_distilled` where it has one.
     """
 
     transformer: Model
@@ -55,9 +49,7 @@ class Description(NamedTuple):
         """Side of a latent pixel, in pixels."""
         if self.vae is None:
             return 8
-        config = json.loads(self.vae.config)
-        blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]  # as AutoencoderTiny saves it
-        return 2 ** (len(blocks) - 1)
+        return latent_pixels(json.loads(self.vae.config))
 
 
 def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
@@ -67,7 +59,7 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     that cannot be read.
     """
     clip_tokens, published = 77, published_models()
-    scheduler: Mapping[str, Any] = published_scheduler(model if isinstance(model, str) else None)
+    scheduler: dict[str, Any] = published_scheduler(model if isinstance(model, str) else None)
     family: Family | None
     parts: dict[str, Any]
     if model in NAMES:
@@ -75,8 +67,9 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     if isinstance(model, DiffusionPipeline):
         modules = {name: unwrapped(part) for name, part in model.components.items() if isinstance(part, Module)}
         parts = {name: (type(part), part.config) for name, part in modules.items()}
-        clip_tokens = model.tokenizer_max_length
-        scheduler = getattr(model.scheduler, "config", scheduler)
+        clip_tokens = getattr(model, "tokenizer_max_length", clip_tokens)
+        scheduler = dict(getattr(model.scheduler, "config", scheduler))
+        scheduler["is_distilled"] = model.config.get("is_distilled")
     elif isinstance(model, dict):
         kind = getattr(diffusers, str(model.get("_class_name")), None)
         parts = _published(family, model) if (family := _family(kind)) else {"transformer": (kind, model)}
@@ -85,8 +78,10 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
         parts = _published(family, family.published[model])
     elif isinstance(model, str | Path) and (Path(model).is_dir() or "/" in str(model)):
         parts = dict(_stored(model))
-        clip_tokens = AutoTokenizer.from_pretrained(model, subfolder="tokenizer").model_max_length
+        if any(kind.__name__.startswith("CLIP") for kind, _ in parts.values()):
+            clip_tokens = AutoTokenizer.from_pretrained(model, subfolder="tokenizer").model_max_length
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler")
+        scheduler["is_distilled"] = DiffusionPipeline.load_config(model).get("is_distilled")
     else:
         known = f"{', '.join([*published, *NAMES])}, a pipeline, its folder or hub id, or a transformer's configuration"
         raise ValueError(f"model must be one of {known}, got {model!r}")
@@ -107,8 +102,8 @@ def _family(kind: type | None) -> Family | None:
 
 
 def _published(family: Family, config: dict) -> dict[str, tuple[type, dict]]:
-    """Return a transformer beside the VAE and the text encoders that all published models of its family share."""
-    return {"transformer": (family.transformer, config), "vae": (AutoencoderKL, _VAE)} | family.encoders
+    """Return a transformer beside the VAE and the text encoders of the published models that it is like."""
+    return {"transformer": (family.transformer, config), "vae": family.vae} | family.encoders_of(config)
 
 
 def _stored(folder: str | Path) -> Iterator[tuple[str, tuple[type, dict]]]:

@@ -18,7 +18,6 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import T5EncoderModel
 
 from .budget import schedule_for
 from .caches import Cache, Progress
@@ -170,7 +169,7 @@ def estimate(
     passes = 2 if (family.guided if guided is None else guided) else 1
 
     def encoder(model):
-        tokens = text_tokens if model.kind is T5EncoderModel else parts.clip_tokens
+        tokens = parts.clip_tokens if model.kind.__name__.startswith("CLIP") else text_tokens
         return model.kind.__name__, passes, tokens, model, _encode, (batch, tokens)
 
     def stage(name, steps, tokens):
@@ -179,10 +178,13 @@ def estimate(
         return name, calls, tokens, parts.transformer, family.dummy_call, (samples, tokens, text)
 
     def decoder(name, height, width):
-        return name, 1, height * width, parts.vae, _decode, (batch, height, width)
+        shape = family.latents_shape(_built(parts.vae, dtype).config, batch, height, width)
+        return name, 1, height * width, parts.vae, _decode, shape
 
     def image_encoder(height, width):
-        return "resized estimate", 1, height * width, parts.vae, _encode_image, (batch, height, width, shrink)
+        frames = (1,) * (len(family.latents_shape(_built(parts.vae, dtype).config, batch, height, width)) - 4)
+        shape = batch, 3, *frames, height * shrink, width * shrink
+        return "resized estimate", 1, height * width, parts.vae, _encode_image, shape
 
     height, width = height // shrink, width // shrink
     full = height * width // 4
@@ -274,12 +276,12 @@ def _encode(module: Any, dtype: torch.dtype, batch: int, tokens: int):
     module(torch.empty(batch, tokens, dtype=torch.long))
 
 
-def _decode(module: Any, dtype: torch.dtype, batch: int, height: int, width: int):
-    module.decode(torch.empty(batch, module.config.latent_channels, height, width, dtype=dtype))
+def _decode(module: Any, dtype: torch.dtype, *shape: int):
+    module.decode(torch.empty(shape, dtype=dtype))
 
 
-def _encode_image(module: Any, dtype: torch.dtype, batch: int, height: int, width: int, shrink: int):
-    module.encode(torch.empty(batch, 3, height * shrink, width * shrink, dtype=dtype))
+def _encode_image(module: Any, dtype: torch.dtype, *shape: int):
+    module.encode(torch.empty(shape, dtype=dtype))
 
 
 @lru_cache

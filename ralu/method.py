@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 from .budget import speedup_of
 from .caches import CACHES
 from .options import BASELINE_OPTIONS, CHOICES, Options
-from .presets import BASELINES, DISTILLED, PRESETS
+from .presets import BASELINES, PRESETS, SOLVED
 
-SPATIAL = (*PRESETS, *DISTILLED, *BASELINES)
+SPATIAL = (*PRESETS, *SOLVED, *BASELINES)
 _TYPES = {"ratio": float, "threshold": float, "seeds": int}  # those of options that are no words
 _STOCK_OPTIONS = "solver", "spacing"  # those that mean something where nothing is upsampled
 _PRESET_OPTIONS = tuple(field.name for field in fields(Options) if field.name != "spacing")
@@ -62,8 +62,8 @@ class Method:
                 else "has stages"
             )
             raise ValueError(f"{self.spatial} {why} and has no {', '.join(sorted(odd))}")
-        if self.spatial in DISTILLED:
-            self.options.check_steps(DISTILLED[self.spatial][0][0], self.spatial)
+        if self.spatial in SOLVED:
+            self.options.check_steps(SOLVED[self.spatial].steps[0], self.spatial)
         defaults, printable = _defaults(self.spatial), str | float | int
         plain = [name for name, value in given.items() if isinstance(value, printable) and value == defaults[name]]
         object.__setattr__(self, "options", replace(self.options, **dict.fromkeys(plain)))

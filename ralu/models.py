@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,11 @@ from .mini import CALL_ARGUMENTS, NAMES, PIXELS, is_unpacked, mini_path
 from .schedule import Schedule
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "RaluScheduler")
+_SCHEDULERS: dict[str | None, dict[str, Any]] = {  # of published models, where they are no usual ones
+    "flux-schnell": {"use_dynamic_shifting": False, "shift": 1.0},
+    "flux2-klein-4b": {"is_distilled": True}, "flux2-klein-9b": {"is_distilled": True},
+    "z-image-turbo": {"use_dynamic_shifting": False, "shift": 3.0},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,12 @@ def find_model(name: str, others: Iterable[str] = ()) -> Model:
     entry = FAMILIES[family]
     parts = {part: _config(name, location, f"{part}/config.json") for part in ("vae", "transformer")}
     scheduler = _config(name, location, "scheduler/scheduler_config.json")
+    scheduler["is_distilled"] = index.get("is_distilled")
     if scheduler.get("_class_name") not in SCHEDULERS:
         raise UsageError(f"--model: RALU needs a {SCHEDULERS[0]}, {name} has a {scheduler.get('_class_name')}")
     embedded = is_unpacked(location)
     try:
-        vae = parts["vae"]
-        latent = 2 ** (len(vae.get("block_out_channels") or vae["decoder_block_out_channels"]) - 1)
+        latent = latent_pixels(parts["vae"])
         transformer = parts["transformer"]
         side = entry.sample_size or transformer["sample_size"]  # as the pipelines' default_sample_size
         patches = transformer[entry.position_limit] if entry.position_limit else None
@@ -142,7 +147,15 @@ def published() -> dict[str, Entry]:
 
 def published_scheduler(name: str | None) -> dict:
     """Return what matters here of a published model's scheduler; without a name of one that is not distilled."""
-    return {"use_dynamic_shifting": False, "shift": 1.0} if name == "flux-schnell" else {"use_dynamic_shifting": True}
+    return {"use_dynamic_shifting": True} | _SCHEDULERS.get(name, {})
+
+
+def latent_pixels(vae: Mapping[str, Any]) -> int:
+    """Return the side of a latent pixel, in pixels, by a VAE's configuration. Raises KeyError for an unknown one."""
+    if "temperal_downsample" in vae:  # a film's
+        return 2 ** len(vae["temperal_downsample"])
+    blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]  # as AutoencoderTiny saves it
+    return 2 ** (len(blocks) - 1)
 
 
 def published_model(name: str) -> Model:

@@ -18,6 +18,7 @@ from .blocks import named_arguments, unwrapped
 from .caches import Cache
 from .caches.hooks import Call
 from .families import Family
+from .layout import Layout
 from .scheduler import RaluScheduler
 
 
@@ -101,6 +102,47 @@ def remove_stand_ins(owner):
             value.remove()
 
 
+class Unpacking(StandIn):
+    """Bring the latents of an interrupted run, in any stage, to full resolution before they are decoded."""
+
+    name = "_unpack_latents"
+
+    def __call__(self, latents: Tensor, *size, **named):
+        """Unpack latents (B, L, C), brought to full resolution where an interrupted run left them."""
+        pipe = self.owner
+        layout: Any = getattr(pipe.scheduler, "layout", None)
+        # The pipeline sets its timestep to None after its loop, so no callback's call is taken for its own.
+        ended = layout is not None and calling_pipeline() is pipe and pipe.current_timestep is None
+        if ended and latents.shape[:2] == layout.positions.shape[:2]:
+            latents = pipe.scheduler.full_resolution(latents)
+        return self.stock(latents, *size, **named)
+
+
+class WholeDecode(StandIn):
+    """Bring the latents of an interrupted run, which may end in any stage, to full resolution before they are decoded.
+
+    The decoder alone sees those latents: nothing of the pipeline's own is called between its loop and the decoding. A
+    preview in a callback is of the whole image already, and what the caller decodes afterwards is the caller's.
+    """
+
+    name = "decode"
+
+    def __call__(self, latents: Tensor, *args, **kwargs):
+        """Decode latents (B, C, h, w), brought to full resolution where an interrupted run left them."""
+        pipe = calling_pipeline()
+        scheduler: Any = getattr(pipe, "scheduler", None)
+        layout = getattr(scheduler, "layout", None)
+        if layout is not None and pipe.interrupt and latents.shape[-2:] == _size(layout, scheduler.grid):
+            latents = scheduler.full_resolution(latents)
+        return self.stock(latents, *args, **kwargs)
+
+
+def _size(layout: Layout, grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of the latents (B, C, H, W) that hold a layout's tokens."""
+    (h, w), length = grid, layout.positions.shape[1]
+    return {"low": (2 * h, 2 * w), "mixed": (2, 2 * length), "full": (4 * h, 4 * w)}[layout.resolution]
+
+
 class LayoutHook:
     """A forward pre-hook that gives a transformer's calls the sample and positions of the scheduler's current layout.
 
@@ -117,7 +159,7 @@ class LayoutHook:
         self.parameters = named_arguments(pipe.transformer)
         self.fused = False
         self.fused_before: dict[str, Any] | None = None
-        unwrapped(pipe.transformer).pos_embed.__class__ = family.embedding[1]
+        self._embedding(pipe.transformer).__class__ = family.embedding[1]
         # On the outside: what torch.compile traces, and what offloading wraps anew on every call, lies within.
         self.handle = pipe.transformer.register_forward_pre_hook(self, with_kwargs=True)
 
@@ -131,7 +173,10 @@ class LayoutHook:
         """Take the hook off, and what it changed in the position embedding."""
         self.handle.remove()
         self.family.clear_layout(transformer)
-        unwrapped(transformer).pos_embed.__class__ = self.family.embedding[0]
+        self._embedding(transformer).__class__ = self.family.embedding[0]
+
+    def _embedding(self, transformer: nn.Module) -> Any:
+        return getattr(unwrapped(transformer), self.family.embedding_name)
 
     def __reduce_ex__(self, protocol):
         """Make it ready to be pickled. Raises TypeError with a cache: how diffusers puts hooks on cannot be pickled."""
@@ -172,30 +217,33 @@ class LayoutHook:
             self.family.clear_layout(module)  # a call that is none of RALU's
             return args, kwargs
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        sample = given["hidden_states"]
+        sample = self.family.sample_of(given)
         if scheduler.layout is None:
             scheduler.start(sample, self.family.grid_of(given), self.token_pixels, self._images(pipe, given))
-        given["hidden_states"] = scheduler.subsample_first(sample)
+        self.family.set_sample(given, scheduler.subsample_first(sample))
         self.family.set_layout(module, given, scheduler.layout, scheduler.grid)
         return (), given
 
     def _images(self, pipe: Any, given: dict) -> int:
         """Count the images of a call, which guidance may double."""
         doubled = self.family.batched_guidance and pipe is not None and pipe.do_classifier_free_guidance
-        return len(given["hidden_states"]) // (2 if doubled and given.get("skip_layers") is None else 1)
+        return len(self.family.sample_of(given)) // (2 if doubled and given.get("skip_layers") is None else 1)
 
     def _set_context(self, transformer: Any, pipe: Any, given: dict):
         """Tell the cache's hooks of a call."""
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         before = next((m._context for r in registry._get_child_registries() for m in managers_of(r)), None)
         skipped = given.get("skip_layers")
-        # SD3's pipeline sets no context, and calls for other layers have a history of their own.
-        name = before.name if hasattr(transformer, "cache_context") and before else "all layers"
+        # SD3's and Z-Image's pipelines set no context. Calls for other layers have a history of their own, and so have
+        # those that guidance, which Z-Image may stop on the way, does not double any more.
+        images = self._images(pipe, given)
+        rows = f"all layers, {len(self.family.sample_of(given))} rows"
+        name = before.name if hasattr(transformer, "cache_context") and before else rows
         ours, layout = pipe is None or pipe.scheduler is self.scheduler, self.scheduler.layout
         call = Call(
             name if skipped is None else "some layers",
             progress=self.scheduler.progress if ours else None,
-            images=self._images(pipe, given),
+            images=images,
             mask=None if layout is None else layout.mask,
             skipped=tuple(skipped or ()),
         )

@@ -34,12 +34,13 @@ def enable(
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.
 
-    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `StableDiffusion3Pipeline`.
+    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `StableDiffusion3Pipeline`, `Flux2Pipeline`,
+             `Flux2KleinPipeline`, `QwenImagePipeline`, `ZImagePipeline`.
     preset:  "flux-5x" (default) or "flux-7x" for FLUX.1-dev, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5,
              "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
-             its configuration), "bottleneck-..." and "speed-..." for methods that RALU is compared with, see
-             `ralu.preset`, "stock-STEPS" for no stages, a `Schedule`, or a whole method, see `ralu.method`:
-             "flux-5x(ratio=0.3)+taylorseer(interval=3)".
+             its configuration), other families' as the README has them, "bottleneck-..." and "speed-..." for methods
+             that RALU is compared with, see `ralu.preset`, "stock-STEPS" for no stages, a `Schedule`, or a whole
+             method, see `ralu.method`: "flux-5x(ratio=0.3)+taylorseer(interval=3)".
     speedup: instead of a preset, how many times less work than in a stock run the transformer shall do, from 1.5 to 12.
              It chooses steps, ends and ratio by `ralu.schedule_for`, for the pipeline's default size whatever is
              generated; for another give what that returns. "speedup-6" as a preset is the same.
@@ -55,7 +56,8 @@ def enable(
 
     The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran; SD3's progress bar and
     the window of its skip-layer guidance go by the number asked for all the same). Height and width must divide by 32.
-    With a threshold, SD3 generates images one at a time unless it is fused: its attention takes no mask. A pipeline or
+    With a threshold, SD3 generates images one at a time unless it is fused, and Qwen-Image and Z-Image do so always:
+    their attention takes no mask. Blocks are fused in FLUX.1 and SD3 alone. A pipeline or
     transformer that is already enabled, here or in a pipeline it is shared with, is disabled first. Raises ValueError
     or TypeError, before anything is changed, for a pipeline or scheduler that RALU cannot serve and for a wrong option.
     """
@@ -71,6 +73,8 @@ def enable(
     if trim_text and not fused:
         raise ValueError("trim_text=True needs fused=True or 'auto', got fused=False")
     check(pipe, family)
+    if fused is True or trim_text:
+        blocks.check_fusible(family)
     if speedup is not None:
         if preset is not None:
             raise ValueError(f"give preset or speedup, not both: got preset={preset!r}, speedup={speedup!r}")
@@ -156,7 +160,7 @@ def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule |
         preset, options = preset if preset is not None else saved.pop("preset"), saved | options
         options.pop("preset", None)
     if preset is None:
-        preset = family.entry.fitting_presets(config)[0]
+        preset = family.entry.fitting_presets(config | {"is_distilled": pipe.config.get("is_distilled")})[0]
     if isinstance(preset, str) and (speedup := speedup_of(preset)) is not None:
         if odd := [name for name in ("ratio", "threshold") if options.get(name) is not None]:
             raise ValueError(f"a speedup chooses its own ratio, so {odd[0]} must be None, got {options[odd[0]]}")
@@ -175,9 +179,9 @@ def check(pipe: DiffusionPipeline, family: Family):
     if transformer is None:
         raise ValueError("pipe.transformer must be a model, got None")
     model = blocks.unwrapped(transformer)
-    if type(model.pos_embed) not in family.embedding:
-        expected, kind = family.embedding[0].__name__, type(model.pos_embed).__name__
-        raise ValueError(f"pipe.transformer.pos_embed must be a {expected}, got {kind}")
+    if (kind := type(getattr(model, family.embedding_name))) not in family.embedding:
+        expected, name = family.embedding[0].__name__, f"pipe.transformer.{family.embedding_name}"
+        raise ValueError(f"{name} must be a {expected}, got {kind.__name__}")
     family.check(model)
     parallel = getattr(model, "_parallel_config", None)
     if parallel is not None and parallel.context_parallel_config is not None:
@@ -209,7 +213,7 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
         made = hook.cache.velocity(transformer, tokens, scheduler.progress)
         return given if made is tokens else family.unpack(made, (given.shape[-2] // 2, given.shape[-1] // 2))
 
-    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity, resize)
+    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity, resize, family.normalised(pipe))
 
 
 def run_begins(scheduler: RaluScheduler):
@@ -265,7 +269,7 @@ class PaddingOfZeros(StandIn):
     def __call__(self, *args, **kwargs):
         """Encode prompts (stock signature), with zeros for padding where the transformer is fused."""
         pipe = self.owner
-        encoder = getattr(pipe, family_of(pipe).t5)
+        encoder = getattr(pipe, str(family_of(pipe).t5))
         # Without T5 SD3 has zeros anyway; the stock attention would attend to the zeros.
         if encoder is None or not blocks.is_fused(pipe.transformer):
             return self.stock(*args, **kwargs)

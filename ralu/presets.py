@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 from .schedule import Schedule, bottleneck, region_adaptive, solve, two_resolutions
 
@@ -10,20 +11,39 @@ def _differences(*totals: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in pairwise((0, *totals)))
 
 
-# Table S1, which gives cumulative steps. The distilled models' shifts are solved for each model's own, see `preset`.
+class Solved(NamedTuple):
+    """A preset that is solved for a model's own timestep shift.
+
+    shift: of the models it is for, of those that shift by resolution at 1024 px in a stock run; None where they differ.
+    """
+
+    steps: tuple[int, ...]
+    ends: tuple[float, ...]
+    shift: float | None = None
+
+
+# Table S1, which gives cumulative steps.
 PRESETS = {
     "flux-5x": region_adaptive(_differences(4, 9, 15), (0.3, 0.45, 1.0), (5.12, 2.64, 2.25), 0.0177, ratio=0.2),
     "flux-7x": region_adaptive(_differences(2, 5, 10), (0.2, 0.3, 1.0), (8.14, 2.86, 2.19), 0.0255, ratio=0.2),
     "sd3-2x": region_adaptive(_differences(5, 11, 20), (0.2, 0.3, 1.0), (6.21, 2.23, 1.97), 0.0586, ratio=0.3),
     "sd3-3x": region_adaptive(_differences(3, 6, 12), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, ratio=0.2),
 }
-DISTILLED = {"distilled-4": (_differences(1, 2, 4), (0.3, 0.45, 1.0))}
 # What `solve` finds for the shifts of FLUX.1-schnell and SD3.5-large-turbo. The minimum is flat and has kinks, so that
 # a processor's rounding moves it by a percent, and images with it: these are the same everywhere.
 _SOLUTIONS = {
     ("distilled-4", 1.0): ((1.007704080219396, 0.5675231984300045, 0.864008966471574), 0.25),
     ("distilled-4", 3.0): ((4.584506000881206, 2.2768537650242657, 2.6073826201615926), 0.0006234145791643087),
 }
+# The ends are FLUX.1's at the same share of a stock run.
+SOLVED = {
+    "flux2-5x": Solved((4, 5, 6), (0.145, 0.245, 1.0), 7.56), "flux2-7x": Solved((2, 3, 5), (0.09, 0.145, 1.0), 7.56),
+    "qwen-5x": Solved((4, 5, 6), (0.391, 0.551, 1.0), 2.0), "qwen-7x": Solved((2, 3, 5), (0.273, 0.391, 1.0), 2.0),
+    "zimage-2x": Solved((1, 2, 3), (0.3, 0.45, 1.0), 3.0),
+    "zimage-5x": Solved((4, 5, 6), (0.176, 0.29, 1.0), 6.0), "zimage-7x": Solved((2, 3, 5), (0.111, 0.176, 1.0), 6.0),
+    "klein-4": Solved((1, 1, 2), (0.115, 0.199, 1.0), 9.89), "distilled-4": Solved((1, 1, 2), (0.3, 0.45, 1.0)),
+}  # fmt: skip
+DISTILLED = ("klein-4", "distilled-4")  # of the models of four steps
 
 # FLUX shifts by the number of tokens: what `FluxPipeline` does at 1024 px and, in the low stages, at 512.
 _FLUX_FULL, _FLUX_LOW, _SD3 = math.exp(1.15), math.exp(0.63), 3.0
@@ -44,9 +64,14 @@ BASELINES = {
 }
 
 
+def known_shift(name: Any) -> float:
+    """Return the timestep shift of the models that a preset is for, where they shift by resolution: as a rule 3."""
+    return (SOLVED[name].shift if isinstance(name, str) and name in SOLVED else None) or 3.0
+
+
 def preset(
     name: str,
-    shift: float = 1.0,
+    shift: float | None = None,
     ratio: float | None = None,
     *,
     matching: str = "covariance",
@@ -60,7 +85,8 @@ def preset(
     cost as much to within 1.5 %, attention included. They become full at the time at which that preset does, under the
     model's own shift at each resolution.
 
-    shift: the model's own, which matters for "distilled-4" alone: 1 for FLUX.1-schnell, 3 for SD3.5-large-turbo.
+    shift: the model's own, which matters for the names in `SOLVED` alone; None for the one that is known of them. With
+           "distilled-4" it is 1 for FLUX.1-schnell, as by default, and 3 for SD3.5-large-turbo.
     ratio: replaces the preset's. matching, upsampler: for comparison, see `match_noise`. All three of RALU's alone.
     Raises ValueError for an unknown name or a value out of range, and ImportError where SciPy is needed and absent.
     """
@@ -72,12 +98,16 @@ def preset(
         plain = PRESETS[name]
         given = plain.steps, plain.ends, plain.shifts, plain.c, plain.ratio
         schedule = region_adaptive(*given, matching=matching, upsampler=upsampler)
-    elif name in DISTILLED:
-        options = {"matching": matching, "upsampler": upsampler}
-        known = _SOLUTIONS.get((name, shift))
-        schedule = (
-            region_adaptive(*DISTILLED[name], *known, **options) if known else solve(*DISTILLED[name], shift, **options)
-        )
+    elif name in SOLVED:
+        steps, ends, known = SOLVED[name]
+        own = known or 1.0 if shift is None else shift
+        h, c = _SOLUTIONS.get((name, own)) or _solution(steps, ends, own)
+        schedule = region_adaptive(steps, ends, h, c, matching=matching, upsampler=upsampler)
     else:
-        raise ValueError(f"preset must be one of {', '.join([*PRESETS, *DISTILLED, *BASELINES])}, got {name!r}")
+        raise ValueError(f"preset must be one of {', '.join([*PRESETS, *SOLVED, *BASELINES])}, got {name!r}")
     return schedule if ratio is None else schedule.replace(ratio=ratio)
+
+
+def _solution(steps, ends, shift: float):
+    solved = solve(steps, ends, shift)
+    return solved.shifts, solved.c

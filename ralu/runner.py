@@ -124,9 +124,10 @@ class Runner:
 
         masked = self.method.options.threshold is not None and not families.load(self.model.family).takes_mask
         if masked and len(prompts) > 1 and not is_fused(self.pipe.transformer):
+            fusible = " if its blocks are not fused" if families.load(self.model.family).fused_blocks else ""
             raise UsageError(
                 f"{self.method}: with a threshold the images of a batch differ in tokens, which {self.model.pipeline} "
-                "takes only if its blocks are fused; give a ratio, or take one prompt at a time"
+                f"does not take{fusible}; give a ratio, or take one prompt at a time"
             )
         calls: list[int] = []
         hook = self.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -139,7 +140,7 @@ class Runner:
         try:
             start = time.perf_counter()
             images = self.pipe(
-                prompts, generator=generators, callback_on_step_end=callback, **steps, **self.call_arguments
+                prompt=prompts, generator=generators, callback_on_step_end=callback, **steps, **self.call_arguments
             ).images
             return Result(images, time.perf_counter() - start, len(calls))
         finally:

@@ -28,12 +28,12 @@ def shifted(u, h):
     return h * u / (1 + (h - 1) * u)
 
 
-def own_shift(scheduler: Mapping[str, Any]) -> float:
+def own_shift(scheduler: Mapping[str, Any], known: float = 3.0) -> float:
     """Read a model's own timestep shift off its scheduler's configuration.
 
-    FLUX.1-dev shifts by resolution, and the paper's tables are for what it reaches at 1024 px: 3.
+    known: what it is where it depends on the resolution. FLUX.1-dev reaches 3 at 1024 px by the paper's tables.
     """
-    return 3.0 if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))
+    return known if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))
 
 
 @dataclass(frozen=True)

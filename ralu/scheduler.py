@@ -20,6 +20,7 @@ from .caches import Progress
 from .interpolation import check_resize
 from .layout import Layout
 from .options import Options, schedule_of
+from .presets import known_shift
 from .regions import scorer_of
 from .schedule import Schedule, own_shift
 from .solver import Solver
@@ -29,7 +30,7 @@ logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
 
 # Stock options that change the noise levels after shifting, or add noise of their own.
 _DISTORTING = (
-    "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
     "stochastic_sampling", "use_flow_sigmas",
 )  # fmt: skip
 OPTIONS = tuple(field.name for field in fields(Options))
@@ -43,7 +44,8 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     preset:   a name of `ralu.presets`, a `Schedule`, or the dict that a saved one is. "stock-STEPS" is the stock
               schedule with that many steps, and "stock" with as many as are asked for.
-    the rest: as `ralu.Options` describes it, and the arguments of `FlowMatchEulerDiscreteScheduler`.
+    the rest: as `ralu.Options` describes it, and the arguments of `FlowMatchEulerDiscreteScheduler`. `shift_terminal`,
+              by which Qwen-Image's stock run of 50 steps is changed by 0.02 at most, is for stock schedules alone.
 
     Raises TypeError or ValueError for what is not as described, and for a stock option that would distort the schedule.
     """
@@ -70,7 +72,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         )
         if distorting := ", ".join(key for key in _DISTORTING if self.config.get(key)):
             raise ValueError(f"the stock scheduler's {distorting} must be off: it would distort RALU's schedule")
-        self.schedule = None if preset == "stock" else schedule_of(preset, options, own_shift(self.config))
+        self.schedule = (
+            None if preset == "stock" else schedule_of(preset, options, own_shift(self.config, known_shift(preset)))
+        )
         self.is_stock = isinstance(preset, str) and preset.startswith("stock")
         self.has_regions = self.schedule is not None and bool(self.schedule.mixed)
         # Only a name can be saved: None is for a mask or a scorer.
@@ -98,6 +102,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         unpack: Callable[[Tensor, tuple[int, int]], Tensor] = lambda tokens, grid: tokens,
         velocity: Callable[[Tensor], Tensor] = lambda velocity: velocity,
         resize: Callable | None = None,
+        normalised: tuple[Tensor, Tensor] | None = None,
     ):
         """Make ready to run. A second call replaces the first.
 
@@ -107,6 +112,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
                       samples as the model's.
         velocity:     makes that of a step of what the model gave for it, of the same shape.
         resize:       for upsampler="pixels", see `ralu.stages.Run`.
+        normalised:   how the channels of tokens are normalised, see `ralu.stages.Run`.
         Raises ValueError for regions="canny" without a decoder, and upsampler="pixels" without `resize`.
         """
         regions = self.config.regions if self.has_regions else "gradient"
@@ -117,11 +123,12 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         if not self.is_stock:
             check_resize(self.schedule, resize)
         self._bound_scorer, self._resize = self.scorer or scorer_of(regions, decode), resize
-        self._stage_begins, self._pack, self._unpack, self._velocity = stage_begins, pack, unpack, velocity
+        self._stage_begins, self._velocity = stage_begins, velocity
+        self._samples = {"pack": pack, "unpack": unpack, "normalised": normalised}
 
     def unbind(self):
         """Forget the model."""
-        self._bound_scorer = self._stage_begins = self._pack = self._unpack = None
+        self._bound_scorer = self._stage_begins = self._samples = None
         self._velocity = self._resize = self._run = self._solver = None
 
     @property
@@ -131,7 +138,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
 
     def __getstate__(self):
         """Leave the model out: a scheduler that is copied or pickled must not take it along."""
-        loose = ("_bound_scorer", "_stage_begins", "_pack", "_unpack", "_velocity", "_resize", "_run", "_solver")
+        loose = ("_bound_scorer", "_stage_begins", "_samples", "_velocity", "_resize", "_run", "_solver")
         return self.__dict__ | dict.fromkeys(loose)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -168,7 +175,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             return
         if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, _trailing(asked))):
             raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps do not fit in")
-        run = Run(self.schedule, self._bound_scorer, self.options, self._resize, pack=self._pack, unpack=self._unpack)
+        run = Run(self.schedule, self._bound_scorer, self.options, self._resize, **self._samples)
         self._run = run
         self.num_inference_steps = len(run.steps)
         self.sigmas = torch.cat([run.sigmas, torch.zeros(1)]).to(device)

@@ -1,6 +1,7 @@
 """The stages of a run: the transitions in between, and the loop. Needs PyTorch alone. Tokens as in `ralu.layout`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,33 +17,10 @@ from .errors import odd_grid
 from .layout import Grid, Layout, pack, pad, raster, strip, unpack
 from .options import Options, schedule_of
 from .schedule import SMOOTH, Schedule, Transition
+from .seeds import seeds_of
 from .solver import Solver, sample_squares
 
 _RULES = "granularity", "kept_noise", "backend"  # the options that are keywords of `ralu_kernels`' transitions too
-
-
-def seeds_of(noise: Tensor) -> Tensor:
-    """Derive a 64-bit seed for each sample from the signs of its starting noise (B, ...): int64 (B,).
-
-    Diffusers gives a scheduler's `step` no generator, and a sample's noise says all that its generator would. Rounding
-    keeps signs, so noise in bfloat16, or that differs in its last bits, gives the same seed. Integer arithmetic alone:
-    the seed depends neither on the batch nor on the device.
-    """
-    negative = noise.detach().flatten(1).signbit()
-    keys = _mixed(torch.arange(1, negative.shape[1] + 1, device=noise.device) * -0x61C8864680B583EB)
-    return _mixed((keys * negative).sum(dim=1))
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """Apply SplitMix64's finaliser, a bijection in which each bit depends on all 64: int64 of any shape."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        bits = (bits ^ _shifted_right(bits, shift)) * factor
-    return bits ^ _shifted_right(bits, 31)
-
-
-def _shifted_right(bits: Tensor, count: int) -> Tensor:
-    """Shift right with zeros from the left, where >> would repeat the sign."""
-    return bits >> count & (1 << 64 - count) - 1
 
 
 # ---- transitions ----
@@ -115,6 +93,9 @@ class Run:
     pack, unpack: where a model's samples are no tokens (B, L, C): `pack(sample)` gives them and
                   `unpack(tokens, (rows, columns))` undoes it. A mixed sequence is one row. The methods below take and
                   give samples as the model's.
+    normalised:   (deviation, mean), (C,) each, where every channel of a token is normalised apart: copies of a latent
+                  pixel, which come to other channels, are made of `x · deviation + mean` and normalised anew. The
+                  noise in a sample, which is white under the normalisation, is copied as it is.
     """
 
     def __init__(
@@ -126,9 +107,11 @@ class Run:
         *,
         pack: Callable[[Tensor], Tensor] = _same,
         unpack: Callable[[Tensor, Grid], Tensor] = _same,
+        normalised: tuple[Tensor, Tensor] | None = None,
     ):
         interpolation.check_resize(schedule, resize)
         self.schedule, self.options, self.resize = schedule, options, resize
+        self.normalised = normalised
         self.scorer: Callable = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
         self.solver = Solver(options.chosen("solver")["solver"], self._squares)
@@ -226,14 +209,15 @@ class Run:
     def _enter(self, stage: int, sample: Tensor, x0: Tensor) -> Tensor:
         """Make the sample that a stage begins with of the previous stage's last one and its clean estimate."""
         transition, before = self.schedule.transitions[stage - 2], self.layout
-        tokens, x0, rest = self.pack(sample), self.pack(x0), (self._seeds, self.options)
+        tokens, x0 = self.pack(sample), self.pack(x0)
         if transition.kind == "select":
             scores = regions.score(self.scorer, x0, self.grid, self._seeds)
             threshold = self.options.threshold
             chosen: dict[str, Any] = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
             plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
-            packed = self._by_pixels(select(tokens, plan, transition, *rest), x0, transition, plan)
             self.layout = Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)
+            packed = self._moved(select, tokens, x0, plan, transition, self.options)
+            packed = self._by_pixels(packed, x0, transition, plan)
             return self.unpack(pad(packed, plan), (1, plan.max_seqlen))
         self.layout = self._whole(stage, len(sample), sample.device)
         if transition.kind == "resample":
@@ -241,17 +225,30 @@ class Run:
             if transition.interpolation == "pixels":
                 x0 = self.resize(x0, *grids)
             else:
-                x0 = interpolation.resized(x0, *grids, transition.interpolation)
+                deviation, mean = (x.to(x0) for x in self.normalised or torch.tensor([1.0, 0.0]))
+                x0 = interpolation.resized(x0 * deviation + mean, *grids, transition.interpolation)
+                x0 = (x0 - mean) / deviation
             tokens = resample(x0, grids[1], transition, self._seeds, stage, self.options)
         elif transition.kind == "complete":
             tokens, x0 = strip(tokens, before.plan), strip(x0, before.plan)
-            tokens = complete(tokens, before.plan, transition, *rest)
+            tokens = self._moved(complete, tokens, x0, before.plan, transition, self.options)
             x0 = interpolation.low_estimate(x0, before.plan, before.x0)
             tokens = self._by_pixels(tokens, x0, transition, before.plan)
         else:
-            tokens = renoise(tokens, self.grid, transition, self._seeds, stage, self.options)
+            tokens = self._moved(renoise, tokens, x0, self.grid, transition, stage, self.options)
             tokens = self._by_pixels(tokens, x0, transition)
         return self.unpack(tokens, self._grid_of(self.layout))
+
+    def _moved(self, move: Callable, tokens: Tensor, x0: Tensor, where: Any, transition: Transition, *rest) -> Tensor:
+        """Make a transition, where the clean estimate in the tokens is copied as `normalised` says."""
+        moved = move(tokens, where, transition, self._seeds, *rest)
+        if self.normalised is None or transition.interpolation == "pixels":  # whose correction is to plain copies
+            return moved
+        plain = replace(transition, scale=1.0, noise_scale=0.0)
+        deviation, mean = (x.to(moved.device) for x in self.normalised)
+        unchanged, copied = (move(x, where, plain, self._seeds, *rest) for x in (x0, x0 * deviation + mean))
+        clean = self.schedule.ends[self.layout.stage - 2]  # the estimate's share in the tokens
+        return moved + transition.scale * clean * ((copied - mean) / deviation - unchanged)
 
     def _by_pixels(self, tokens: Tensor, x0: Tensor, transition: Transition, plan: TokenPlan | None = None) -> Tensor:
         """Correct upsampled tokens where the transition says so. x0: the clean estimate on the low grid."""
@@ -268,11 +265,13 @@ class Run:
         plain = Transition("complete", 0.0, scale=1.0, noise_scale=0.0)
         seeds = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
         tokens = self.pack(self.first(sample))
+        deviation, mean = (x.to(tokens) for x in self.normalised or torch.tensor([1.0, 0.0]))
+        tokens = tokens * deviation + mean
         if layout.plan is None:
             full = renoise(tokens, self.grid, plain, seeds, layout.stage + 1, self.options)
         else:
             full = complete(strip(tokens, layout.plan), layout.plan, plain, seeds, self.options)
-        return self.unpack(full, self.full_grid)
+        return self.unpack((full - mean) / deviation, self.full_grid)
 
     def _whole(self, stage: int, batch: int, device: torch.device) -> Layout:
         resolution = self.schedule.stages[stage - 1].resolution

@@ -5,7 +5,7 @@ from types import MethodType
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 
 import ralu
 
@@ -13,6 +13,14 @@ import ralu
 def before(model, given):
     """The streams of image and text, the vector of time and prompt, and what else the blocks are called with."""
     named = {"joint_attention_kwargs": given.get("joint_attention_kwargs")}
+    if isinstance(model, QwenImageTransformer2DModel):
+        hidden, text = (
+            model.img_in(given["hidden_states"]),
+            model.txt_in(model.txt_norm(given["encoder_hidden_states"])),
+        )
+        shapes = given["img_shapes"], text.device, text.shape[1]
+        named |= {"encoder_hidden_states_mask": None, "image_rotary_emb": model.pos_embed(*shapes)}
+        return hidden, text, model.time_text_embed(given["timestep"], hidden), named
     if isinstance(model, FluxTransformer2DModel):
         hidden, time = model.x_embedder(given["hidden_states"]), given["timestep"] * 1000
         named["image_rotary_emb"] = model.pos_embed(torch.cat([given["txt_ids"], given["img_ids"]]))
@@ -28,7 +36,7 @@ def blocks(model):
 
 def after(model, given, hidden, temb):
     tokens = model.proj_out(model.norm_out(hidden, temb))
-    if isinstance(model, FluxTransformer2DModel):
+    if not hasattr(model.pos_embed, "proj"):
         return (tokens,)
     *_, height, width = given["hidden_states"].shape
     grid = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (2, 2, -1))

@@ -74,7 +74,13 @@ def test_the_work_is_what_was_asked_for(unsolved, model, size):
 
 
 FLUX = {"flux": tiny.flux, "guided": lambda: tiny.flux(guidance_embeds=True)}
-PIPELINES = FLUX | {version: lambda version=version: tiny.sd3(version) for version in tiny.SD3}
+PIPELINES = FLUX | {
+    "klein": tiny.flux2,
+    "dev": lambda: tiny.flux2(dev=True),
+    "qwen": tiny.qwen_image,
+    "z": tiny.z_image,
+}
+PIPELINES |= {version: lambda version=version: tiny.sd3(version) for version in tiny.SD3}
 
 
 @pytest.mark.parametrize("name", PIPELINES)

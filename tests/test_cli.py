@@ -182,7 +182,7 @@ def test_defaults_of_the_embedded_model(folder, tmp_path, monkeypatch):
     class CallError(Exception):
         pass
 
-    def call(self, prompts, **given):
+    def call(self, prompt, **given):
         calls.append(given)
         raise CallError
 
@@ -225,7 +225,7 @@ def test_sd3_goes_by_its_own_presets(rows, tmp_path, monkeypatch, capsys):
     assert "StableDiffusion3Pipeline; choose of sd3-2x, sd3-3x, " in capsys.readouterr().err
 
     calls = []
-    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", lambda self, prompts, **given: calls.append(given))
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", lambda self, prompt, **given: calls.append(given))
     with pytest.raises(AttributeError):  # the pipeline gives no images any more
         main(["generate", "fox", "--model", "mini-sd3", "-o", output])
     assert calls[0]["height"] == 256 and calls[0]["guidance_scale"] < 7 and calls[0]["max_sequence_length"] == 32
@@ -237,6 +237,7 @@ def test_sd3_goes_by_its_own_presets(rows, tmp_path, monkeypatch, capsys):
         ([], ralu.preset("flux-5x")),
         (["--preset", "sd3-2x"], ralu.preset("sd3-2x")),
         (["--preset", "bottleneck-sd3-2x"], ralu.preset("bottleneck-sd3-2x")),
+        (["--preset", "qwen-5x"], ralu.preset("qwen-5x", shift=2.0)),
         (["--preset", "distilled-4", "--shift", "1"], ralu.preset("distilled-4", shift=1.0)),
         (["--steps", "2", "3", "5", "--ends", ".2", ".3", "1"], ralu.solve((2, 3, 5), (0.2, 0.3, 1.0))),
     ],

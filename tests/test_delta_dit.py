@@ -62,7 +62,7 @@ def by_hand(pipe, interval, count, boundary, steps):
                 hidden, text, index = hidden + delta, None if text_delta is None else text + text_delta, stop
                 continue
             if index not in skipped:
-                text, hidden = blocks[index](hidden, text, temb, **named)
+                text, hidden = blocks[index](hidden_states=hidden, encoder_hidden_states=text, temb=temb, **named)
             index += 1
             seen.append((hidden, text))
         if full:
@@ -93,6 +93,7 @@ def test_a_stock_run_equals_the_method_written_out_by_hand(stock, family, interv
     assert (got - latents(stock, **call)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image"], indirect=True)
 def test_a_run_with_stages_equals_the_method_written_out_by_hand(stock, family):
     cache = "delta-dit(interval=2,num_blocks=2,boundary=0.6)"
     got = latents(ralu.enable(stock, family.presets[0], cache=cache))

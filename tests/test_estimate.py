@@ -93,9 +93,14 @@ def test_flux_by_hand():
     assert part.attention * 1e12 == pytest.approx(3 * 57 * 4 * both**2 * width, rel=1e-12)
 
 
-PIPELINES = {"flux": tiny.flux, "guided": lambda: tiny.flux(guidance_embeds=True)} | {
-    f"sd3-{version}": lambda version=version: tiny.sd3(version) for version in tiny.SD3
-}
+GUIDED = ("guided", "flux2", "qwen", "z")
+PIPELINES = {
+    "flux": tiny.flux,
+    "guided": lambda: tiny.flux(guidance_embeds=True),
+    "flux2": tiny.flux2,
+    "qwen": tiny.qwen_image,
+    "z": tiny.z_image,
+} | {f"sd3-{version}": lambda version=version: tiny.sd3(version) for version in tiny.SD3}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,8 @@ def test_operations_of_a_real_run(name, method):
         tiny.generate(pipe, tiny.PROMPTS[:2], (0, 1), height=48, width=64, **call)
     counts = counter.get_flop_counts()
 
-    options = {"height": 48, "width": 64, "text_tokens": TEXT, "batch": 2, "guided": name == "guided" or None}
+    text_tokens = TEXT if pipe.text_encoder is not None else 5
+    options = {"height": 48, "width": 64, "text_tokens": text_tokens, "batch": 2, "guided": name in GUIDED or None}
     cost = estimate(pipe, run, **options)
     attention = counts["Global"][torch.ops.aten.bmm]
     assert cost.attention * 1e12 == pytest.approx(attention, rel=1e-12)
@@ -141,9 +147,31 @@ def test_weights_of_a_real_pipeline(name):
     assert estimate(pipe, 1, height=64, width=64).weight_bytes == storage_bytes(pipe)
 
 
+@pytest.mark.parametrize(
+    ("model", "billions"), [("flux2-dev", 24), ("flux2-klein-4b", 4), ("flux2-klein-9b", 8.2), ("qwen-image", 8.3)]
+)
+def test_language_models_that_encode_prompts(model, billions):
+    """Mistral Small, Qwen3-4B and 8B and Qwen2.5-VL-7B by their cards, which run without what they see images with."""
+    family = next(load(name) for name, entry in FAMILIES.items() if model in entry.published)
+    kind, config = family.encoders_of(family.published[model])["text_encoder"]
+    with torch.device("meta"):
+        encoder = kind(kind.config_class(**config))
+    assert sum(weight.numel() for weight in encoder.parameters()) / 1e9 == pytest.approx(billions, rel=0.03)
+    seeing = ("visual", "vision", "multi_modal")
+    matrices = [
+        module.weight.numel()
+        for name, module in encoder.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(part in name for part in seeing)
+    ]
+    text, *_, low, mixed, full, _ = estimate(model, preview=False, text_tokens=64, dtype=torch.bfloat16).parts
+    assert text.tokens == 64 and text.tflop * 1e12 == pytest.approx(text.calls * 2 * 64 * sum(matrices), rel=1e-9)
+    assert (full.tokens, low.tokens) == (4096, 1024) and low.tflop / low.calls < mixed.tflop / mixed.calls
+
+
 def test_every_published_model():
     """Numbers in the transformers' weight files in 10^9, as their model cards round them."""
     cards = {"flux-dev": 12, "flux-schnell": 12, "sd3-medium": 2, "sd3.5-medium": 2.5, "sd3.5-large": 8.1}
+    cards |= {"flux2-dev": 32, "flux2-klein-4b": 4, "flux2-klein-9b": 9, "qwen-image": 20, "z-image-turbo": 6}
     configs = {name: (load(family).transformer, config)
                for family in FAMILIES for name, config in load(family).published.items()}  # fmt: skip
     assert cards.keys() == configs.keys() == {name for entry in FAMILIES.values() for name in entry.published}

@@ -34,7 +34,7 @@ class DeltaDiT(Cache):
     Raises ValueError for values out of range, and TypeError for those of a wrong type.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("flux", "sd3")
+    families: ClassVar[tuple[str, ...]] = ("flux", "qwen_image", "sd3")
 
     interval: int = 2
     num_blocks: int = 0

@@ -21,7 +21,7 @@ _STREAMS = ("hidden_states", "encoder_hidden_states", "temb")
 class Call(CacheContext):
     """A call of a transformer: `ralu.enable` makes it the context of the state managers of all hooks.
 
-    Contexts of different names have states of their own: "cond" and "uncond" in FLUX, "all layers" and "some layers"
+    Contexts of different names have states of their own: "cond" and "uncond" in FLUX, all layers and "some layers"
     (skip-layer guidance) in SD3.
 
     progress: None for a call that is of no run: then everything is to be computed, and nothing to be kept.

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace):
 
         prompts = [prompt.text for prompt in read_prompts(args.prompts)]
     method = Method(f"stock-{args.steps or find_model(args.model).stock_steps}")
-    model, size = arguments.checked_model(args, [method])
+    model, size = arguments.checked_model(args, [Method.parse(f"{method}+{args.cache}")])
     arguments.check_output(args.output)
     runner = arguments.make_runner(args, model, size)
     runner.use(method)

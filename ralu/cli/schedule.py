@@ -5,7 +5,7 @@ import argparse
 from ..errors import UsageError, usage
 from ..method import SPATIAL, Method
 from ..models import find_model, published, published_model
-from ..presets import preset
+from ..presets import SOLVED, preset
 from ..schedule import RESOLUTIONS, solve
 from . import arguments
 
@@ -30,7 +30,8 @@ def add(commands):
     arguments.add_size(parser, "for --speedup (default: 1024; 256 for the embedded models)")
     add("--steps", nargs=3, type=arguments.count, metavar="N", help="transformer calls of the three stages")
     add("--ends", nargs=3, type=float, metavar="T", help="times at which the three stages end, the last 1")
-    add("--shift", type=float, default=3.0, help="the model's own: 3 for FLUX.1-dev, 1 for FLUX.1-schnell (default: 3)")
+    shifts = "the model's own: 3 for FLUX.1-dev, 1 for FLUX.1-schnell (default: the preset's own, else 3)"
+    add("--shift", type=float, help=shifts)
     arguments.add_output(parser, "outputs/schedule.png", ".svg", ".pdf")
 
 
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace):
         raise UsageError("--steps and --ends belong together: give both, or a --preset")
     if sum(map(bool, (args.preset, args.speedup, args.steps))) > 1:
         raise UsageError("--preset, --speedup, and --steps and --ends: give one of them, not both")
+    if args.shift is None:
+        args.shift = (SOLVED[args.preset].shift if args.preset in SOLVED else None) or 3.0
     if not 0 < args.shift < float("inf"):
         raise UsageError(f"--shift: must be positive and finite, got {args.shift:g}")
     arguments.check_output(args.output)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
 
-from ..presets import DISTILLED
+from ..presets import DISTILLED, known_shift
+from ..schedule import own_shift
 
 DISTILLED_STEPS = 4  # of a distilled model's stock run
 
@@ -25,7 +26,7 @@ class Entry:
     presets:          names of the presets that fit, the default one first and the distilled models' last.
     stock_steps:      of a stock run, which RALU is compared with; the distilled models' have `DISTILLED_STEPS`.
     published:        names of models that `ralu.estimate` knows.
-    dynamic_shifting: whether the noise levels of all but the distilled models are shifted by resolution.
+    dynamic_shifting: whether distilled models are told by noise levels that are not shifted by resolution.
     sample_size:      side of the latents by default; None for what the transformer's configuration says.
     position_limit:   name of what limits their side in patches, in the transformer's configuration.
     """
@@ -41,8 +42,17 @@ class Entry:
     position_limit: str | None = None
 
     def is_distilled(self, scheduler: Mapping[str, Any]) -> bool:
-        """Say whether a model is a few-step one, as far as its scheduler's configuration tells."""
-        return self.dynamic_shifting and not scheduler.get("use_dynamic_shifting")
+        """Say whether a model is a few-step one, as far as its configuration tells.
+
+        scheduler: the scheduler's configuration, with the pipeline's own `is_distilled` where it has one.
+        """
+        return bool(scheduler.get("is_distilled")) or (
+            self.dynamic_shifting and not scheduler.get("use_dynamic_shifting")
+        )
+
+    def own_shift(self, scheduler: Mapping[str, Any]) -> float:
+        """Return the model's own timestep shift, where it depends on the resolution that at 1024 px."""
+        return own_shift(scheduler, known_shift(self.fitting_presets(scheduler)[0]))
 
     def stock_steps_of(self, scheduler: Mapping[str, Any]) -> int:
         """Return the steps of a stock run of a model with this scheduler."""
@@ -62,10 +72,22 @@ FAMILIES: dict[str, Entry] = {
          "distilled-4"),
         50, ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
     ),
+    "flux2": Entry(
+        f"{__name__}.flux2", ("Flux2Pipeline", "Flux2KleinPipeline"), "Flux2Transformer2DModel",
+        ("flux2-5x", "flux2-7x", "klein-4"), 50, ("flux2-dev", "flux2-klein-4b", "flux2-klein-9b"), sample_size=128,
+    ),
+    "qwen_image": Entry(
+        f"{__name__}.qwen_image", ("QwenImagePipeline",), "QwenImageTransformer2DModel", ("qwen-5x", "qwen-7x"), 50,
+        ("qwen-image",), sample_size=128,
+    ),
     "sd3": Entry(
         f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel",
         ("sd3-2x", "sd3-3x", "bottleneck-sd3-2x", "bottleneck-sd3-3x", "speed-sd3-2x", "speed-sd3-3x", "distilled-4"),
         28, ("sd3-medium", "sd3.5-medium", "sd3.5-large"), position_limit="pos_embed_max_size",
+    ),
+    "z_image": Entry(
+        f"{__name__}.z_image", ("ZImagePipeline",), "ZImageTransformer2DModel",
+        ("zimage-2x", "zimage-5x", "zimage-7x"), 8, ("z-image-turbo",), sample_size=128,
     ),
 }  # fmt: skip
 
@@ -87,15 +109,17 @@ class Family(ABC):
 
     name:          as registered.
     transformer:   class of the model.
-    embedding:     class of the model's `pos_embed`, and the class it becomes while RALU is enabled.
-    fused_blocks:  by class of block.
+    embedding:     class of the model's position embedding, and the class it becomes while RALU is enabled.
+    embedding_name: of the model's attribute that it is.
+    fused_blocks:  by class of block; empty where blocks cannot be fused.
     stock_processors: classes of the attention processors that may be fused.
     text_first:    whether text comes before the image in the joint sequence.
     image_alone:   whether blocks may have a second attention, of the image alone.
-    t5:            name of the pipeline's T5 encoder, whose padding can be trimmed.
+    t5:            name of the pipeline's T5 encoder, whose padding can be trimmed; None where it has none.
     joins_clip:    whether CLIP's tokens are in the sequence beside T5's.
-    text_tokens:   of T5, as the pipeline's `max_sequence_length` is by default.
+    text_tokens:   of T5 or what stands for it, as the pipeline's `max_sequence_length` is by default.
     published:     names of published models -> what their transformer's configuration has that is no default.
+    vae:           the published models' class of VAE, and its configuration.
     encoders:      the published models' text encoders, by name: class in transformers, and configuration.
     takes_mask:    whether the stock attention takes a mask, so that images of a batch may differ in tokens.
     guided:        whether a negative prompt is usual.
@@ -105,14 +129,16 @@ class Family(ABC):
     name: str
     transformer: type
     embedding: tuple[type, type]
-    fused_blocks: ClassVar[dict[type, FusedBlock]]
-    stock_processors: tuple[type, ...]
+    embedding_name: str = "pos_embed"
+    fused_blocks: ClassVar[dict[type, FusedBlock]] = {}
+    stock_processors: tuple[type, ...] = ()
     text_first: bool
-    image_alone: bool
-    t5: str
-    joins_clip: bool
+    image_alone: bool = False
+    t5: str | None = None
+    joins_clip: bool = False
     text_tokens: int
     published: ClassVar[dict[str, dict]]
+    vae: tuple[type, dict]
     encoders: ClassVar[dict[str, tuple[type, dict]]]
     takes_mask: bool
     guided: bool
@@ -126,6 +152,14 @@ class Family(ABC):
     def check(self, transformer: Any) -> None:  # noqa: B027, most families serve all
         """Raise ValueError for a transformer that cannot be served."""
 
+    def sample_of(self, arguments: dict):
+        """Return the sample (B, ...) of a call of the model."""
+        return arguments["hidden_states"]
+
+    def set_sample(self, arguments: dict, sample: Any) -> None:
+        """Change the sample of a call."""
+        arguments["hidden_states"] = sample
+
     def pack(self, sample):
         """Make tokens (B, n, C) of a sample of the pipeline's."""
         return sample
@@ -133,6 +167,13 @@ class Family(ABC):
     def unpack(self, tokens, grid: tuple[int, int]):
         """Undo `pack`."""
         return tokens
+
+    def normalised(self, pipe: Any) -> tuple | None:
+        """Return the deviations and means by which the channels of a token are normalised, see `ralu.stages.Run`.
+
+        None where the four pixels of a token, which copies of any of them come to, are normalised alike.
+        """
+        return None
 
     @abstractmethod
     def grid_of(self, arguments: dict) -> tuple[int, int]:
@@ -148,9 +189,9 @@ class Family(ABC):
     def clear_layout(self, module: Any) -> None:  # noqa: B027, there is nothing to undo in most
         """Undo what `set_layout` left in the model."""
 
-    @abstractmethod
     def image_tokens(self, module: Any, arguments: dict) -> int:
-        """Count the image's tokens of a call."""
+        """Count the image's tokens of a call of a model with blocks that can be fused."""
+        return arguments["hidden_states"].shape[1]
 
     def trim_text(self, arguments: dict, length: int) -> None:
         """Leave a call's text tokens from `length` on out of its arguments, which are changed in place."""
@@ -173,6 +214,14 @@ class Family(ABC):
 
         config: the transformer's, complete. text_tokens: CLIP's included where they are in the sequence.
         """
+
+    def encoders_of(self, config: Mapping[str, Any]) -> dict[str, tuple[type, dict]]:
+        """Return the published text encoders that go with a transformer's configuration, which may leave out much."""
+        return self.encoders
+
+    def latents_shape(self, config: Mapping[str, Any], batch: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of what a VAE of this complete configuration decodes; height and width in latent pixels."""
+        return batch, config["latent_channels"], height, width
 
     @abstractmethod
     def dummy_call(self, module: Any, dtype: Any, batch: int, tokens: int, text_tokens: int) -> None:

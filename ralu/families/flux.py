@@ -13,16 +13,16 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from ralu_kernels import concat_gelu, gated_add, modulate
 
 from ..blocks import Processor, clipped, feed_forward, is_fused, vectors
 from ..layout import Layout, pack, unpack
-from ..patch import StandIn, calling_pipeline, decode_latents, encode_images
+from ..patch import Unpacking, decode_latents, encode_images
 from . import Family, FusedBlock
-from ._published import CLIP_L, T5_XXL
+from ._published import CLIP_L, KL_VAE, T5_XXL
 
 
 class PerSample:
@@ -38,12 +38,19 @@ class PerSample:
         """Return the table on another device or in another dtype."""
         return PerSample(self.table.to(*args, **kwargs))
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Join tables, as FLUX.2 does the text's and the image's along the dimension where others have their rows."""
+        if func is not torch.cat:
+            return NotImplemented
+        return cls(torch.cat([each.table for each in args[0]], dim=1))
 
-class BatchedPosEmbed(FluxPosEmbed):
-    """`FluxPosEmbed` that also takes per-sample ids of shape (S, 1, B, 3)."""
+
+class PerSampleIds(nn.Module):
+    """Make a position embedding also take per-sample ids, of shape (S, 1, B, axes)."""
 
     def forward(self, ids: Tensor):
-        """Make cosines and sines of ids (S, 3), (S, D) each, or of ids (S, 1, B, 3), `PerSample` of (B, S, D) each."""
+        """Make cosines and sines, (S, D) of ids (S, axes) and `PerSample` of (B, S, D) of ids (S, 1, B, axes)."""
         if ids.ndim == 2:
             return super().forward(ids)
         length, _, batch, axes = ids.shape
@@ -51,20 +58,8 @@ class BatchedPosEmbed(FluxPosEmbed):
         return tuple(PerSample(table.view(length, batch, -1).transpose(0, 1).contiguous()) for table in tables)
 
 
-class Unpacking(StandIn):
-    """Bring the latents of an interrupted run, in any stage, to full resolution before they are decoded."""
-
-    name = "_unpack_latents"
-
-    def __call__(self, latents: Tensor, *size, **named):
-        """Unpack latents (B, L, C), brought to full resolution where an interrupted run left them."""
-        pipe = self.owner
-        layout: Any = getattr(pipe.scheduler, "layout", None)
-        # The pipeline sets its timestep to None after its loop, so no callback's call is taken for its own.
-        ended = layout is not None and calling_pipeline() is pipe and pipe.current_timestep is None
-        if ended and latents.shape[:2] == layout.positions.shape[:2]:
-            latents = pipe.scheduler.full_resolution(latents)
-        return self.stock(latents, *size, **named)
+class BatchedPosEmbed(PerSampleIds, FluxPosEmbed):
+    """`FluxPosEmbed` that also takes per-sample ids of shape (S, 1, B, 3)."""
 
 
 # ---- blocks: the stock forwards with the same parameters and results ----
@@ -117,6 +112,7 @@ class Flux(Family):
     joins_clip = False
     text_tokens = 512
     published: ClassVar = {"flux-dev": {"guidance_embeds": True}, "flux-schnell": {}}
+    vae = KL_VAE
     encoders: ClassVar = {"text_encoder": (CLIPTextModel, CLIP_L), "text_encoder_2": (T5EncoderModel, T5_XXL)}
     takes_mask = True
     guided = False
@@ -140,10 +136,6 @@ class Flux(Family):
             else:
                 mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
             arguments["joint_attention_kwargs"] = {**(arguments.get("joint_attention_kwargs") or {}), **mask}
-
-    def image_tokens(self, module: Any, arguments: dict) -> int:
-        """Count the tokens."""
-        return arguments["hidden_states"].shape[1]
 
     def trim_text(self, arguments: dict, length: int) -> None:
         """Leave out text tokens, and their ids."""

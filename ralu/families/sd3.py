@@ -21,9 +21,9 @@ from ralu_kernels import gated_add, modulate
 
 from ..blocks import Processor, feed_forward, is_fused, unwrapped, vectors
 from ..layout import Layout, pack, unpack
-from ..patch import StandIn, calling_pipeline, decode_latents, encode_images
+from ..patch import WholeDecode, decode_latents, encode_images
 from . import Family, FusedBlock
-from ._published import CLIP_G, CLIP_L, T5_XXL
+from ._published import CLIP_G, CLIP_L, KL_VAE, T5_XXL
 
 
 class Positions:
@@ -98,31 +98,6 @@ class StripPatchEmbed(PatchEmbed):
             self.__dict__.pop(name, None)
 
 
-class WholeDecode(StandIn):
-    """Bring the latents of an interrupted run, which may end in any stage, to full resolution before they are decoded.
-
-    The decoder alone sees those latents: nothing of the pipeline's own is called between its loop and the decoding. A
-    preview in a callback is of the whole image already, and what the caller decodes afterwards is the caller's.
-    """
-
-    name = "decode"
-
-    def __call__(self, latents: Tensor, *args, **kwargs):
-        """Decode latents (B, C, h, w), brought to full resolution where an interrupted run left them."""
-        pipe = calling_pipeline()
-        scheduler: Any = getattr(pipe, "scheduler", None)
-        layout = getattr(scheduler, "layout", None)
-        if layout is not None and pipe.interrupt and latents.shape[-2:] == _size(layout, scheduler.grid):
-            latents = scheduler.full_resolution(latents)
-        return self.stock(latents, *args, **kwargs)
-
-
-def _size(layout: Layout, grid: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width of the latents (B, C, H, W) that hold a layout's tokens."""
-    (h, w), length = grid, layout.positions.shape[1]
-    return {"low": (2 * h, 2 * w), "mixed": (2, 2 * length), "full": (4 * h, 4 * w)}[layout.resolution]
-
-
 # ---- blocks: the stock forward with the same parameters and results ----
 
 
@@ -192,6 +167,7 @@ class SD3(Family):
             "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm",
         },
     }  # fmt: skip
+    vae = KL_VAE
     encoders: ClassVar = {
         "text_encoder": (CLIPTextModelWithProjection, CLIP_L | {"projection_dim": 768}),
         "text_encoder_2": (CLIPTextModelWithProjection, CLIP_G),
