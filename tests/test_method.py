@@ -94,8 +94,8 @@ def test_random_methods_parse_back():
         words = {name: values for name, values in method.CHOICES.items() if name != "spacing"}
         options = {name: str(rng.choice(values)) for name, values in words.items() if rng.random() < 0.5}
         options |= {["ratio", "threshold"][rng.integers(2)]: float(10 ** rng.uniform(-9, 0))}
-        if options.get("upsampler", "nearest") != "nearest":
-            options["matching"] = "snr"
+        if (upsampler := options.get("upsampler", "nearest")) != "nearest":
+            options["matching"] = "covariance" if upsampler == "pixels" else "snr"
         cache = Toy(int(rng.integers(-9, 99)), float(rng.normal()), bool(rng.integers(2)))
         # distilled-4's step is one
         fitting = PRESETS if options.get("regions") == "change" else (*PRESETS, *DISTILLED)

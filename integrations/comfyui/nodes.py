@@ -16,7 +16,7 @@ from ralu.budget import ANCHORS, check_speedup, reach
 from ralu.errors import nearest_sizes
 from ralu.families import DISTILLED_STEPS, FAMILIES
 from ralu.options import CHOICES, Options, schedule_of
-from ralu.presets import DISTILLED, PRESETS
+from ralu.presets import PRESETS
 from ralu.regions import scorer_of
 from ralu.schedule import RESOLUTIONS, Schedule, solve
 from ralu.stages import Run, pack, unpack
@@ -36,7 +36,7 @@ def schedule_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="FLUX.1 or Stable Diffusion 3, as ComfyUI loads them."),
         io.Latent.Input("latent_image", tooltip="Gives size and batch: width and height must divide by 32 pixels."),
-        io.Combo.Input("preset", options=[*PRESETS, *DISTILLED], tooltip="The paper's schedules by model family."),
+        io.Combo.Input("preset", options=[*PRESETS, "distilled-4"], tooltip="The paper's schedules by model family."),
         io.Float.Input(
             "speedup", default=0.0, min=0.0, max=12.0, step=0.1,
             tooltip="Instead of a preset: the stock run's work by this, counted in the transformer against 50 steps "
