@@ -14,8 +14,18 @@ import subprocess
 import sys
 import sysconfig
 from glob import glob
+from pathlib import Path
 
-from setuptools import setup
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"ralu: setuptools {setuptools.__version__} is too old to read pyproject.toml. Leave --no-build-isolation out, "
+        'and pip takes a newer one by itself; or first: pip install "setuptools>=77" wheel ninja'
+    )
+
+# pip builds apart from what is installed; the extension has to fit the PyTorch of the environment that it is for.
+sys.path += {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}.difference(sys.path)
 
 PACKAGE = "ralu_kernels"  # which looks for an extension of its own name
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
@@ -42,7 +52,7 @@ def why_no_native() -> str | None:
     try:
         import torch
     except ImportError:
-        return "torch cannot be imported while building: install it first, and pass --no-build-isolation to pip"
+        return "torch cannot be imported while building: install it first, and build with --no-build-isolation"
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         return f"torch {torch.__version__} is older than 2.10"
     return None
@@ -113,4 +123,14 @@ def extension() -> dict:
     }
 
 
-setup(**extension())
+def readme() -> str:
+    """The README with addresses for its links into the repository, which a package index does not have."""
+    url = re.search(r'^Repository = "(.*)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
+    return re.sub(
+        r"\]\((?!https?://)([^)]+)\)",
+        lambda link: f"]({url}/{'raw' if link[1].endswith('.png') else 'blob'}/main/{link[1]})",
+        Path("README.md").read_text(encoding="utf-8"),
+    )
+
+
+setuptools.setup(long_description=readme(), long_description_content_type="text/markdown", **extension())

@@ -1,8 +1,14 @@
 """Which implementation of an operation runs."""
 
+import os
+import shutil
+import sys
+import warnings
 from collections.abc import Callable, Collection
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -47,6 +53,31 @@ def jit(kernel: Any) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
+@cache
+def why_no_extension() -> str:
+    """Say why there is no compiled extension: it is not built, or it is in a copy that is not the imported one."""
+    folder = Path(__file__).parent
+    for other in (Path(entry).resolve() / folder.name for entry in sys.path):
+        if other != folder.resolve() and any(other.glob(f"{_EXTENSION}.*")):
+            return (
+                f"{_PACKAGE} is imported from {folder}, where the extension was not compiled; {other}, which has it, "
+                "comes later in sys.path. Is Python started in a clone? Start it in another folder"
+            )
+    return f"the extension was not compiled when {_PACKAGE} was installed"
+
+
+@cache
+def _warn_of_plain(device: str) -> None:
+    """Warn, once, that operations run in plain PyTorch although something faster could."""
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
+    if os.environ.get("RALU_NATIVE") != "0" and (device == "cuda" or shutil.which(compiler)):
+        warnings.warn(
+            f"{_PACKAGE} runs in plain PyTorch on {device}, which is slow: {why_no_extension()}. A build with "
+            "RALU_NATIVE=1 in the environment says what it lacks; RALU_NATIVE=0 silences this",
+            stacklevel=2,
+        )
+
+
 def _why_no_triton(device: torch.device) -> str | None:
     if triton is None:
         return "triton is not installed"
@@ -57,7 +88,7 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 def _why_no_native(device: torch.device) -> str | None:
     if _extension is None:
-        return f"the extension was not compiled when {_PACKAGE} was installed"
+        return why_no_extension()
     if device.type == "cuda" and not _extension.cuda:
         return "the extension was compiled without CUDA"
     return None if device.type in ("cpu", "cuda") else f"it has nothing for {device.type}"
@@ -107,6 +138,8 @@ def register(
 
     def run(*args: Any) -> _Result:
         name = pick(*args) if pick else resolve(args[-1], args[0].device, implementations)
+        if name == "reference" and args[-1] == "auto" and "native" in implementations:
+            _warn_of_plain(args[0].device.type)
         return implementations[name](*args[:-1])
 
     def call(*args: Any) -> _Result:

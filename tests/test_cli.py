@@ -539,7 +539,7 @@ def test_info(capsys, monkeypatch):
     monkeypatch.setattr(ralu_kernels._backend, "_extension", None)
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    assert "ralu_kernels_C  not there" in text and "the extension was not compiled" in text
+    assert text.count("the extension was not compiled when ralu_kernels was installed") == 2  # the backend's reason too
     monkeypatch.setitem(sys.modules, "ralu_kernels", None)  # a broken installation is what one wants to read about
     assert main(["info"]) == 0
     assert "ralu_kernels\n  broken  " in capsys.readouterr().out

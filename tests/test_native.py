@@ -225,10 +225,10 @@ def copy_of(folder, name, extension=None):
     return package
 
 
-def run_in(folder, code, *arguments):
+def run_in(folder, code, *arguments, **more):
     """Run code that finds packages in the folder before those that are installed, editable ones too."""
     start = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])} | more
     command = [sys.executable, "-c", start + code, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
@@ -236,7 +236,8 @@ def run_in(folder, code, *arguments):
 
 ALONE = """
 import torch, ralu_kernels
-print(ralu_kernels.upsample_renoise(torch.zeros(1, 1, 2, 2), 1.0, 1.0, 0.1, 0).shape)
+for _ in range(2):
+    print(ralu_kernels.upsample_renoise(torch.zeros(1, 1, 2, 2), 1.0, 1.0, 0.1, 0).shape)
 try:
     ralu_kernels.upsample_renoise(torch.zeros(1, 1, 2, 2), 1.0, 1.0, 0.1, 0, backend="native")
 except ValueError as error:
@@ -244,12 +245,21 @@ except ValueError as error:
 """
 
 
-def test_an_absent_extension_is_a_normal_case(tmp_path):
-    copy_of(tmp_path, "ralu_kernels")
-    code, out, errors = run_in(tmp_path, ALONE)
+@pytest.mark.parametrize("hidden, compiler", [(False, True), (True, False)])
+def test_an_absent_extension_is_a_normal_case(tmp_path, hidden, compiler):
+    """It warns once where it need not be absent, and finds one that another folder of the same name hides."""
+    first, second = tmp_path / "clone", tmp_path / "installed"
+    for folder in (first, second):
+        folder.mkdir()
+        copy_of(folder, "ralu_kernels", b"any" if hidden and folder is second else None)
+    where = {"PYTHONPATH": os.pathsep.join([str(first), str(second)]), "PYTHONWARNINGS": "always"}
+    code, out, errors = run_in(first, ALONE, **where, RALU_NATIVE="", CXX=sys.executable if compiler else "no-compiler")
     assert code == 0, errors
     assert "torch.Size([1, 1, 4, 4])" in out
-    assert "'native' (the extension was not compiled when ralu_kernels was installed)" in out
+    expected = f"{second / 'ralu_kernels'}, which has it" if hidden else "the extension was not compiled when"
+    assert f"'native' ({'ralu_kernels is imported from ' if hidden else ''}" in out and expected in out
+    assert errors.count("UserWarning: ralu_kernels runs in plain PyTorch on cpu") == compiler
+    assert compiler is False or expected in errors
 
 
 def test_a_broken_extension_says_so(tmp_path):

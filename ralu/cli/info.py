@@ -43,8 +43,8 @@ def run(args: argparse.Namespace):
         _print("ralu_kernels", {"broken": str(error)})
         return
     extension = _backend._extension
-    where = f"{extension.__file__}, with{'out' * (not extension.cuda)} CUDA" if extension else "not there"
-    _print("compiled extension", {_backend._EXTENSION: where})
+    where = extension and f"{extension.__file__}, with{'out' * (not extension.cuda)} CUDA"
+    _print("compiled extension", {_backend._EXTENSION: where or _backend.why_no_extension()})
     for device in devices:
         reasons = {name: why(device) for name, why in _backend._ABSENT.items()}
         lines = {name: why or "available" for name, why in reasons.items()}
