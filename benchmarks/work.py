@@ -18,6 +18,7 @@ note             what the paper leaves open, and why a figure is not to be had
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import record
 import torch
@@ -68,7 +69,7 @@ def _table_1(model: str, methods: dict[str, list[tuple]]) -> list[Row]:
     return [Row("1", name, model, *rest) for name, rows in methods.items() for rest in rows]
 
 
-FLUX = {
+FLUX: dict[str, list[tuple]] = {
     "FLUX (50)": [("stock-50", 2990)],
     "Δ-DiT": [("stock-50+delta-dit(interval=5,num_blocks=53)", 772.1, "how many blocks is unpublished; 53 of 57 fit")],
     "ToCa": [("stock-40+toca(interval=5)", 601, "not reproducible: the ten full steps alone are more")],
@@ -88,7 +89,7 @@ FLUX = {
         ("flux-7x(ratio=0.1)", 426.01, "what fits its figure: r = 0.1"),
     ],
 }  # fmt: skip
-SD3 = {
+SD3: dict[str, list[tuple]] = {
     "Δ-DiT": [("stock-28+delta-dit(num_blocks=24)", 183.46, "how many blocks is unpublished; all 24 fit")],
     "ToCa": [("stock-28+toca(interval=3)", 181.5, "no code for SD3 is published: the rules of FLUX's double blocks")],
     "RAS": [("stock-28+ras(ratio=0.32)", 185.14), ("stock-28+ras(ratio=0.05)", 118.99)],
@@ -122,7 +123,7 @@ ROWS = [*_table_1("flux-dev", FLUX), *_table_1("sd3-medium", SD3), *TABLE_3]
 
 def counted(row: Row) -> dict:
     """Count a row's work."""
-    footing = {"text_tokens": row.text_tokens, "guided": row.guided}
+    footing: dict[str, Any] = {"text_tokens": row.text_tokens, "guided": row.guided}
     cost = ralu.estimate(row.model, row.schedule, **footing)
     ours = cost.tflop
     if row.over:

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +31,8 @@ import e2e
 import models
 import record
 import render
+import saved
+import tables
 import work
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +226,7 @@ def test_whole_images(tmp_path, small_models, name, preset, cached, fused, batch
     for stage in profile["stages"].values():
         assert sum(stage["shares"].values()) == pytest.approx(1, abs=1e-3) and stage["shares"]["attention"] > 0
         assert stage["ms"] > 0 and stage["operators"] > 100
-    table = render.images(list(rows.values()), output)
+    table = tables.images(list(rows.values()), output)
     assert [table.count(f"| `{preset}`{', fused' * (switch == 'yes')} |") for switch in fused] == [1, 2][: len(fused)]
 
 
@@ -296,7 +299,7 @@ def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
     assert record.provenance(CPU)["commit"] == f"{commit}-dirty"
 
 
-# ---- the README ----
+# ---- the README and the pages ----
 
 
 def kernel_row(**changes):
@@ -328,14 +331,14 @@ def test_tables_are_of_the_rows(tmp_path):
           for provider, memory in (("native", "1.00"), ("eager", "3.17"))),
     ]  # fmt: skip
     write(path, rows)
-    block = render.block(path)
+    block = tables.block(path)
     assert "| `upsample_renoise` | 8.9 / 6.3 |" in block and "3.3" not in block
     assert "| `upsample_renoise` | 1.2 / 2.0 | 1.0 | 3.2 | 2100 |" in block
     readme = f"top\n\n<!-- begin {path} -->\nold figures\n<!-- end {path} -->\n\nbottom\n"
-    new = render.rendered(readme, tmp_path)
+    new = tables.rendered(readme, tmp_path)
     assert block in new and "old figures" not in new and new.startswith("top\n") and new.endswith("\nbottom\n")
-    assert render.rendered(new, tmp_path) == new
-    render.draw_kernels(render.latest(path), tmp_path / "plot.png")
+    assert tables.rendered(new, tmp_path) == new
+    render.draw_kernels(tables.latest(path), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
@@ -347,16 +350,42 @@ def test_gpu_tables(tmp_path):
         gpu(provider="triton", dtype="float32", p50_ms="7"),
     ]
     write(tmp_path / "gpu.csv", rows)
-    assert "| `upsample_renoise`, bfloat16 | triton | 12.3 | 87% | 8.9 | 2.0 |" in render.block(tmp_path / "gpu.csv")
+    assert "| `upsample_renoise`, bfloat16 | triton | 12.3 | 87% | 8.9 | 2.0 |" in tables.block(tmp_path / "gpu.csv")
 
 
-def test_readme_has_what_was_measured():
-    readme = (ROOT / "README.md").read_text()
-    assert render.rendered(readme) == readme
-    pages = [path.read_text() for path in render.DOCS.glob("*.md")]
-    assert pages and [render.rendered(page) for page in pages] == pages
-    files = [path for path in render.RESULTS.glob("*.csv") if render.latest(path)]
-    assert not files or any(f"<!-- begin benchmarks/results/{path.name} -->" in readme for path in files)
+def test_short_tables(tmp_path):
+    """What the README has: the first of a CPU's tables, plain methods alone, and quotients of work."""
+    write(tmp_path / "a-cpu.csv", [kernel_row()])
+    short = tables.block(tmp_path / "a-cpu.csv", short=True)
+    assert "| `upsample_renoise` | 8.9 |" in short and "![" not in short and "random numbers" not in short
+    columns = ["score", "score_low", "score_high", *(f"{name}{end}" for name in tables.MEASURES for end in ("", "_se"))]
+    where = {"flop_ratio": "2", "captions": "3", "seeds": "0", "torch": "2.13", "commit": "abc", "date": "today"}
+    methods = "stock-50", "flux-5x", "flux-5x(ratio=0)"
+    write(tmp_path / "quality-a.csv", [dict.fromkeys(columns, "1") | where | {"method": name} for name in methods])
+    whole, short = (tables.block(tmp_path / "quality-a.csv", short=short) for short in (False, True))
+    assert [line.count("`") for line in short.splitlines() if "`" in line] == [2, 2] and "`flux-5x(ratio=0)`" in whole
+    rows = [("a", "stock-50", 100), ("b", "stock-50", 7), ("a", "stock-10", 20), ("b", "stock-10", 2), ("a", "x", 25)]
+    write(tmp_path / "saved.csv", [dict(model=m, method=name, calls=1, tflop=work) for m, name, work in rows])
+    assert tables.block(tmp_path / "saved.csv").splitlines()[-1] == "| a | `x` | 1 | 25 | 4.00 | 0.80 |"
+
+
+def test_pages_have_what_was_measured():
+    pages = [page.read_text() for page in (ROOT / "README.md", *render.DOCS.glob("*.md"))]
+    assert len(pages) > 2 and [tables.rendered(page) for page in pages] == pages
+    for path in (path for path in tables.RESULTS.glob("*.csv") if tables.block(path)):
+        assert any(re.search(rf"<!-- begin benchmarks/results/{path.name}( short)? -->", page) for page in pages), path
+
+
+def test_what_is_saved_is_that_of_the_table_of_the_papers_work():
+    """The same runs in two files, which two scripts have counted."""
+    other = {(row["model"], row["method"], row["text_tokens"]): row["total"] for row in record.read(work.OUTPUT)}
+    rows = {(row["model"], row["method"]): row for row in record.read(tables.RESULTS / "saved.csv")}
+    assert list(rows) == [(model, method) for model, methods in saved.METHODS.items() for method in methods]
+    for method in ("stock-50", "flux-5x", "flux-7x"):
+        assert rows["flux-dev", method]["tflop"] == other["flux-dev", method, "512"]
+    for (_, method), row in rows.items():
+        calls = [int(method[6:])] if method.startswith("stock-") else ralu.preset(method).steps
+        assert int(row["calls"]) == sum(calls)
 
 
 # ---- the paper's work ----
