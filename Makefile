@@ -7,7 +7,8 @@ WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 # Importing diffusers without compiled bytecode takes twice as long, in every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test test-suite test-interpreted sanitize lint bench gpu-bench gpu-check e2e bench-report bench-compare train-mini evaluate-mini aot hf-kernel clean
+.PHONY: install demo test test-suite test-interpreted sanitize lint docs dist ci bench gpu-bench gpu-check e2e bench-report \
+	bench-compare train-mini evaluate-mini aot hf-kernel clean
 
 install: $(VENV)/installed
 
@@ -49,7 +50,27 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rows are added to benchmarks/results; bench-report draws the plots and writes the README's tables from them.
+# What checks and publishes has an environment of its own: nothing else needs it.
+build/tools/installed: .ci/requirements.txt
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/pip install --quiet -r .ci/requirements.txt
+	touch $@
+
+docs: build/tools/installed
+	build/tools/bin/mkdocs build --quiet --site-dir build/docs
+
+# The sdist, and the wheel that is built of it.
+dist: install build/tools/installed
+	rm -rf dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	build/tools/bin/twine check --strict dist/*
+	$(BIN)/python .ci/contents.py dist/*
+
+# The workflows' steps, as far as one Python and one PyTorch go.
+ci: test lint sanitize dist docs
+
+# Rows are added to benchmarks/results; bench-report draws the plots and writes the tables of docs and the README from them.
 bench: install
 	$(BIN)/python benchmarks/bench.py --device cpu --memory
 

@@ -30,8 +30,7 @@ RALU_INLINE void fill_row(const Image& image, int64_t y, GradientRow& row) {
     return;
   }
   const uint8_t* lines[3];  // the borders are replicated
-  for (int64_t i = 0; i < 3; ++i)
-    lines[i] = image.pixels + std::clamp<int64_t>(y + i - 1, 0, image.height - 1) * width;
+  for (int64_t i = 0; i < 3; ++i) lines[i] = image.pixels + std::clamp<int64_t>(y + i - 1, 0, image.height - 1) * width;
   // Bytes may alias anything, which would keep the loop from being vectorised.
   int16_t* __restrict__ gx = row.x.data();
   int16_t* __restrict__ gy = row.y.data();

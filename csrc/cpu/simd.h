@@ -100,26 +100,26 @@ inline void philox_portable(uint64_t key, const uint32_t* element, uint32_t offs
 // Two counters share a 64-bit lane: the one with an even index is worked on in place, the odd one shifted down. Only the
 // low halves are multiplied, so what gathers in the high halves is of no account until the end. Unrolled, the compiler
 // sees that half of the first two rounds is the same for all counters.
-#define RALU_PHILOX(NAME, TARGET, BYTES, MULTIPLY)                                                                    \
-  inline __attribute__((target(TARGET))) void NAME(uint64_t key, const uint32_t* element, uint32_t offset,            \
-                                                   uint32_t stage, uint32_t kind, int32_t count, Run& words) {        \
-    typedef uint64_t V __attribute__((vector_size(BYTES)));                                                           \
-    typedef uint32_t V32 __attribute__((vector_size(BYTES), aligned(4), may_alias));                                  \
-    const V a = V{} + 0xD2511F53u, b = V{} + 0xCD9E8D57u;                                                             \
-    const uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);                            \
-    for (int32_t i = 0; i < count; i += BYTES / 4) {                                                                  \
-      const V pair = (V)(*(const V32*)(element + i) + offset);                                                        \
-      V c[2][4] = {{pair, V{} + stage, V{} + kind, V{}}, {pair >> 32, V{} + stage, V{} + kind, V{}}};                 \
-      _Pragma("GCC unroll 10") for (uint32_t round = 0; round < 10; ++round) {                                        \
-        for (auto& x : c) {                                                                                           \
-          const V pa = (V)MULTIPLY(a, x[0]), pb = (V)MULTIPLY(b, x[2]);                                               \
-          x[0] = (pb >> 32) ^ x[1] ^ (k0 + round * 0x9E3779B9u), x[1] = pb;                                           \
-          x[2] = (pa >> 32) ^ x[3] ^ (k1 + round * 0xBB67AE85u), x[3] = pa;                                           \
-        }                                                                                                             \
-      }                                                                                                               \
-      uint32_t* out[4] = {words.w0, words.w1, words.w2, words.w3};                                                    \
-      for (int w = 0; w < 4; ++w) *(V32*)(out[w] + i) = (V32)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));             \
-    }                                                                                                                 \
+#define RALU_PHILOX(NAME, TARGET, BYTES, MULTIPLY)                                                             \
+  inline __attribute__((target(TARGET))) void NAME(uint64_t key, const uint32_t* element, uint32_t offset,     \
+                                                   uint32_t stage, uint32_t kind, int32_t count, Run& words) { \
+    typedef uint64_t V __attribute__((vector_size(BYTES)));                                                    \
+    typedef uint32_t V32 __attribute__((vector_size(BYTES), aligned(4), may_alias));                           \
+    const V a = V{} + 0xD2511F53u, b = V{} + 0xCD9E8D57u;                                                      \
+    const uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);                     \
+    for (int32_t i = 0; i < count; i += BYTES / 4) {                                                           \
+      const V pair = (V)(*(const V32*)(element + i) + offset);                                                 \
+      V c[2][4] = {{pair, V{} + stage, V{} + kind, V{}}, {pair >> 32, V{} + stage, V{} + kind, V{}}};          \
+      _Pragma("GCC unroll 10") for (uint32_t round = 0; round < 10; ++round) {                                 \
+        for (auto& x : c) {                                                                                    \
+          const V pa = (V)MULTIPLY(a, x[0]), pb = (V)MULTIPLY(b, x[2]);                                        \
+          x[0] = (pb >> 32) ^ x[1] ^ (k0 + round * 0x9E3779B9u), x[1] = pb;                                    \
+          x[2] = (pa >> 32) ^ x[3] ^ (k1 + round * 0xBB67AE85u), x[3] = pa;                                    \
+        }                                                                                                      \
+      }                                                                                                        \
+      uint32_t* out[4] = {words.w0, words.w1, words.w2, words.w3};                                             \
+      for (int w = 0; w < 4; ++w) *(V32*)(out[w] + i) = (V32)((c[0][w] & 0xFFFFFFFFu) | (c[1][w] << 32));      \
+    }                                                                                                          \
   }
 #define RALU_MULTIPLY_256(x, y) _mm256_mul_epu32((__m256i)(x), (__m256i)(y))
 #define RALU_MULTIPLY_512(x, y) _mm512_mul_epu32((__m512i)(x), (__m512i)(y))
@@ -128,8 +128,8 @@ RALU_PHILOX(philox_avx512, "avx512f", 64, RALU_MULTIPLY_512)
 
 #endif
 
-inline void philox_words(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage,
-                         uint32_t kind, int32_t count, Run& words) {
+inline void philox_words(Isa isa, uint64_t key, const uint32_t* element, uint32_t offset, uint32_t stage, uint32_t kind,
+                         int32_t count, Run& words) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (isa == Isa::avx512) return philox_avx512(key, element, offset, stage, kind, count, words);
   if (isa == Isa::avx2) return philox_avx2(key, element, offset, stage, kind, count, words);

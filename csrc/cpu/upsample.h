@@ -23,9 +23,10 @@ RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent 
   const int64_t width = latent.width;
   float value[RUN], child[4][RUN];
   for (int64_t i = 0; i < count;) {
-    const int64_t row = (first + i) / width, column = (first + i) % width, m = std::min<int64_t>(width - column, count - i);
-    const T* from = x + row / latent.height * latent.stride_c + row % latent.height * latent.stride_h +
-                    column * latent.stride_w;
+    const int64_t row = (first + i) / width, column = (first + i) % width,
+                  m = std::min<int64_t>(width - column, count - i);
+    const T* from =
+        x + row / latent.height * latent.stride_c + row % latent.height * latent.stride_h + column * latent.stride_w;
     if (latent.stride_w == 1) {
       for (int64_t j = 0; j < m; ++j) value[i + j] = to_float(from[j]);
     } else {
@@ -47,7 +48,8 @@ RALU_INLINE void upsample_run(Isa isa, const T* x, T* out, uint64_t key, Latent 
   }
 
   for (int64_t i = 0; i < count;) {
-    const int64_t row = (first + i) / width, column = (first + i) % width, m = std::min<int64_t>(width - column, count - i);
+    const int64_t row = (first + i) / width, column = (first + i) % width,
+                  m = std::min<int64_t>(width - column, count - i);
     T* top = out + 4 * row * width + 2 * column;
     T* bottom = top + 2 * width;
     for (int64_t j = 0; j < m; ++j) {
