@@ -22,8 +22,8 @@ import ralu_kernels
 from ralu import caches, families, figures, models, pipeline, runner
 from ralu.cli import main
 from ralu.families.flux import FAMILY as FLUX
+from ralu.presets import PRESETS
 from ralu.regions import edge_density
-from ralu.schedule import PRESETS
 from ralu_kernels import plan_tokens
 
 PROMPTS = tiny.PROMPTS[:2]
