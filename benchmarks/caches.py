@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None):
         sizes = [Model(name, pixels, device) for pixels in (args.pixels, 32)]
         blocks = len(named_blocks(sizes[0].pipe.transformer))
         methods = {cache: f"stock-{STEPS}{CACHES[cache].format(blocks=blocks)}" for cache in ("stock", *args.caches)}
-        times = defaultdict(list)
+        times: dict = defaultdict(list)
         for _ in range(args.repeats):
             for method in methods.values():
                 for model in sizes:

@@ -256,8 +256,9 @@ def _method(
             raise ValueError(f"{method.spatial} has whole stages alone, so ratio must be None, got {ratio}")
         ratio = method.options.ratio if ratio is None else ratio
         matched = method.options.chosen("matching", "upsampler")
-        of_name, name = (budget, method.speedup) if method.speedup else (preset, method.spatial)
-        method = method.steps or of_name(name, **matched)
+        method = method.steps or (
+            budget(method.speedup, **matched) if method.speedup else preset(method.spatial, **matched)
+        )
     if isinstance(method, Schedule):
         return method if ratio is None else method.replace(ratio=ratio), cache
     if isinstance(method, bool) or not isinstance(method, int):

@@ -21,6 +21,7 @@ makes up the rest, pixel by pixel: v = 1 for nearest neighbour and for kept toke
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +110,11 @@ def correction(x0: Tensor, grid: tuple[int, int], transition: Transition, option
     return transition.start * (resize(x0, grid, (2 * grid[0], 2 * grid[1])) - nearest)
 
 
-def corrected(tokens: Tensor, change: Tensor, transition: Transition, plan: TokenPlan | None) -> Tensor:
+def corrected(tokens: Tensor, change: Tensor, transition: Transition, plan: Any = None) -> Tensor:
     """Add a correction (B, 4n, C) to what a transition has upsampled.
 
-    tokens: packed (total, C) after "select", the plan's; else raster (B, 4n, C).
+    tokens: packed (total, C) after "select", the plan's; else raster (B, 4n, C). plan: a TokenPlan, where one is left
+            or entered.
     """
     if transition.kind == "select":
         children, tokens = _selected(plan), tokens.clone()

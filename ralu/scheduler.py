@@ -120,7 +120,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 "regions must be given: this scheduler was saved with a mask or scorer, which is not saved"
             )
-        if not self.is_stock:
+        if self.schedule is not None and not self.is_stock:
             check_resize(self.schedule, resize)
         self._bound_scorer, self._resize = self.scorer or scorer_of(regions, decode), resize
         self._stage_begins, self._velocity = stage_begins, velocity

@@ -110,7 +110,8 @@ class Run:
         normalised: tuple[Tensor, Tensor] | None = None,
     ):
         interpolation.check_resize(schedule, resize)
-        self.schedule, self.options, self.resize = schedule, options, resize
+        self.schedule, self.options = schedule, options
+        self.resize: Any = resize
         self.normalised = normalised
         self.scorer: Callable = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
