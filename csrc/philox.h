@@ -39,7 +39,14 @@ RALU_INLINE uint32_t multiply_high(uint32_t a, uint32_t b) {
 
 RALU_INLINE Words philox_round(Words c, uint32_t k0, uint32_t k1) {
   constexpr uint32_t A = 0xD2511F53, B = 0xCD9E8D57;
+#ifdef __CUDA_ARCH__
+  // nvcc makes one instruction of each of these, and does not see that two products below are the halves of one.
+  const uint64_t a = static_cast<uint64_t>(A) * c.w0, b = static_cast<uint64_t>(B) * c.w2;
+  return {static_cast<uint32_t>(b >> 32) ^ c.w1 ^ k0, static_cast<uint32_t>(b),
+          static_cast<uint32_t>(a >> 32) ^ c.w3 ^ k1, static_cast<uint32_t>(a)};
+#else
   return {multiply_high(B, c.w2) ^ c.w1 ^ k0, B * c.w2, multiply_high(A, c.w0) ^ c.w3 ^ k1, A * c.w0};
+#endif
 }
 
 // Philox-4x32-10 (Salmon et al., SC 2011) of the counter (c0, c1, c2, 0); the key's low word comes first.
@@ -102,12 +109,14 @@ RALU_INLINE float sine(int32_t r) {
   return ((((2.6000548e-6f * x2 - 1.9806615e-4f) * x2 + 8.333017e-3f) * x2 - 1.6666657e-1f) * x2) * x + x;
 }
 
-// Box-Muller: the distance from the origin of a pair of normals.
-RALU_INLINE float radius(uint32_t word) {
+// Box-Muller: the square of the distance from the origin of a pair of normals, and the distance.
+RALU_INLINE float squared_radius(uint32_t word) {
   constexpr int32_t LEAST = 0x33D6BF95;  // 1e-7. As an integer: of a choice of floats compilers make two logarithms
   const int32_t u = bits_of(uniform(word));
-  return sqrtf(minus_two_log(float_of(u > LEAST ? u : LEAST)));
+  return minus_two_log(float_of(u > LEAST ? u : LEAST));
 }
+
+RALU_INLINE float radius(uint32_t word) { return sqrtf(squared_radius(word)); }
 
 // The pair. The angle stays an integer, a fraction of 2^31, until it is folded into a half turn: exact, where the
 // reduction of a float angle costs twice the operations.

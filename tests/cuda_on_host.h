@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <random>
@@ -159,6 +162,23 @@ inline int32_t atomicMin(int32_t* to, int32_t value) {
   while (!__atomic_compare_exchange_n(to, &before, min(before, value), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return before;
 }
+
+// The fast functions, wrong by as much as the CUDA C++ Programming Guide and the PTX ISA allow, now up, now down.
+inline float wrong_by(float error, float x) { return __builtin_parity(std::bit_cast<uint32_t>(x)) ? error : -error; }
+
+inline float __sinf(float x) {
+  if (std::abs(x) > 3.1415928f) std::abort();  // there is no bound
+  return std::sin(static_cast<double>(x)) + wrong_by(0x1p-21f * 0.7526f, x);  // 2^-21.41
+}
+
+inline float __cosf(float x) {
+  if (std::abs(x) > 3.1415928f) std::abort();
+  return std::cos(static_cast<double>(x)) + wrong_by(0x1p-21f * 0.8766f, x);  // 2^-21.19
+}
+
+namespace ralu::cuda {
+inline float fast_sqrt(float x) { return std::sqrt(static_cast<double>(x)) * (1.0 + wrong_by(0x1p-23f, x)); }
+}  // namespace ralu::cuda
 
 template <class T>
 void __stcg(T* to, T value) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../sort_key.h"
+#include "normals.cuh"
 #include "vector.cuh"
 
 namespace ralu::cuda {
@@ -129,7 +130,7 @@ void plan_tokens(const Launch& launch, bool ranked, const Plan<T>& plan) {
   launch(ranked ? plan_kernel<T, true> : plan_kernel<T, false>, dim3(plan.batch + 1), PLAN_THREADS, plan);
 }
 
-// ---- the transitions: a thread has a low token's, or its four children's, V channels ----
+// ---- the transitions ----
 
 constexpr int TOKEN_THREADS = 128;
 
@@ -140,52 +141,117 @@ struct Transition {
   float scale, noise_scale, kept_scale, k;
 };
 
-// Elements of the random counter for an upsampled token's channels from `channel` on, numbered as in reference.py.
-template <bool PIXEL>
-struct Elements {
-  uint32_t first, plane, line;
+// What is made of a row that is not there.
+template <class T, int V>
+RALU_INLINE Vector<T, V> missing() {
+  Vector<T, V> vector;
+  for (int i = 0; i < V; ++i) vector.value[i] = static_cast<T>(NAN);
+  return vector;
+}
 
-  RALU_INLINE Elements(uint32_t y, uint32_t x, uint32_t channel, uint32_t height, uint32_t width, uint32_t channels)
-      : first(PIXEL ? channel * height * width + 4 * width * y + 2 * x : (y * width + x) * channels + channel),
-        plane(4 * height * width),
-        line(2 * width) {}
+// ---- at pixel granularity: a thread has V channels of an output row ----
 
-  RALU_INLINE uint32_t operator[](uint32_t i) const {
-    return PIXEL ? first + i / 4 * plane + i / 2 % 2 * line + i % 2 : first + i;
+// Whether it is upsampled or kept, a row takes one counter for four channels. So no warp has to do both one after the
+// other, as the threads of low tokens would have to.
+template <class T, int V>
+__device__ __forceinline__ Vector<T, V> row_of_pixels(const float (&value)[V], bool upsampled, uint32_t y, uint32_t x,
+                                                      uint32_t m, uint32_t token, uint32_t channel, uint64_t key,
+                                                      const Transition& t) {
+  // Elements of the random counter, numbered as in reference.py; token: the row's place in the grid of its size.
+  const uint32_t plane = 4 * t.height * t.width, pixel = (2 * y + m / 2) * 2 * t.width + 2 * x + m % 2;
+  const uint32_t element = upsampled ? channel / 4 * plane + pixel : (token * t.channels + channel) / 4;
+  const uint32_t step = upsampled ? plane : 1, kind = upsampled ? UPSAMPLED : KEPT;
+  const float k = upsampled ? t.k : 0.0f, noise_scale = upsampled ? t.noise_scale : t.kept_scale;
+  Vector<T, V> row;
+#pragma unroll
+  for (int c = 0; c < V; c += 4) {
+    const Normals n = normals_for<T>(key, element + c / 4 * step, t.stage, kind);
+    const float shared = k * (n.n0 + n.n1 + n.n2 + n.n3);
+    // Channel (c, inner pixel m) of the low token becomes channels (c, 0..3) of child m.
+    const float one = m & 2 ? (m & 1 ? value[c + 3] : value[c + 2]) : (m & 1 ? value[c + 1] : value[c]);
+    const auto noised = [&](float v, float z) {
+      return static_cast<T>(t.scale * (upsampled ? one : v) + noise_scale * (z - shared));
+    };
+    row.value[c] = noised(value[c], n.n0), row.value[c + 1] = noised(value[c + 1], n.n1);
+    row.value[c + 2] = noised(value[c + 2], n.n2), row.value[c + 3] = noised(value[c + 3], n.n3);
   }
-};
+  return row;
+}
 
-// write(m, child m) for the four children of a low token.
-template <class T, bool PIXEL, int V, class Write>
-__device__ __forceinline__ void upsample_token(const float (&value)[V], const Elements<PIXEL>& element, uint64_t key,
+constexpr uint32_t TILE_TOKENS = 16;  // whose rows, at most four each, are looked for together
+
+// A tile's rows follow each other from its first token's on. Rows that are not there are not written.
+template <class T, int V>
+__global__ void __launch_bounds__(TOKEN_THREADS)
+    upsample_selected_pixels_kernel(const T* __restrict__ low, T* __restrict__ out,
+                                    const int32_t* __restrict__ inverse, const int64_t* __restrict__ seed,
+                                    Transition t, bool whole) {
+  const uint32_t groups = t.channels / V, i = blockIdx.x * TOKEN_THREADS + threadIdx.x, b = sample_of_block();
+  const uint32_t place = i / groups, channel = i % groups * V, n = t.height * t.width;
+  const uint32_t begin = place / (4 * TILE_TOKENS) * TILE_TOKENS;  // one for all of a warp
+  if (begin >= n || b >= t.batch) return;
+  // Every lane looks at a token, and asks the others for the last one that starts at or before its own row.
+  const uint32_t tokens = min(n - begin, TILE_TOKENS), looked_at = begin + min(threadIdx.x % TILE_TOKENS, tokens - 1);
+  const int32_t* corner = inverse + 4 * (static_cast<int64_t>(b) * n + looked_at) - 2 * (looked_at % t.width);
+  const uint32_t start = corner[0], is_selected = corner[1] != corner[0];
+  const uint32_t row = __shfl_sync(WARP, start, 0) + place % (4 * TILE_TOKENS);
+  uint32_t found = 0;
+#pragma unroll
+  for (uint32_t step = TILE_TOKENS / 2; step > 0; step /= 2) {
+    const uint32_t next = min(found + step, tokens - 1);
+    if (__shfl_sync(WARP, start, next) <= row) found = next;
+  }
+  const bool selected = __shfl_sync(WARP, is_selected, found);
+  const uint32_t m = row - __shfl_sync(WARP, start, found), token = begin + found;
+  if (m >= (selected ? 4 : 1) || row >= t.total) return;
+  float value[V];
+  load(low + b * t.stride_b + token * t.stride_n + channel * t.stride_c, t.stride_c, whole, value);
+  store(out + static_cast<int64_t>(row) * t.channels + channel,
+        row_of_pixels<T>(value, selected, token / t.width, token % t.width, m, token, channel,
+                         static_cast<uint64_t>(seed[b]), t));
+}
+
+// Rows that are not there read as NaN.
+template <class T, int V>
+__global__ void __launch_bounds__(TOKEN_THREADS)
+    upsample_remaining_pixels_kernel(const T* __restrict__ packed, T* __restrict__ out,
+                                     const int32_t* __restrict__ inverse, const int64_t* __restrict__ seed,
+                                     Transition t, bool whole) {
+  const uint32_t groups = t.channels / V, i = blockIdx.x * TOKEN_THREADS + threadIdx.x, b = sample_of_block();
+  const uint32_t token = i / groups, channel = i % groups * V, line = 2 * t.width, n = 2 * t.height * line;
+  if (token >= n || b >= t.batch) return;
+  const uint32_t Y = token / line, X = token % line, y = Y / 2, x = X / 2;
+  const int32_t* of_sample = inverse + static_cast<int64_t>(b) * n;
+  const int32_t* corner = of_sample + 2 * (y * line + x);
+  const uint32_t row = of_sample[token];
+  Vector<T, V> result = missing<T, V>();
+  if (row < t.total) {
+    float value[V];
+    load(packed + row * t.stride_n + channel * t.stride_c, t.stride_c, whole, value);
+    result = row_of_pixels<T>(value, corner[1] == corner[0], y, x, Y % 2 * 2 + X % 2, token, channel,
+                              static_cast<uint64_t>(seed[b]), t);
+  }
+  store(out + (static_cast<int64_t>(b) * n + token) * t.channels + channel, result);
+}
+
+// ---- at token granularity: a thread has a low token's, or its four children's, V channels ----
+
+// Rows that a plan names and that are not there are not written, and read as NaN.
+
+// write(m, child m) for the four children of a low token. The children of a value share a counter.
+template <class T, int V, class Write>
+__device__ __forceinline__ void upsample_token(const float (&value)[V], uint32_t token, uint32_t channel, uint64_t key,
                                                const Transition& t, const Write& write) {
-  const auto children = [&](int i) {
-    return upsample_block(value[i], normals(key, element[i], t.stage, UPSAMPLED), t.scale, t.noise_scale, t.k);
-  };
-  if constexpr (PIXEL) {
-    // Channel (c, inner pixel) of the low token becomes channels (c, 0..3) of the child at that inner pixel.
+  Vector<T, V> child[4];
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      Vector<T, V> child;
-#pragma unroll
-      for (int c = 0; c < V; c += 4) {
-        const Normals o = children(c + m);
-        child.value[c] = static_cast<T>(o.n0), child.value[c + 1] = static_cast<T>(o.n1);
-        child.value[c + 2] = static_cast<T>(o.n2), child.value[c + 3] = static_cast<T>(o.n3);
-      }
-      write(m, child);
-    }
-  } else {
-    Vector<T, V> child[4];
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const Normals o = children(i);
-      child[0].value[i] = static_cast<T>(o.n0), child[1].value[i] = static_cast<T>(o.n1);
-      child[2].value[i] = static_cast<T>(o.n2), child[3].value[i] = static_cast<T>(o.n3);
-    }
-#pragma unroll
-    for (int m = 0; m < 4; ++m) write(m, child[m]);
+  for (int i = 0; i < V; ++i) {
+    const Normals n = normals_for<T>(key, token * t.channels + channel + i, t.stage, UPSAMPLED);
+    const Normals o = upsample_block(value[i], n, t.scale, t.noise_scale, t.k);
+    child[0].value[i] = static_cast<T>(o.n0), child[1].value[i] = static_cast<T>(o.n1);
+    child[2].value[i] = static_cast<T>(o.n2), child[3].value[i] = static_cast<T>(o.n3);
   }
+#pragma unroll
+  for (int m = 0; m < 4; ++m) write(m, child[m]);
 }
 
 // token: its place in the grid of its size. Four channels share a counter.
@@ -198,7 +264,7 @@ __device__ __forceinline__ Vector<T, V> keep_token(const float (&value)[V], uint
   if constexpr (V % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < V; i += 4) {
-      const Normals n = normals(key, element + i / 4, t.stage, KEPT);
+      const Normals n = normals_for<T>(key, element + i / 4, t.stage, KEPT);
       kept.value[i] = keep(i, n.n0), kept.value[i + 1] = keep(i + 1, n.n1);
       kept.value[i + 2] = keep(i + 2, n.n2), kept.value[i + 3] = keep(i + 3, n.n3);
     }
@@ -207,22 +273,13 @@ __device__ __forceinline__ Vector<T, V> keep_token(const float (&value)[V], uint
     const Words w = philox(key, element, t.stage, KEPT);
     const bool later = channel / 2 % 2;
     float even, odd;
-    turn(radius(later ? w.w2 : w.w0), later ? w.w3 : w.w1, even, odd);
+    box_muller<T>(later ? w.w2 : w.w0, later ? w.w3 : w.w1, even, odd);
     kept.value[0] = keep(0, channel % 2 ? odd : even);
   }
   return kept;
 }
 
-// What is made of a row that is not there.
 template <class T, int V>
-RALU_INLINE Vector<T, V> missing() {
-  Vector<T, V> vector;
-  for (int i = 0; i < V; ++i) vector.value[i] = static_cast<T>(NAN);
-  return vector;
-}
-
-// Rows that a plan names and that are not there are not written, and read as NaN.
-template <class T, bool PIXEL, int V>
 __global__ void __launch_bounds__(TOKEN_THREADS)
     upsample_selected_kernel(const T* __restrict__ low, T* __restrict__ out, const int32_t* __restrict__ inverse,
                              const int64_t* __restrict__ seed, Transition t, bool whole) {
@@ -239,14 +296,13 @@ __global__ void __launch_bounds__(TOKEN_THREADS)
     if (row < t.total) store(out + static_cast<int64_t>(row) * t.channels + channel, vector);
   };
   if (corner[1] != corner[0]) {
-    const Elements<PIXEL> element(y, x, channel, t.height, t.width, t.channels);
-    upsample_token<T>(value, element, key, t, write);
+    upsample_token<T>(value, token, channel, key, t, write);
   } else {
     write(0, keep_token<T>(value, token, channel, key, t));
   }
 }
 
-template <class T, bool PIXEL, int V>
+template <class T, int V>
 __global__ void __launch_bounds__(TOKEN_THREADS)
     upsample_remaining_kernel(const T* __restrict__ packed, T* __restrict__ out, const int32_t* __restrict__ inverse,
                               const int64_t* __restrict__ seed, Transition t, bool whole) {
@@ -267,9 +323,8 @@ __global__ void __launch_bounds__(TOKEN_THREADS)
   };
   float value[V];
   if (corner[1] == corner[0]) {
-    const Elements<PIXEL> element(y, x, channel, t.height, t.width, t.channels);
     if (read(corner[0], value)) {
-      upsample_token<T>(value, element, key, t, write);
+      upsample_token<T>(value, token, channel, key, t, write);
     } else {
       for (uint32_t m = 0; m < 4; ++m) write(m, missing<T, V>());
     }
@@ -283,38 +338,50 @@ __global__ void __launch_bounds__(TOKEN_THREADS)
   }
 }
 
-// run(granularity, V, grid, whole): V is 16 bytes of a row where its length allows, else as little as the granularity
-// does; whole is whether all that is read are aligned vectors of V.
-template <class T, class F>
-void for_channels(const Transition& t, const T* from, bool pixel, const F& run) {
-  constexpr int WIDE = 16 / sizeof(T);
-  const int64_t values = static_cast<int64_t>(t.height) * t.width * t.channels;
-  if (values * t.batch == 0) return;
-  const auto run_at = [&](auto granularity, auto v) {
+// run(V, grid, whole) with enough threads for `rows` of each sample: V is WIDE where the channels allow it, else LEAST;
+// whole is whether all that is read are aligned vectors of V.
+template <int WIDE, int LEAST, class T, class F>
+void for_channels(const Transition& t, const T* from, int64_t rows, const F& run) {
+  if (rows * t.channels * t.batch == 0) return;
+  const auto run_at = [&](auto v) {
     const bool whole = whole_vectors<v>(from, t.stride_c, {t.stride_b, t.stride_n});
-    run(granularity, v, grid_of(values / v, TOKEN_THREADS, t.batch), whole);
+    run(v, grid_of(rows * (t.channels / v), TOKEN_THREADS, t.batch), whole);
   };
-  if (pixel) {
-    t.channels % WIDE == 0 ? run_at(std::true_type{}, Count<WIDE>{}) : run_at(std::true_type{}, Count<4>{});
-  } else {
-    t.channels % WIDE == 0 ? run_at(std::false_type{}, Count<WIDE>{}) : run_at(std::false_type{}, Count<1>{});
-  }
+  t.channels % WIDE == 0 ? run_at(Count<WIDE>{}) : run_at(Count<LEAST>{});
 }
 
 template <class T, class Launch>
 void upsample_selected(const Launch& launch, const T* low, T* out, const int32_t* inverse, const int64_t* seed,
                        const Transition& t, bool pixel) {
-  for_channels(t, low, pixel, [&](auto granularity, auto v, dim3 grid, bool whole) {
-    launch(upsample_selected_kernel<T, granularity, v>, grid, TOKEN_THREADS, low, out, inverse, seed, t, whole);
-  });
+  const int64_t n = static_cast<int64_t>(t.height) * t.width, tiles = (n + TILE_TOKENS - 1) / TILE_TOKENS;
+  const auto run = [&](auto kernel, dim3 grid, bool whole) {
+    launch(kernel, grid, TOKEN_THREADS, low, out, inverse, seed, t, whole);
+  };
+  if (pixel) {
+    for_channels<32 / sizeof(T), 4>(t, low, 4 * TILE_TOKENS * tiles, [&](auto v, dim3 grid, bool whole) {
+      run(upsample_selected_pixels_kernel<T, v>, grid, whole);
+    });
+  } else {
+    for_channels<16 / sizeof(T), 1>(t, low, n, [&](auto v, dim3 grid, bool whole) { run(upsample_selected_kernel<T, v>, grid, whole); });
+  }
 }
 
 template <class T, class Launch>
 void upsample_remaining(const Launch& launch, const T* packed, T* out, const int32_t* inverse, const int64_t* seed,
                         const Transition& t, bool pixel) {
-  for_channels(t, packed, pixel, [&](auto granularity, auto v, dim3 grid, bool whole) {
-    launch(upsample_remaining_kernel<T, granularity, v>, grid, TOKEN_THREADS, packed, out, inverse, seed, t, whole);
-  });
+  const int64_t n = static_cast<int64_t>(t.height) * t.width;
+  const auto run = [&](auto kernel, dim3 grid, bool whole) {
+    launch(kernel, grid, TOKEN_THREADS, packed, out, inverse, seed, t, whole);
+  };
+  if (pixel) {
+    for_channels<32 / sizeof(T), 4>(t, packed, 4 * n, [&](auto v, dim3 grid, bool whole) {
+      run(upsample_remaining_pixels_kernel<T, v>, grid, whole);
+    });
+  } else {
+    for_channels<16 / sizeof(T), 1>(t, packed, n, [&](auto v, dim3 grid, bool whole) {
+      run(upsample_remaining_kernel<T, v>, grid, whole);
+    });
+  }
 }
 
 }  // namespace ralu::cuda

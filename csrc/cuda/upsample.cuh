@@ -1,6 +1,7 @@
 // 2x upsampling of a latent with block-correlated noise.
 #pragma once
 
+#include "normals.cuh"
 #include "vector.cuh"
 
 namespace ralu::cuda {
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(UPSAMPLE_THREADS)
   Vector<T, 2 * V> top, bottom;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const Normals n = normals(static_cast<uint64_t>(seed[b]), first + i, noise.stage, UPSAMPLED);
+    const Normals n = normals_for<T>(static_cast<uint64_t>(seed[b]), first + i, noise.stage, UPSAMPLED);
     const Normals o = upsample_block(value[i], n, noise.scale, noise.noise_scale, noise.k);
     top.value[2 * i] = static_cast<T>(o.n0), top.value[2 * i + 1] = static_cast<T>(o.n1);
     bottom.value[2 * i] = static_cast<T>(o.n2), bottom.value[2 * i + 1] = static_cast<T>(o.n3);

@@ -17,16 +17,19 @@ struct alignas(N * sizeof(T)) Vector {
   T value[N];
 };
 
-// As one instruction: nvcc would take the assignment of a Vector apart.
+// In as few instructions as there are: nvcc would take the assignment of a Vector apart.
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& vector) {
-  constexpr int BYTES = sizeof(vector);
+  constexpr int BYTES = sizeof(vector) < 16 ? sizeof(vector) : 16;
   using Word = std::conditional_t<BYTES == 2, unsigned short, unsigned int>;
   using Words = std::conditional_t<BYTES == 16, uint4, std::conditional_t<BYTES == 8, uint2, Word>>;
-  static_assert(sizeof(Words) == BYTES);
-  Words words;
-  memcpy(&words, &vector, BYTES);
-  __stcg(reinterpret_cast<Words*>(to), words);
+  static_assert(sizeof(Words) == BYTES && sizeof(vector) % BYTES == 0);
+#pragma unroll
+  for (int i = 0; i < N; i += BYTES / sizeof(T)) {
+    Words words;
+    memcpy(&words, vector.value + i, BYTES);
+    __stcg(reinterpret_cast<Words*>(to + i), words);
+  }
 }
 
 // A number as a type, to choose a template instance.
