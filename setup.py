@@ -58,15 +58,29 @@ def why_no_native() -> str | None:
     return None
 
 
+def find_toolkit() -> str | None:
+    """The CUDA toolkit: CUDA_HOME, or that of the nvcc on the PATH, which may be a script that starts another one."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named or not shutil.which("nvcc"):
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        return named or CUDA_HOME
+    said = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ _?TOP=(.+)$", said, re.M)
+    return os.path.realpath(top[1].strip()) if top else None
+
+
 def why_no_cuda() -> str | None:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    nvcc = f"{CUDA_HOME}/bin/nvcc"
+    home = find_toolkit()
+    nvcc = f"{home}/bin/nvcc"
     if not os.path.exists(nvcc):
         return "no CUDA toolkit is found (CUDA_HOME, or nvcc on the PATH)"
+    if not any(glob(f"{home}/{lib}/libcudart.so") for lib in ("lib64", "lib", "targets/*/lib")):
+        return f"{home} has no lib64/libcudart.so to link with (CUDA_HOME can name another toolkit)"
     release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if not release or release[1] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is not of CUDA {torch.version.cuda}, with which torch is built"
@@ -103,15 +117,17 @@ def extension() -> dict:
             os.remove(left)
         return {}
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     kind, sources = CppExtension, ["csrc/binding.cpp", *glob("csrc/cpu/*.cpp")]
     macros, flags = MACROS, {"cxx": CXX_FLAGS}
     if wanted("RALU_CUDA", "the CUDA kernels", why_no_cuda):
+        cpp_extension.CUDA_HOME = find_toolkit()  # PyTorch guesses it from the place of nvcc on the PATH
         kind, sources = CUDAExtension, [*sources, *glob("csrc/cuda/*.cu")]
         macros, flags = [*macros, ("RALU_CUDA", None), ("USE_CUDA", None)], {**flags, "nvcc": NVCC_FLAGS}
         if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(f"{CUDA_HOME}/bin/nvcc"))
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(f"{cpp_extension.CUDA_HOME}/bin/nvcc"))
     module = kind(
         f"{PACKAGE}.{PACKAGE}_C", sorted(sources), define_macros=macros, extra_compile_args=flags,
         depends=glob("csrc/**/*h", recursive=True), py_limited_api=True,

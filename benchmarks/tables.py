@@ -55,7 +55,7 @@ def values(rows: list[dict], key: str) -> list[str]:
 def origin(rows: list[dict]) -> str:
     """Say where, when and with which versions rows were measured."""
     row = rows[-1]
-    versions = [f"torch {row['torch']}", *([f"Triton {row['triton']}"] if row["cuda"] else [])]
+    versions = [f"torch {row['torch']}", *([f"Triton {row['triton']}"] if record.on_gpu(row) else [])]
     device = f"{row['device']}, {row['isa']}" if row["isa"] else row["device"]
     commits = " and ".join(values(rows, "commit"))
     return f"{device}; {', '.join(versions)}; commit {commits}; {row['date']}"

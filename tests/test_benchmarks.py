@@ -283,7 +283,10 @@ def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True)
         file.touch()
     monkeypatch.setattr(record.ralu_kernels, "__file__", str(kept))
-    assert record.provenance(CPU)["commit"] == ""
+    assert record.provenance(CPU)["commit"] == "unknown"
+    with monkeypatch.context() as without_git:
+        without_git.setenv("PATH", str(tmp_path))
+        assert record.provenance(CPU)["commit"] == "unknown"
 
     def git(*arguments):
         command = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *arguments]
@@ -340,6 +343,8 @@ def test_tables_are_of_the_rows(tmp_path):
     assert tables.rendered(new, tmp_path) == new
     render.draw_kernels(tables.latest(path), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    write(path, [row | {"cuda": "13.0", "device_type": "cpu"} for row in rows])  # a build for GPUs, on a CPU
+    assert render.block(path) == block
 
 
 def test_gpu_tables(tmp_path):
