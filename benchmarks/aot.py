@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 
 from ralu_kernels import adaln, plan, qkv, tokens, upsample
 
@@ -70,7 +69,7 @@ class _Recorder:
         self.compiled = []
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+        return lambda *args, **kwargs: self.compiled.append((self.kernel.warmup(*args, grid=grid, **kwargs), grid))
 
 
 def _meta(*shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -80,6 +79,7 @@ def _meta(*shape: int, dtype=torch.float32) -> torch.Tensor:
 def variants() -> list[tuple[str, str, Callable[[], object]]]:
     """List (kernel, variant, a call of its launcher) at the sizes of a 1024x1024 FLUX image."""
     seed, inverse = _meta(1, dtype=torch.int64), _meta(1, 4096, dtype=torch.int32)
+    plan_of_rows = (inverse, *(_meta(size, dtype=torch.int32) for size in (2, 1636, 1636)), 32, 1636)
     noise = (0.9, 0.4, 0.02, seed)
     listed: list[tuple[str, str, Callable[[], object]]] = []
     for name, dtype in DTYPES.items():
@@ -89,12 +89,13 @@ def variants() -> list[tuple[str, str, Callable[[], object]]]:
         listed.append(("upsample", name, partial(upsample._upsample_triton, latent, *noise, 2)))
         for granularity in tokens.GRANULARITIES:
             variant, transition = f"{name} {granularity}", (*noise, granularity, "exact")
-            listed.append(
-                ("upsample_selected", variant, partial(tokens._selected_triton, low, inverse, 32, 1636, *transition))
-            )
-            listed.append(
-                ("upsample_remaining", variant, partial(tokens._remaining_triton, packed, inverse, 32, *transition))
-            )
+            pixels = "_pixels" if granularity == "pixel" else ""
+            listed += [
+                (f"upsample_selected{pixels}", variant,
+                 partial(tokens._selected_triton, low, *plan_of_rows, *transition)),
+                (f"upsample_remaining{pixels}", variant,
+                 partial(tokens._remaining_triton, packed, inverse, 32, *transition)),
+            ]  # fmt: skip
         listed.append(("plan", f"{name} ratio", partial(plan._plan_triton, scores, 32, 32, 204, None, 1636)))
     listed.append(("plan", f"{name} threshold", partial(plan._plan_triton, scores, 32, 32, 0, 0.5, 1636)))
     # 72 columns divide by 8 but not by the 16 that Triton looks for: what the launcher's ALIGN is for.
@@ -142,14 +143,21 @@ def _block_variants() -> list[tuple[str, str, Callable[[], object]]]:
 
 
 def compile_variant(kernel: str, launch: Callable[[], object], arch: int):
-    """Compile the kernel that ``launch`` would run on ``sm_<arch>``."""
+    """Compile the kernel that ``launch`` would run on ``sm_<arch>``; returns it and the grid of its programs."""
     module = next(module for module in MODULES if hasattr(module, f"_{kernel}_kernel"))
     recorder = _Recorder(getattr(module, f"_{kernel}_kernel"))
     triton.runtime.driver.set_active(_Driver(arch))
     with mock.patch.object(module, f"_{kernel}_kernel", recorder):
         launch()
-    (compiled,) = recorder.compiled
-    return compiled
+    (launched,) = recorder.compiled
+    return launched
+
+
+def _ptxas(arch: int) -> str:
+    """Return the assembler; from Triton 3.6 on another one comes with it for Blackwell."""
+    tools = triton.knobs.nvidia
+    path: str = getattr(tools, "ptxas_blackwell" if arch >= 100 else "ptxas", tools.ptxas).path
+    return path
 
 
 def _bits(ptx: str, operation: str) -> str:
@@ -160,13 +168,13 @@ def _bits(ptx: str, operation: str) -> str:
 
 def report(kernel: str, variant: str, launch: Callable[[], object], arch: int) -> Report:
     """Compile and assemble a kernel, and read what the assembler says of it."""
-    compiled = compile_variant(kernel, launch, arch)
+    compiled, _ = compile_variant(kernel, launch, arch)
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source.name, "-o", "/dev/null"]
+        command = [_ptxas(arch), "-v", f"--gpu-name={target}", source.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stack, stores, loads = map(
         int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()

@@ -257,6 +257,12 @@ def pareto(path: Path) -> str:
     return f"{path.stem.replace('-mini', '')}.png"
 
 
+def roofs(path: Path) -> str:
+    """Print the table of roof.py's file."""
+    rows = record.read(path)
+    return table([name.replace("_", " ") for name in rows[0]], [list(row.values()) for row in rows])
+
+
 # ---- pages ----
 
 
@@ -274,7 +280,9 @@ def block(path: Path, short: bool = False) -> str | None:
         return quality(path, short) if short else f"![Quality against work]({pareto(path)})\n\n{quality(path)}"
     if path.name.startswith("caches-"):
         return skipped(path)
-    if path.name in (tables := {"solver-gaussian.csv": solvers, "work.csv": work, "saved.csv": saved}):
+    if path.name in (
+        tables := {"solver-gaussian.csv": solvers, "work.csv": work, "saved.csv": saved, "roof.csv": roofs}
+    ):
         return tables[path.name](path)
     if not (rows := latest(path)):
         return None
@@ -282,7 +290,7 @@ def block(path: Path, short: bool = False) -> str | None:
     if "method" in rows[0]:
         body = images(rows, path)
     else:
-        body = kernels_on_gpu(rows) if rows[0]["cuda"] else kernels_on_cpu(rows, short)
+        body = kernels_on_gpu(rows) if record.on_gpu(rows[0]) else kernels_on_cpu(rows, short)
     return f"{first}\n\n{body}" if short else f"{first}\n\n{body}\n\n![{path.stem}]({path.stem}.png)"
 
 

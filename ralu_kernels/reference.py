@@ -215,11 +215,11 @@ def _existing_rows(inverse: Tensor, width: int, total: int) -> Tensor:
 
 
 def upsample_selected(
-    low: Tensor, inverse: Tensor, width: int, total: int, scale: float, noise_scale: float, c: float, seed: Tensor,
-    granularity: str, kept_noise: str,
+    low: Tensor, inverse: Tensor, cu_seqlens: Tensor, source: Tensor, child: Tensor, width: int, longest: int,
+    scale: float, noise_scale: float, c: float, seed: Tensor, granularity: str, kept_noise: str,
 ) -> Tensor:  # fmt: skip
-    """Return `ralu_kernels.upsample_selected` of low tokens (B, n, C), packed (total, C)."""
-    n, channels = low.shape[1:]
+    """Return `ralu_kernels.upsample_selected` of low tokens (B, n, C), packed (total, C): ``inverse`` tells all."""
+    (n, channels), total = low.shape[1:], source.shape[0]
     element = _elements(n // width, width, channels, granularity, low.device)
     rows = _existing_rows(inverse, width, total)
     x = low.float()

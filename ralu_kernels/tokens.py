@@ -27,17 +27,6 @@ KEPT_NOISES = ("exact", "release")
 
 
 @jit
-def _element(y, x, channel, height, width, channels, PIXEL: tl.constexpr):
-    """Return the element index of an upsampled token's channel; see reference.py."""
-    if PIXEL:
-        pixel_row = (channel // 4 * height + y) * 2 + channel // 2 % 2
-        element = (pixel_row * width + x) * 2 + channel % 2
-    else:
-        element = (y * width + x) * channels + channel
-    return element
-
-
-@jit
 def _tile(blocks, channel_blocks, n, width, total, inverse_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Find a program's tile of low tokens (BLOCK_N, 1) by channels (1, BLOCK_C) of one sample.
 
@@ -59,26 +48,92 @@ def _tile(blocks, channel_blocks, n, width, total, inverse_ptr, BLOCK_N: tl.cons
 
 
 @jit
-def _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL: tl.constexpr):
-    """Return the four high tokens of a tile (BLOCK_N, BLOCK_C) of low tokens, each of the tile's shape."""
-    o0, o1, o2, o3 = upsample_block(value, n0, n1, n2, n3, scale, noise_scale, k)
-    if PIXEL:
-        # Channel (c, py, px) of the low token and child m of its value are channel (c, m) of high token (py, px).
-        rows: tl.constexpr = o0.shape[0]
-        columns: tl.constexpr = o0.shape[1]
-        children = tl.join(tl.join(o0, o2), tl.join(o1, o3)).reshape(rows, columns // 4, 2, 2, 4)
-        left, right = tl.split(children.permute(0, 1, 4, 2, 3))
-        o0, o2 = tl.split(left)
-        o1, o3 = tl.split(right)
-        o0, o1 = o0.reshape(rows, columns), o1.reshape(rows, columns)
-        o2, o3 = o2.reshape(rows, columns), o3.reshape(rows, columns)
-    return o0, o1, o2, o3
+def _row_of_pixels(
+    value, upsampled, y, x, child, token, four, seed, scale, noise_scale, kept_scale, k, height, width, channels,
+    STAGE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Upsample or keep a tile of output rows (BLOCK_N, BLOCK_C) at pixel granularity.
+
+    Either takes a counter for four channels, so no program does both works. ``token`` is the row's place in the grid of
+    its size; channel (c, inner pixel) of a low token becomes channels (c, 0..3) of the child at that inner pixel.
+    """
+    rows: tl.constexpr = value.shape[0]
+    columns: tl.constexpr = value.shape[1]
+    even, odd = tl.split(value.reshape(rows, columns // 4, 2, 2))
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    one = tl.where(child < 2, tl.where(child == 0, v0, v1), tl.where(child == 2, v2, v3))
+    pixel = (2 * y + child // 2) * 2 * width + 2 * x + child % 2
+    element = tl.where(upsampled, four * (4 * height * width) + pixel, token * (channels // 4) + four)
+    n0, n1, n2, n3 = normals(seed, element, STAGE, tl.where(upsampled, 0, 1), HALF)
+    shared = tl.where(upsampled, k, 0.0) * (n0 + n1 + n2 + n3)
+    noise_scale = tl.where(upsampled, noise_scale, kept_scale)
+    o0 = scale * tl.where(upsampled, one, v0) + noise_scale * (n0 - shared)
+    o1 = scale * tl.where(upsampled, one, v1) + noise_scale * (n1 - shared)
+    o2 = scale * tl.where(upsampled, one, v2) + noise_scale * (n2 - shared)
+    o3 = scale * tl.where(upsampled, one, v3) + noise_scale * (n3 - shared)
+    return tl.join(tl.join(o0, o2), tl.join(o1, o3)).reshape(rows, columns)
 
 
 @jit
-def _kept_noise(seed, token, four, channels, STAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _upsample_selected_pixels_kernel(
+    low_ptr, out_ptr, inverse_ptr, seed_ptr, scale, noise_scale, kept_scale, k,
+    height, width, channels, total, stride_b, stride_n, stride_c, blocks, channel_blocks,
+    cu_seqlens_ptr, source_ptr, child_ptr, STAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = pid // (blocks * channel_blocks)
+    channel = pid % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    four = pid % channel_blocks * (BLOCK_C // 4) + tl.arange(0, BLOCK_C // 4)[None, :]
+    first, end = tl.load(cu_seqlens_ptr + b), tl.minimum(tl.load(cu_seqlens_ptr + b + 1), total)
+    row = first + pid // channel_blocks % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    mask = (row >= 0) & (row < end)
+    token = tl.load(source_ptr + row, mask=mask, other=-1)
+    child = tl.load(child_ptr + row, mask=mask, other=-1)
+    exists = (token >= 0) & (token < height * width)
+    place = b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_n + channel.to(tl.int64) * stride_c
+    value = tl.load(low_ptr + place, mask=exists & (channel < channels), other=float("nan")).to(tl.float32)
+    out = _row_of_pixels(
+        value, child >= 0, token // width, token % width, child, token, four, tl.load(seed_ptr + b), scale, noise_scale,
+        kept_scale, k, height, width, channels, STAGE, out_ptr.dtype.element_ty.primitive_bitwidth == 16,
+    )  # fmt: skip
+    tl.store(out_ptr + row.to(tl.int64) * channels + channel, out, mask=mask & (channel < channels))
+
+
+@jit
+def _upsample_remaining_pixels_kernel(
+    packed_ptr, out_ptr, inverse_ptr, seed_ptr, scale, noise_scale, kept_scale, k,
+    height, width, channels, total, stride_n, stride_c, blocks, channel_blocks,
+    STAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    high, pid = 4 * height * width, tl.program_id(0)
+    b = (pid // (blocks * channel_blocks)).to(tl.int64)
+    token = pid // channel_blocks % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    channel = pid % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    four = pid % channel_blocks * (BLOCK_C // 4) + tl.arange(0, BLOCK_C // 4)[None, :]
+    y, x = token // (2 * width), token % (2 * width)
+    sample_ptr = inverse_ptr + b * high
+    corner = y // 2 * 4 * width + x // 2 * 2
+    row = tl.load(sample_ptr + token, mask=token < high, other=-1)
+    first = tl.load(sample_ptr + corner, mask=token < high, other=0)
+    upsampled = tl.load(sample_ptr + corner + 1, mask=token < high, other=0) == first
+    exists = (row >= 0) & (row < total)
+    mask = (token < high) & (channel < channels)
+    source = row.to(tl.int64) * stride_n + channel.to(tl.int64) * stride_c
+    value = tl.load(packed_ptr + source, mask=mask & exists, other=float("nan")).to(tl.float32)
+    out = _row_of_pixels(
+        value, upsampled, y // 2, x // 2, y % 2 * 2 + x % 2, token, four, tl.load(seed_ptr + b), scale, noise_scale,
+        kept_scale, k, height, width, channels, STAGE, out_ptr.dtype.element_ty.primitive_bitwidth == 16,
+    )  # fmt: skip
+    tl.store(out_ptr + (b * high + token) * channels + channel, out, mask=mask)
+
+
+@jit
+def _kept_noise(
+    seed, token, four, channels, STAGE: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
     """Return white noise for a tile of kept tokens: four channels share a counter; see reference.py."""
-    n0, n1, n2, n3 = normals(seed, token * ((channels + 3) // 4) + four, STAGE, 1)
+    n0, n1, n2, n3 = normals(seed, token * ((channels + 3) // 4) + four, STAGE, 1, HALF)
     return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK_N, BLOCK_C)
 
 
@@ -86,8 +141,9 @@ def _kept_noise(seed, token, four, channels, STAGE: tl.constexpr, BLOCK_N: tl.co
 def _upsample_selected_kernel(
     low_ptr, out_ptr, inverse_ptr, seed_ptr, scale, noise_scale, kept_scale, k,
     height, width, channels, total, stride_b, stride_n, stride_c, blocks, channel_blocks,
-    STAGE: tl.constexpr, PIXEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    half: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
     n = height * width
     tile = _tile(blocks, channel_blocks, n, width, total, inverse_ptr, BLOCK_N, BLOCK_C)
     b, token, channel, four, y, x, first, selected, exists = tile
@@ -100,14 +156,14 @@ def _upsample_selected_kernel(
 
     if tl.max(selected.to(tl.int32)) > 0:
         upsampled = mask & selected
-        n0, n1, n2, n3 = normals(seed, _element(y, x, channel, height, width, channels, PIXEL), STAGE, 0)
-        o0, o1, o2, o3 = _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL)
+        n0, n1, n2, n3 = normals(seed, (y * width + x) * channels + channel, STAGE, 0, half)
+        o0, o1, o2, o3 = upsample_block(value, n0, n1, n2, n3, scale, noise_scale, k)
         tl.store(out, o0, mask=upsampled)
         tl.store(out + channels, o1, mask=upsampled)
         tl.store(out + 2 * channels, o2, mask=upsampled)
         tl.store(out + 3 * channels, o3, mask=upsampled)
     if tl.min(selected.to(tl.int32)) == 0:
-        noise = _kept_noise(seed, token, four, channels, STAGE, BLOCK_N, BLOCK_C)
+        noise = _kept_noise(seed, token, four, channels, STAGE, half, BLOCK_N, BLOCK_C)
         tl.store(out, scale * value + kept_scale * noise, mask=mask & (selected == 0))
 
 
@@ -115,11 +171,12 @@ def _upsample_selected_kernel(
 def _upsample_remaining_kernel(
     packed_ptr, out_ptr, inverse_ptr, seed_ptr, scale, noise_scale, kept_scale, k,
     height, width, channels, total, stride_n, stride_c, blocks, channel_blocks,
-    STAGE: tl.constexpr, PIXEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    half: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
     n = height * width
     tile = _tile(blocks, channel_blocks, n, width, total, inverse_ptr, BLOCK_N, BLOCK_C)
-    b, token, channel, four, y, x, first, selected, _ = tile
+    b, token, channel, four, y, x, first, selected, exists = tile
     mask = (token < n) & (channel < channels)
     source = packed_ptr + first * stride_n + channel.to(tl.int64) * stride_c
     out = out_ptr + (b * 4 * n + 4 * y * width + 2 * x) * channels + channel
@@ -127,9 +184,9 @@ def _upsample_remaining_kernel(
 
     if tl.min(selected.to(tl.int32)) == 0:
         upsampled = mask & (selected == 0)
-        value = tl.load(source, mask=upsampled).to(tl.float32)
-        n0, n1, n2, n3 = normals(seed, _element(y, x, channel, height, width, channels, PIXEL), STAGE, 0)
-        o0, o1, o2, o3 = _children(value, n0, n1, n2, n3, scale, noise_scale, k, PIXEL)
+        value = tl.load(source, mask=upsampled & exists, other=float("nan")).to(tl.float32)
+        n0, n1, n2, n3 = normals(seed, (y * width + x) * channels + channel, STAGE, 0, half)
+        o0, o1, o2, o3 = upsample_block(value, n0, n1, n2, n3, scale, noise_scale, k)
         tl.store(out, o0, mask=upsampled)
         tl.store(out + channels, o1, mask=upsampled)
         tl.store(out + 2 * width * channels, o2, mask=upsampled)
@@ -137,85 +194,93 @@ def _upsample_remaining_kernel(
     if tl.max(selected.to(tl.int32)) > 0:
         kept = mask & selected
         for child in tl.static_range(4):
-            value = tl.load(source + child * stride_n, mask=kept).to(tl.float32)
+            value = tl.load(source + child * stride_n, mask=kept & exists, other=float("nan")).to(tl.float32)
             right_and_down = child // 2 * 2 * width + child % 2
             high = 4 * y * width + 2 * x + right_and_down
-            noise = _kept_noise(seed, high, four, channels, STAGE, BLOCK_N, BLOCK_C)
+            noise = _kept_noise(seed, high, four, channels, STAGE, half, BLOCK_N, BLOCK_C)
             tl.store(out + right_and_down * channels, scale * value + kept_scale * noise, mask=kept)
 
 
-def _fake_selected(low: Tensor, inverse: Tensor, width: int, total: int, *_: Any) -> Tensor:
-    return low.new_empty(total, low.shape[2])
+def _fake_selected(low: Tensor, inverse: Tensor, cu_seqlens: Tensor, source: Tensor, *_: Any) -> Tensor:
+    return low.new_empty(source.shape[0], low.shape[2])
 
 
 def _fake_remaining(packed: Tensor, inverse: Tensor, *_: Any) -> Tensor:
     return packed.new_empty(*inverse.shape, packed.shape[1])
 
 
-_TILE_BYTES = 512  # of low tokens: one warp, 16 bytes of every output row for each thread
+_TILE_BYTES = 512  # of tokens: one warp, 16 bytes of every output row for each thread
 
 
 def _launch(
     kernel: Any, stage: int, x: Tensor, out: Tensor, inverse: Tensor, width: int, total: int, scale: float,
-    noise_scale: float, c: float, seed: Tensor, granularity: str, kept_noise: str,
+    noise_scale: float, c: float, seed: Tensor, kept_noise: str, pixel_rows: int = 0,
+    pixel_plan: tuple[Tensor, ...] = (),
 ) -> Tensor:  # fmt: skip
+    """Launch a kernel whose programs have low tokens, or at pixel granularity ``pixel_rows`` rows of every sample."""
     reference.check_rows(inverse, width, total)
     if out.numel() == 0:
         return out
-    channels, height = x.shape[-1], inverse.shape[1] // (4 * width)
+    channels, n = x.shape[-1], inverse.shape[1] // 4
     block_c = min(max(triton.next_power_of_2(channels), 4), 64)  # four channels share their random numbers
     block_n = max(_TILE_BYTES // x.element_size() // block_c, 1)
-    blocks, channel_blocks = triton.cdiv(height * width, block_n), triton.cdiv(channels, block_c)
+    block_n *= 2 if pixel_rows else 1  # for what it costs a thread to find its place
+    blocks, channel_blocks = triton.cdiv(pixel_rows or n, block_n), triton.cdiv(channels, block_c)
     kept_scale = noise_scale * reference.kept_std(c, kept_noise)
     with torch.cuda.device_of(x):
         kernel[(inverse.shape[0] * blocks * channel_blocks,)](
             x, out, inverse.contiguous(), seed.contiguous(), scale, noise_scale, kept_scale,
-            reference.block_coefficient(c), height, width, channels, total, *x.stride(), blocks, channel_blocks,
-            STAGE=stage, PIXEL=granularity == "pixel", BLOCK_N=block_n, BLOCK_C=block_c, num_warps=1,
+            reference.block_coefficient(c), n // width, width, channels, total, *x.stride(), blocks, channel_blocks,
+            *(x.contiguous() for x in pixel_plan), STAGE=stage, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=1,
         )  # fmt: skip
     return out
 
 
-def _selected_triton(low: Tensor, inverse: Tensor, width: int, total: int, *rest: Any) -> Tensor:
-    out = _fake_selected(low, inverse, width, total)
-    return _launch(_upsample_selected_kernel, reference.TO_MIXED, low, out, inverse, width, total, *rest)
-
-
-def _remaining_triton(packed: Tensor, inverse: Tensor, width: int, *rest: Any) -> Tensor:
-    out = _fake_remaining(packed, inverse)
-    return _launch(_upsample_remaining_kernel, reference.TO_FULL, packed, out, inverse, width, packed.shape[0], *rest)
-
-
-def _native_rules(
-    scale: float, noise_scale: float, c: float, granularity: str, kept_noise: str
-) -> tuple[float, float, float, float, bool]:
-    kept_scale = noise_scale * reference.kept_std(c, kept_noise)
-    return scale, noise_scale, kept_scale, reference.block_coefficient(c), granularity == "pixel"
-
-
-def _selected_native(
-    low: Tensor, inverse: Tensor, width: int, total: int, scale: float, noise_scale: float, c: float, seed: Tensor,
-    granularity: str, kept_noise: str,
+def _selected_triton(
+    low: Tensor, inverse: Tensor, cu_seqlens: Tensor, source: Tensor, child: Tensor, width: int, longest: int,
+    scale: float, noise_scale: float, c: float, seed: Tensor, granularity: str, kept_noise: str,
 ) -> Tensor:  # fmt: skip
-    out = _fake_selected(low, inverse, width, total)
-    rules = _native_rules(scale, noise_scale, c, granularity, kept_noise)
-    _backend.native.upsample_selected(low, out, inverse.contiguous(), seed.contiguous(), width, *rules)
-    return out
+    out = _fake_selected(low, inverse, cu_seqlens, source)
+    common = (reference.TO_MIXED, low, out, inverse, width, source.shape[0], scale, noise_scale, c, seed, kept_noise)
+    if granularity == "token":
+        return _launch(_upsample_selected_kernel, *common)
+    return _launch(_upsample_selected_pixels_kernel, *common, longest, (cu_seqlens, source, child))
 
 
-def _remaining_native(
+def _remaining_triton(
     packed: Tensor, inverse: Tensor, width: int, scale: float, noise_scale: float, c: float, seed: Tensor,
     granularity: str, kept_noise: str,
 ) -> Tensor:  # fmt: skip
     out = _fake_remaining(packed, inverse)
-    rules = _native_rules(scale, noise_scale, c, granularity, kept_noise)
-    _backend.native.upsample_remaining(packed, out, inverse.contiguous(), seed.contiguous(), width, *rules)
+    common = (reference.TO_FULL, packed, out, inverse, width, packed.shape[0], scale, noise_scale, c, seed, kept_noise)
+    if granularity == "token":
+        return _launch(_upsample_remaining_kernel, *common)
+    return _launch(_upsample_remaining_pixels_kernel, *common, inverse.shape[1])
+
+
+def _native(
+    name: str, x: Tensor, out: Tensor, inverse: Tensor, width: int, scale: float, noise_scale: float, c: float,
+    seed: Tensor, granularity: str, kept_noise: str,
+) -> Tensor:  # fmt: skip
+    noise = scale, noise_scale, noise_scale * reference.kept_std(c, kept_noise), reference.block_coefficient(c)
+    operation = getattr(_backend.native, name)
+    operation(x, out, inverse.contiguous(), seed.contiguous(), width, *noise, granularity == "pixel")
     return out
 
 
+def _selected_native(low: Tensor, inverse: Tensor, *rest: Any) -> Tensor:
+    _, _, _, width, _, *noise = rest  # inverse alone tells where everything goes
+    return _native("upsample_selected", low, _fake_selected(low, inverse, *rest), inverse, width, *noise)
+
+
+def _remaining_native(packed: Tensor, inverse: Tensor, width: int, *rest: Any) -> Tensor:
+    return _native("upsample_remaining", packed, _fake_remaining(packed, inverse), inverse, width, *rest)
+
+
 _selected = register(
-    "upsample_selected(Tensor low, Tensor inverse, SymInt width, SymInt total, float scale, float noise_scale, float c,"
-    " Tensor seed, str granularity, str kept_noise, str backend) -> Tensor",
+    "upsample_selected(Tensor low, Tensor inverse, Tensor cu_seqlens, Tensor source, Tensor child, SymInt width,"
+    " SymInt longest, float scale, float noise_scale, float c, Tensor seed, str granularity, str kept_noise,"
+    " str backend) -> Tensor",
     _fake_selected,
     native=_selected_native,
     triton=_selected_triton,
@@ -295,7 +360,8 @@ def upsample_selected(
     if low.shape[0] != batch or low.shape[1] != n:
         raise wrong("low.shape[:2]", low.shape[:2], f"({batch}, {n}), the plan's (B, n)")
     rules = _rules("low", low, plan, scale, noise_scale, c, seed, granularity, kept_noise)
-    return _proven(_selected(low, plan.inverse, w, plan.source.shape[0], *rules, backend), plan)
+    where = (plan.inverse, plan.cu_seqlens, plan.source, plan.child)
+    return _proven(_selected(low, *where, w, plan.max_seqlen, *rules, backend), plan)
 
 
 def upsample_remaining(

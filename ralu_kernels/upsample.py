@@ -9,38 +9,100 @@ import torch
 from torch import Tensor
 
 from . import _backend, reference
-from ._backend import jit, register, tl, triton
+from ._backend import INTERPRET, jit, register, tl, triton
 from ._checks import check_values, correlation, finite, integer, seed_tensor
 
+if INTERPRET:
+
+    @jit
+    def _sine_cosine(angle):
+        return tl.sin(angle), tl.cos(angle)
+
+else:
+
+    @jit
+    def _sine_cosine(angle):
+        """Return sine and cosine of an angle in [-pi, pi] as a GPU approximates them, wrong by at most 2^-21."""
+        return (
+            tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1),
+            tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1),
+        )
+
 
 @jit
-def _box_muller(word1, word2):
-    """Make two normals of two random words, as tl.pair_uniform_to_normal does.
+def _fold(word):
+    """Return a random word as an integer in [0, 2^31), by the rule of tl.uint_to_uniform_float."""
+    x = word.to(tl.int32, bitcast=True)
+    return x ^ (x >> 31)
 
-    tl.cos and tl.sin can reduce huge angles too, which needs local memory. Below 2 pi the three constants
-    of Cody and Waite are exact, and the polynomials are those of Cephes.
+
+@jit
+def _minus_two_log(word):
+    """Return -2 ln(u) of the uniform number of a word, at least 1e-7; see csrc/philox.h for the polynomial."""
+    u = tl.maximum((_fold(word).to(tl.float32) * 4.6566127342e-10).to(tl.int32, bitcast=True), 0x33D6BF95)
+    bits = u - 0x3F3504F3
+    e = (bits >> 23).to(tl.float32)
+    m = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    m2 = m * m
+    even = ((-1.7344367504e-1 * m2 - 2.9955989122e-1) * m2 - 3.9909750223e-1) * m2 - 6.6668331623e-1
+    odd = (2.8758016229e-1 * m2 + 3.3128851652e-1) * m2 + 5.0003397465e-1
+    return ((odd * m + even) * m + 1.0) * m2 - (2.0 * m + 1.3862943611 * e)
+
+
+@jit
+def _sine(r):
+    """Return the sine of r * 2 pi / 2^31, |r| <= 2^29."""
+    x = r.to(tl.float32) * 2.9258361585343194e-9
+    x2 = x * x
+    return ((((2.6000548e-6 * x2 - 1.9806615e-4) * x2 + 8.333017e-3) * x2 - 1.6666657e-1) * x2) * x + x
+
+
+@jit
+def _box_muller(word1, word2, HALF: tl.constexpr = False):
+    """Make two normals of two random words, as tl.pair_uniform_to_normal does; HALF: as exact as 16 bits can show.
+
+    tl.cos and tl.sin can reduce huge angles too, which needs local memory. Here the angle stays an integer until it is
+    folded into a half turn, and at HALF it is turned by half a circle, and with it the pair.
     """
-    u1 = tl.maximum(1.0e-7, tl.uint_to_uniform_float(word1))
-    angle = 6.283185307179586 * tl.uint_to_uniform_float(word2)
-    quadrant = (angle * 0.6366197723675814 + 0.5).to(tl.int32)
-    q = quadrant.to(tl.float32)
-    a = ((angle - q * 1.5703125) - q * 4.837512969970703e-4) - q * 7.549789948768648e-8
-    a2 = a * a
-    sine = ((-1.9515295891e-4 * a2 + 8.3321608736e-3) * a2 - 1.6666654611e-1) * a2 * a + a
-    cosine = ((2.443315711809948e-5 * a2 - 1.388731625493765e-3) * a2 + 4.166664568298827e-2) * a2 * a2 - 0.5 * a2 + 1.0
-    swap = quadrant % 2 != 0
-    radius = tl.sqrt(-2.0 * tl.log(u1))
-    n1 = radius * tl.where(swap, sine, cosine)
-    n2 = radius * tl.where(swap, cosine, sine)
-    return tl.where((quadrant + 1) // 2 % 2 != 0, -n1, n1), tl.where(quadrant // 2 % 2 != 0, -n2, n2)
+    radius = tl.sqrt(_minus_two_log(word1))
+    angle = _fold(word2)
+    if HALF:
+        sine, cosine = _sine_cosine((angle - 0x40000000).to(tl.float32) * 2.9258361585343194e-9)
+        n1, n2 = -radius * cosine, -radius * sine
+    else:
+        c, s = 0x20000000 - angle, 0x40000000 - angle
+        n1 = radius * _sine(tl.maximum(c, -0x40000000 - c))
+        n2 = radius * _sine(tl.maximum(tl.minimum(s, 0x40000000 - s), -0x40000000 - s))
+    return n1, n2
 
 
 @jit
-def normals(seed, element, stage, kind):
+def _philox(seed, c0, c1, c2):
+    """Return the four words of tl.philox for the counter (c0, c1, c2, 0).
+
+    A round's two products are of 64 bits: one instruction each, where tl.philox multiplies twice for their halves.
+    """
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c3 = tl.zeros_like(c0)
+    for _ in tl.static_range(10):
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@jit
+def normals(seed, element, stage, kind, HALF: tl.constexpr = False):
     """Make four normals of the counter (element, stage, kind, 0); see reference.py."""
-    word0, word1, word2, word3 = tl.philox(seed, element, stage, kind, 0)
-    n0, n1 = _box_muller(word0, word1)
-    n2, n3 = _box_muller(word2, word3)
+    element = element.to(tl.uint32)
+    zero = tl.zeros_like(element)
+    word0, word1, word2, word3 = _philox(
+        seed, element, zero + tl.to_tensor(stage).to(tl.uint32), zero + tl.to_tensor(kind).to(tl.uint32)
+    )
+    n0, n1 = _box_muller(word0, word1, HALF)
+    n2, n3 = _box_muller(word2, word3, HALF)
     return n0, n1, n2, n3
 
 
@@ -70,7 +132,7 @@ def _upsample_kernel(
     column, row, channel = element % width, element // width % height, element // (width * height)
     place = channel.to(tl.int64) * stride_c + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
     x = tl.load(x_ptr + b * stride_b + place, mask=element < size).to(tl.float32)
-    n0, n1, n2, n3 = normals(seed, element, stage, 0)
+    n0, n1, n2, n3 = normals(seed, element, stage, 0, out_ptr.dtype.element_ty.primitive_bitwidth == 16)
     o0, o1, o2, o3 = upsample_block(x, n0, n1, n2, n3, scale, noise_scale, k)
 
     pair = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)

@@ -31,7 +31,11 @@ OLDEST, *_, NEWEST = aot.ARCHITECTURES
     *(pytest.param(arch, True, marks=pytest.mark.exhaustive) for arch in aot.ARCHITECTURES),
 ])  # fmt: skip
 @pytest.mark.parametrize(
-    "kernel", ["upsample", "upsample_selected", "upsample_remaining", "plan", "adaln", "pack", "unpack", "concat_gelu"]
+    "kernel",
+    [
+        *("upsample", "upsample_selected", "upsample_remaining", "upsample_selected_pixels"),
+        *("upsample_remaining_pixels", "plan", "adaln", "pack", "unpack", "concat_gelu"),
+    ],
 )
 def test_kernels_compile(kernel, arch, all_variants):
     """All but float16, which is as wide as bfloat16, for the oldest architecture; one a kernel for the others."""

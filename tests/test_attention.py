@@ -339,7 +339,7 @@ def test_softmax_scale(device, lengths, scale):
         out = varlen_attention(*args, softmax_scale=scale, backend=backend)
         assert_as_exact_as(out, eager, oracle, atol=2e-6)
     assert_as_exact_as(attention._padded(*args, scale), eager, oracle, atol=2e-6)
-    default, eager = (softmax_attention(*args[:5], dtype=dtype) for dtype in (torch.float64, torch.float32))  # 1 / sqrt(16)
+    default, eager = (softmax_attention(*args[:5], dtype=dtype) for dtype in (torch.float64, torch.float32))
     assert_as_exact_as(varlen_attention(*args, softmax_scale=0.25), eager, default, atol=2e-6)
 
 

@@ -346,7 +346,8 @@ def test_opcheck(backend, device):
         low = torch.randn(b, 8, n, device=device).bfloat16().transpose(1, 2)
         packed = torch.randn(8, total, device=device).bfloat16().T
         rest = (*TRANSITION, seeds(b, device), "pixel", "exact", backend)
-        torch.library.opcheck(ops.upsample_selected, (low, plan.inverse, w, total, *rest))
+        where = (plan.inverse, plan.cu_seqlens, plan.source, plan.child)
+        torch.library.opcheck(ops.upsample_selected, (low, *where, w, plan.max_seqlen, *rest))
         torch.library.opcheck(ops.upsample_remaining, (packed, plan.inverse, w, *rest))
 
 
@@ -563,27 +564,39 @@ def unchecked_rows(monkeypatch):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("row", [-1, 30, 2**31 - 1])
-def test_kernels_stay_inside_their_tensors(device, unchecked_rows, row):
-    """The first row that a selected token names decides for all of its four."""
-    inverse = plan_tokens(torch.rand(1, 12), (3, 4), ratio=0.5).inverse
-    first = reference.children(inverse, 4)[0]
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_kernels_stay_inside_their_tensors(device, unchecked_rows, granularity, row):
+    """Rows and tokens that a plan names and that are not there are not written, and read as NaN."""
+    plan = plan_tokens(torch.rand(1, 12), (3, 4), ratio=0.5).to(device)
+    first = reference.children(plan.inverse, 4)[0]
     chosen = first[first[:, 0] != first[:, 1]][0, 0]
-    broken = inverse.where(inverse != chosen, row).to(device)
-    low, around = torch.ones(1, 12, 8, device=device), torch.zeros(32, 8, device=device)
-    rest = (1.0, 0.0, 0.0, torch.zeros(1, dtype=torch.int64, device=device), "pixel", "exact")
-    tokens._launch(tokens._upsample_selected_kernel, 2, low, around[1:31], broken, 4, 30, *rest)
-    assert around.sum() == 26 * 8 and not around[0].any() and not around[31].any()
-    high = tokens._remaining_triton(torch.ones(30, 8, device=device), broken, 4, *rest)
-    assert (high == 1).all()  # another row stands in
+    broken = plan.inverse.where(plan.inverse != chosen, row)
+    low, around = torch.ones(1, 12, 8, device=device), torch.zeros(94, 8, device=device)
+    noise = (1.0, 0.0, 0.0, torch.zeros(1, dtype=torch.int64, device=device))
+    common = (2, low, around[32:62], broken, 4, 30, *noise, "exact")
+    if granularity == "token":  # the first row that a selected token names decides for all of its four
+        tokens._launch(tokens._upsample_selected_kernel, *common)
+        assert around.sum() == 26 * 8
+    else:  # the rows say which token they are of
+        source, end = plan.source.index_fill(0, chosen.long(), row), plan.cu_seqlens * 3 + row
+        kernel = tokens._upsample_selected_pixels_kernel
+        tokens._launch(kernel, *common, 48, (plan.cu_seqlens, source, plan.child))
+        assert around[32:62].isnan().sum() == 8 and around.nansum() == 29 * 8
+        tokens._launch(kernel, *common, 48, (end, plan.source, plan.child))
+    assert not around[:32].any() and not around[62:].any()
+    rest = (4, *noise, granularity, "exact")
+    high = tokens._remaining_triton(torch.ones(30, 8, device=device), broken, *rest)
+    assert high.isnan().sum() == (4 if granularity == "token" else 1) * 8 and (high.isnan() | (high == 1)).all()
     with pytest.raises(ValueError, match=r"plan.inverse must be rows \[0, 11\), got 12 low tokens"):
-        tokens._remaining_triton(torch.ones(11, 8, device=device), broken, 4, *rest)
+        tokens._remaining_triton(torch.ones(11, 8, device=device), broken, *rest)
 
 
 def test_the_reference_stays_inside_its_tensors(unchecked_rows):
     broken = PLAN.inverse.clone()
     broken[0, 0] = 1000
     rest = (1.0, 0.0, 0.0, torch.zeros(2, dtype=torch.int64), "pixel", "exact")
-    selected = reference.upsample_selected(torch.ones(2, 12, 8), broken, 4, 60, *rest)
+    rows = (PLAN.cu_seqlens, PLAN.source, PLAN.child)
+    selected = reference.upsample_selected(torch.ones(2, 12, 8), broken, *rows, 4, 30, *rest)
     assert selected.shape == (60, 8) and (selected == 1).sum() >= 59 * 8
     assert reference.upsample_remaining(torch.ones(60, 8), broken, 4, *rest).isnan().any()
 

@@ -13,7 +13,7 @@ SETUP = Path(__file__).parents[1] / "setup.py"
 def installer():
     """Define what setup.py does, without doing it."""
     names: dict = {}
-    exec(SETUP.read_text().rpartition("\nsetup(")[0], names)
+    exec(SETUP.read_text().rpartition("\nsetuptools.setup(")[0], names)
     return SimpleNamespace(**names)
 
 

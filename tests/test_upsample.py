@@ -65,6 +65,23 @@ def test_against_oracle(backend, device, dtype, shape):
     assert_as_exact_as(out, expected.to(dtype), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_exact_to_its_last_place(backend, device, dtype):
+    """Rounding is half a unit in the last place of the exact value; the rest of a unit is more than float32 loses.
+
+    Near zero a unit is less than that: an error of 4e-6 comes of the radius, at most 5.7, times the 2^-21 by which a
+    GPU's fast sine and cosine, and the rounding of the angle, may be wrong.
+    """
+    x = torch.randn(1, 4, 32, 32, device=device).to(dtype)
+    settings = dict(scale=0.9, noise_scale=0.7, c=0.0177, seed=seeds(1, device))
+    expected = oracle(x, **settings)
+    out = upsample_renoise(x, **settings, backend=backend)
+    bits = 11 if dtype == torch.float16 else 8
+    unit = torch.ldexp(torch.ones_like(expected), expected.abs().frexp().exponent - bits)
+    error = (out.double() - expected).abs()
+    assert (error <= unit.clamp_min(2 * 4e-6)).all() and (error > unit / 4).any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(backend, device, layout):
     x = layout(torch.randn(2, 3, 4, 6, device=device))

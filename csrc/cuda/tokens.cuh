@@ -178,37 +178,39 @@ __device__ __forceinline__ Vector<T, V> row_of_pixels(const float (&value)[V], b
   return row;
 }
 
-constexpr uint32_t TILE_TOKENS = 16;  // whose rows, at most four each, are looked for together
+constexpr uint32_t TILE_TOKENS = 16;  // of a line of the low grid, whose rows are looked for together
 
-// A tile's rows follow each other from its first token's on. Rows that are not there are not written.
+// A tile's rows, four a token at most, follow each other from its first token's on. Rows that are not there are not
+// written.
 template <class T, int V>
 __global__ void __launch_bounds__(TOKEN_THREADS)
     upsample_selected_pixels_kernel(const T* __restrict__ low, T* __restrict__ out,
                                     const int32_t* __restrict__ inverse, const int64_t* __restrict__ seed,
                                     Transition t, bool whole) {
   const uint32_t groups = t.channels / V, i = blockIdx.x * TOKEN_THREADS + threadIdx.x, b = sample_of_block();
-  const uint32_t place = i / groups, channel = i % groups * V, n = t.height * t.width;
-  const uint32_t begin = place / (4 * TILE_TOKENS) * TILE_TOKENS;  // one for all of a warp
-  if (begin >= n || b >= t.batch) return;
+  const uint32_t place = i / groups, channel = i % groups * V;
+  const uint32_t tiles = (t.width + TILE_TOKENS - 1) / TILE_TOKENS, tile = place / (4 * TILE_TOKENS);  // one for a warp
+  const uint32_t y = tile / tiles, begin = tile % tiles * TILE_TOKENS;
+  if (y >= t.height || b >= t.batch) return;
   // Every lane looks at a token, and asks the others for the last one that starts at or before its own row.
-  const uint32_t tokens = min(n - begin, TILE_TOKENS), looked_at = begin + min(threadIdx.x % TILE_TOKENS, tokens - 1);
-  const int32_t* corner = inverse + 4 * (static_cast<int64_t>(b) * n + looked_at) - 2 * (looked_at % t.width);
+  const uint32_t last = min(t.width - begin, TILE_TOKENS) - 1;
+  const int32_t* line = inverse + 4 * t.width * (static_cast<int64_t>(b) * t.height + y);
+  const int32_t* corner = line + 2 * (begin + min(threadIdx.x % TILE_TOKENS, last));
   const uint32_t start = corner[0], is_selected = corner[1] != corner[0];
   const uint32_t row = __shfl_sync(WARP, start, 0) + place % (4 * TILE_TOKENS);
   uint32_t found = 0;
 #pragma unroll
   for (uint32_t step = TILE_TOKENS / 2; step > 0; step /= 2) {
-    const uint32_t next = min(found + step, tokens - 1);
+    const uint32_t next = min(found + step, last);
     if (__shfl_sync(WARP, start, next) <= row) found = next;
   }
   const bool selected = __shfl_sync(WARP, is_selected, found);
-  const uint32_t m = row - __shfl_sync(WARP, start, found), token = begin + found;
+  const uint32_t m = row - __shfl_sync(WARP, start, found), x = begin + found, token = y * t.width + x;
   if (m >= (selected ? 4 : 1) || row >= t.total) return;
   float value[V];
   load(low + b * t.stride_b + token * t.stride_n + channel * t.stride_c, t.stride_c, whole, value);
   store(out + static_cast<int64_t>(row) * t.channels + channel,
-        row_of_pixels<T>(value, selected, token / t.width, token % t.width, m, token, channel,
-                         static_cast<uint64_t>(seed[b]), t));
+        row_of_pixels<T>(value, selected, y, x, m, token, channel, static_cast<uint64_t>(seed[b]), t));
 }
 
 // Rows that are not there read as NaN.
@@ -353,7 +355,7 @@ void for_channels(const Transition& t, const T* from, int64_t rows, const F& run
 template <class T, class Launch>
 void upsample_selected(const Launch& launch, const T* low, T* out, const int32_t* inverse, const int64_t* seed,
                        const Transition& t, bool pixel) {
-  const int64_t n = static_cast<int64_t>(t.height) * t.width, tiles = (n + TILE_TOKENS - 1) / TILE_TOKENS;
+  const int64_t tiles = t.height * ((static_cast<int64_t>(t.width) + TILE_TOKENS - 1) / TILE_TOKENS);
   const auto run = [&](auto kernel, dim3 grid, bool whole) {
     launch(kernel, grid, TOKEN_THREADS, low, out, inverse, seed, t, whole);
   };
@@ -362,7 +364,7 @@ void upsample_selected(const Launch& launch, const T* low, T* out, const int32_t
       run(upsample_selected_pixels_kernel<T, v>, grid, whole);
     });
   } else {
-    for_channels<16 / sizeof(T), 1>(t, low, n, [&](auto v, dim3 grid, bool whole) { run(upsample_selected_kernel<T, v>, grid, whole); });
+    for_channels<16 / sizeof(T), 1>(t, low, static_cast<int64_t>(t.height) * t.width, [&](auto v, dim3 grid, bool whole) { run(upsample_selected_kernel<T, v>, grid, whole); });
   }
 }
 
