@@ -79,8 +79,9 @@ def _meta(*shape: int, dtype=torch.float32) -> torch.Tensor:
 def variants() -> list[tuple[str, str, Callable[[], object]]]:
     """List (kernel, variant, a call of its launcher) at the sizes of a 1024x1024 FLUX image."""
     seed, inverse = _meta(1, dtype=torch.int64), _meta(1, 4096, dtype=torch.int32)
-    plan_of_rows = (inverse, *(_meta(size, dtype=torch.int32) for size in (2, 1636, 1636)), 32, 1636)
+    plan_of_rows: Any = (inverse, *(_meta(size, dtype=torch.int32) for size in (2, 1636, 1636)), 32, 1636)
     noise = (0.9, 0.4, 0.02, seed)
+    selected: Callable = tokens._selected_triton
     listed: list[tuple[str, str, Callable[[], object]]] = []
     for name, dtype in DTYPES.items():
         latent, low, packed, scores = (
@@ -92,7 +93,7 @@ def variants() -> list[tuple[str, str, Callable[[], object]]]:
             pixels = "_pixels" if granularity == "pixel" else ""
             listed += [
                 (f"upsample_selected{pixels}", variant,
-                 partial(tokens._selected_triton, low, *plan_of_rows, *transition)),
+                 partial(selected, low, *plan_of_rows, *transition)),
                 (f"upsample_remaining{pixels}", variant,
                  partial(tokens._remaining_triton, packed, inverse, 32, *transition)),
             ]  # fmt: skip

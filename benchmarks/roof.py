@@ -190,6 +190,7 @@ def cases(pixels: int, batch: int) -> list[tuple[str, str, Callable[[], object],
     for tokens_of_stream in (512, length):
         streams += [meta(batch, tokens_of_stream, 3072)] * 3 + [meta(128)] * 2
     tables = [aot._meta(512 + length, 128)] * 2
+    packing: Callable = qkv._pack_triton
     both, packed = (batch, 512 + length), meta(joint, 24, 128)
     size = x.numel()
     return [
@@ -205,7 +206,7 @@ def cases(pixels: int, batch: int) -> list[tuple[str, str, Callable[[], object],
         ("gated_add", "adaln", partial(adaln._gated_add_triton, x, vector, x, None), Work(size, 6 * size)),
         ("gated_add_modulate", "adaln", partial(adaln._launch, x, vector, x, vector, vector, None, 1e-6),
          Work(2 * size, 8 * size)),
-        ("pack_qkv", "pack", partial(qkv._pack_triton, *streams, None, *tables, 24, 1e-6),
+        ("pack_qkv", "pack", partial(packing, *streams, None, *tables, 24, 1e-6),
          Work(9216 * joint, 4 * 9216 * joint + 2 * 512 * (512 + length))),
         ("unpack", "unpack", partial(qkv._unpack_triton, packed, integers(joint), 512, length),
          Work(3072 * joint, 4 * 3072 * joint + 4 * joint)),
@@ -231,7 +232,7 @@ def of_triton(folder: Path) -> Iterator[Row]:
 
 def nvcc(source: Path, out: Path, *flags: str | Path) -> str:
     """Compile for one GPU, and return the compiler's version."""
-    includes = [f"-I{ROOT / 'csrc'}", "-isystem", Path(torch.__file__).parent / "include"]
+    includes: list[str | Path] = [f"-I{ROOT / 'csrc'}", "-isystem", Path(torch.__file__).parent / "include"]
     subprocess.run(["nvcc", "-cubin", source, "-o", out, f"-arch=sm_{ARCH}", *FLAGS, *includes, *flags], check=True)
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     return "nvcc " + re.search(r"release ([\d.]+)", version)[1]
