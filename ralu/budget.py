@@ -115,7 +115,7 @@ def schedule_for(
         return family.flop(config, tokens, text_tokens)
 
     distilled = family.entry.is_distilled(parts.scheduler) or stock_steps == DISTILLED_STEPS
-    point = reach(speedup, stock_steps, _anchors(family, distilled), work, height, width, 2 * parts.shrink)
+    point = reach(speedup, stock_steps, anchors_of(family, distilled), work, height, width, 2 * parts.shrink)
     shift = family.entry.own_shift(parts.scheduler) if shift is None else shift
     return solve(point.steps, point.ends, shift, point.ratio, matching=matching, upsampler=upsampler)
 
@@ -146,7 +146,8 @@ def reach(
     return point
 
 
-def _anchors(family: "Family", distilled: bool) -> Iterable[Point]:
+def anchors_of(family: "Family", distilled: bool) -> Iterable[Point]:
+    """List the points that a family's budgets are interpolated between, of its distilled models or of the others."""
     if distilled:
         return [_preset(name) for name in family.entry.presets if name in DISTILLED] or [_preset("distilled-4")]
     named = (name for name in family.entry.presets if name not in DISTILLED)

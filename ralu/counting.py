@@ -191,9 +191,10 @@ def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor],
 
     A library may copy any of these into a layout of its own. oneDNN's blocks of convolutions hold 16 channels. Where
     it does not serve (floats of 16 bits on most CPUs, and small inputs) PyTorch unfolds the input: every pixel of the
-    output has a column of all that its kernel sees. Attention goes over 256 queries and 512 keys at a time; every
-    thread holds their scores, two sums a query and its output in float32, and of shorter floats scores, queries and
-    keys anew.
+    output has a column of all that its kernel sees. Products of shorter floats go by tiles of 16 rows and columns where
+    a CPU has those, of operands that may be transposed before, and add up in float32. Attention goes over 256 queries
+    and 512 keys at a time; every thread holds their scores, two sums a query and its output in float32, and of shorter
+    floats scores, queries and keys anew.
     """
     if func.is_view:
         return 0
@@ -205,6 +206,8 @@ def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor],
             copies += blocked * tensor.itemsize - tensor.nbytes
         if x.dtype != torch.float32 or x.numel() <= 20480:
             copies += weight[0].numel() * y[:, 0].numel() * x.itemsize
+    elif func in _PRODUCTS and operands[0].dtype != torch.float32:
+        copies += sum(2 * _tiled(x) * x.itemsize for x in operands) + sum(4 * _tiled(y) for y in results)
     elif func in _ATTENTION:
         query, key = operands[:2]
         queries, keys, width = min(256, query.shape[-2]), min(512, key.shape[-2]), query.shape[-1]
@@ -214,6 +217,12 @@ def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor],
     return copies
 
 
+def _tiled(x: torch.Tensor) -> int:
+    """Count a matrix's elements where its sides are rounded up to tiles of 16."""
+    return math.prod(x.shape[:-2]) * math.prod(math.ceil(side / 16) * 16 for side in x.shape[-2:])
+
+
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 _ATTENTION = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,

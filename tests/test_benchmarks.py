@@ -18,7 +18,7 @@ import torch
 
 import ralu
 import ralu_kernels
-from ralu import blocks, components, families
+from ralu import blocks, families
 from ralu.method import Method
 from ralu_kernels import attention
 
@@ -178,8 +178,9 @@ def test_rows_of_other_columns_are_kept(tmp_path):
 def small_models(monkeypatch):
     """Give the published models' names to tiny ones; a token is 4x4 pixels."""
     for name, pipe in (("flux-dev", tiny.flux(guidance_embeds=True)), ("sd3-medium", tiny.sd3("3.0"))):
-        monkeypatch.setitem(families.family_of(pipe).published, name, dict(pipe.transformer.config))
-    monkeypatch.setattr(components, "_VAE", dict(pipe.vae.config))
+        family = families.family_of(pipe)
+        monkeypatch.setitem(family.published, name, dict(pipe.transformer.config))
+        monkeypatch.setattr(family, "vae", (type(pipe.vae), dict(pipe.vae.config)))
 
 
 def counted(model, method):
@@ -344,11 +345,11 @@ def test_tables_are_of_the_rows(tmp_path):
     render.draw_kernels(tables.latest(path), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     write(path, [row | {"cuda": "13.0", "device_type": "cpu"} for row in rows])  # a build for GPUs, on a CPU
-    assert render.block(path) == block
+    assert tables.block(path) == block
 
 
 def test_gpu_tables(tmp_path):
-    gpu = partial(kernel_row, cuda="13.0", threads="", dtype="bfloat16", triton="3.7")
+    gpu = partial(kernel_row, cuda="13.0", isa="", device_type="cuda", threads="", dtype="bfloat16", triton="3.7")
     rows = [
         gpu(provider="triton", p50_ms="0.0123", copy_fraction="0.871"),
         gpu(provider="compile", p50_ms="0.0246", eager_ratio="4.4"),

@@ -377,7 +377,7 @@ def test_help(command, capsys):
         ("generate fox --seed 1" + "0" * 5000, "no whole number from 0 to"),
         ("generate fox --seed 1.5", "no whole number from 0 to"),
         ("generate fox --preset sd3-2x", "sd3-2x is not for a FluxPipeline; choose of flux-5x, flux-7x, "),
-        ("generate fox --model {tmp}/other", "RALU serves FluxPipeline, StableDiffusion3Pipeline, but"),
+        ("generate fox --model {tmp}/other", "StableDiffusion3Pipeline, ZImagePipeline, but"),
         ("generate fox --model {tmp}/list", "model_index.json is no JSON object"),
         ("generate fox --model {tmp}/halved", "vae/config.json: No such file"),
         ("generate fox --regions {tmp}/truncated.png", "nor an image that can be read"),

