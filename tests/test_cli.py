@@ -395,6 +395,7 @@ def test_refused_before_anything_heavy(arguments, words, folder, tmp_path, monke
     (tmp_path / "halved" / "model_index.json").write_text(Path(folder, "model_index.json").read_text())
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
     (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-30])
+    ralu.mini_path()  # which needs PyTorch when a model is unpacked
     heavy = [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
     for name in heavy:
         monkeypatch.setitem(sys.modules, name, None)  # importing it now fails
