@@ -79,10 +79,11 @@ def draw_images(rows: list[dict], path: Path):
 
 
 def draw_quality(rows: list[dict], path: Path):
-    """Draw quality against work, a curve a method, with 95 % intervals; the grey line is what chance alone does."""
+    """Draw quality against work, a curve a method, with 95 % intervals; with several seeds a grey line is what chance does."""
     import matplotlib.pyplot as plt
 
-    (reference, chance), rows = rows[:2], rows[2:]
+    chance = next((row for row in rows if row["method"].endswith(", other seeds")), None)
+    reference, rows = rows[0], [row for row in rows[1:] if row is not chance]
     step = float(reference["tflop"]) / int(re.search(r"\d+", reference["method"])[0])
     curves = values(rows, "curve")
     figure, grid = plt.subplots(1, 3, figsize=(15, 6), layout="constrained")
@@ -96,7 +97,8 @@ def draw_quality(rows: list[dict], path: Path):
                 [work for work, _ in of], heights, [1.96 * error for error in errors], label=curve, **style,
                 ls="--" if dashed else "-", marker="s" if "RALU" in curve else "o", ms=4, capsize=2, elinewidth=0.7,
             )  # fmt: skip
-        axes.axhline(float(chance[name]), color="grey", lw=0.8)
+        if chance:
+            axes.axhline(float(chance[name]), color="grey", lw=0.8)
         axes.set(xscale="log", xlabel="work of the transformer, in steps at full resolution", title=MEASURES[name])
         axes.set_yscale("linear" if name == "distance" else "log")
         axes.set_xticks(ticks := [2, 3, 4, 5, 7, 10, 14, 20, 28, 50], [str(tick) for tick in ticks], minor=False)
