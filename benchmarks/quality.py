@@ -19,7 +19,7 @@ images of one seed with those of the next, which is what chance alone does.
     python benchmarks/quality.py [--model mini-sd3] [--curves] [--captions 152] [--seeds 0 1] [--methods METHOD ...]
 
 With --curves the methods are every accelerator, alone and with RALU, each at several strengths, and the file is
-pareto-MODEL.csv. --autocast runs the transformer's matrix products in bfloat16, everything else in float32.
+pareto-MODEL.csv. --autocast samples in bfloat16, latents between the steps included, as pipelines do on GPUs.
 
 Latents are kept in --cache and sampled once: an interrupted run goes on, and another table or --grid costs seconds.
 """
@@ -235,7 +235,7 @@ class Images:
     """What the measures need of a method's images, seeds first: (seeds, captions, ...)."""
 
     def __init__(self, runs: list[dict], vae, pca: PatchPCA, training: torch.Tensor, captions: list[int]):
-        latents = torch.stack([run["latents"] for run in runs])
+        latents = torch.stack([run["latents"] for run in runs]).float()
         with torch.no_grad():
             parts = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.flatten(0, 1).split(16)]
         images, shape = torch.cat(parts), latents.shape[:2]
@@ -282,7 +282,7 @@ def show(pipe, methods: list[str], runs: list[dict], captions: list[int]):
     rows = []
     for method, run in zip(methods, runs, strict=True):
         with torch.no_grad():
-            images = pipe.vae.decode(run["latents"][columns] / pipe.vae.config.scaling_factor).sample
+            images = pipe.vae.decode(run["latents"][columns].float() / pipe.vae.config.scaling_factor).sample
         parsed = None if method in SCHEDULES else Method.parse(method)
         name, options = (parsed.spatial, parsed.options.given()) if parsed else (method, {})
         note = [f"{option}={value}" for option, value in options.items()]
@@ -298,7 +298,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="image i is sampled with 1000·seed + i")
     parser.add_argument("--methods", nargs="+", help="the first is what the others are compared with")
     parser.add_argument("--curves", action="store_true", help="quality against work: all accelerators at all strengths")
-    parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16")
+    parser.add_argument("--autocast", action="store_true", help="sample in bfloat16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the training images are kept")
     parser.add_argument("--cache", type=Path, help="where the sampled latents are kept (default: runs/quality-MODEL)")

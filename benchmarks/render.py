@@ -79,7 +79,7 @@ def draw_images(rows: list[dict], path: Path):
 
 
 def draw_quality(rows: list[dict], path: Path):
-    """Draw quality against work, a curve a method, with 95 % intervals; with several seeds a grey line is what chance does."""
+    """Draw quality against work, a curve a method, with 95 % intervals; of several seeds a grey line is chance."""
     import matplotlib.pyplot as plt
 
     chance = next((row for row in rows if row["method"].endswith(", other seeds")), None)
