@@ -134,14 +134,14 @@ CURVES = {
 def prepare(pipe, method: str) -> int:
     """Switch the pipeline to a method; returns the number of steps to ask for.
 
-    TeaCache has the model's own polynomial, which `ralu calibrate teacache` has fitted.
+    TeaCache has the model's own polynomial, which `ralu calibrate teacache` has fitted, unless the method names one.
     """
     ralu.disable(pipe)
     if method in SCHEDULES:
         ralu.enable(pipe, SCHEDULES[method])
         return 50
     parsed = Method.parse(method)
-    if isinstance(parsed.cache, ralu.TeaCache):
+    if isinstance(parsed.cache, ralu.TeaCache) and parsed.cache.coefficients == "auto":
         fitted = RESULTS / f"teacache-mini-{family_of(pipe).name}.json"
         parsed = replace(parsed, cache=replace(parsed.cache, coefficients=str(fitted)))
     if parsed.speedup:

@@ -111,15 +111,14 @@ def correction(x0: Tensor, grid: tuple[int, int], transition: Transition, option
 
 
 def corrected(tokens: Tensor, change: Tensor, transition: Transition, plan: Any = None) -> Tensor:
-    """Add a correction (B, 4n, C) to what a transition has upsampled.
+    """Add a correction (B, 4n, C) to what a transition has upsampled; after "select" in place.
 
     tokens: packed (total, C) after "select", the plan's; else raster (B, 4n, C). plan: a TokenPlan, where one is left
             or entered.
     """
     if transition.kind == "select":
-        children, tokens = _selected(plan), tokens.clone()
-        tokens[plan.inverse[children].long()] += change[children].to(tokens.dtype)
-        return tokens
+        change = change.masked_fill(~_selected(plan)[..., None], 0)  # a kept token's row is named four times
+        return tokens.index_add_(0, plan.inverse.flatten(), change.flatten(0, 1).to(tokens.dtype))
     if transition.kind == "complete":
         change = change.masked_fill(_selected(plan)[..., None], 0)
     return tokens + change.to(tokens.dtype)

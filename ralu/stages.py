@@ -226,15 +226,14 @@ class Run:
             if transition.interpolation == "pixels":
                 x0 = self.resize(x0, *grids)
             else:
-                deviation, mean = (x.to(x0) for x in self.normalised or torch.tensor([1.0, 0.0]))
+                deviation, mean = self._normalisation(x0)
                 x0 = interpolation.resized(x0 * deviation + mean, *grids, transition.interpolation)
                 x0 = (x0 - mean) / deviation
             tokens = resample(x0, grids[1], transition, self._seeds, stage, self.options)
         elif transition.kind == "complete":
             tokens, x0 = strip(tokens, before.plan), strip(x0, before.plan)
             tokens = self._moved(complete, tokens, x0, before.plan, transition, self.options)
-            x0 = interpolation.low_estimate(x0, before.plan, before.x0)
-            tokens = self._by_pixels(tokens, x0, transition, before.plan)
+            tokens = self._by_pixels(tokens, x0, transition, before.plan, before.x0)
         else:
             tokens = self._moved(renoise, tokens, x0, self.grid, transition, stage, self.options)
             tokens = self._by_pixels(tokens, x0, transition)
@@ -246,15 +245,24 @@ class Run:
         if self.normalised is None or transition.interpolation == "pixels":  # whose correction is to plain copies
             return moved
         plain = replace(transition, scale=1.0, noise_scale=0.0)
-        deviation, mean = (x.to(moved.device) for x in self.normalised)
+        deviation, mean = self._normalisation(moved)
         unchanged, copied = (move(x, where, plain, self._seeds, *rest) for x in (x0, x0 * deviation + mean))
         clean = self.schedule.ends[self.layout.stage - 2]  # the estimate's share in the tokens
         return moved + transition.scale * clean * ((copied - mean) / deviation - unchanged)
 
-    def _by_pixels(self, tokens: Tensor, x0: Tensor, transition: Transition, plan: TokenPlan | None = None) -> Tensor:
-        """Correct upsampled tokens where the transition says so. x0: the clean estimate on the low grid."""
+    def _normalisation(self, like: Tensor) -> Any:
+        """Return the deviations and the means of tokens' channels, on their device."""
+        return (1.0, 0.0) if self.normalised is None else [x.to(like.device) for x in self.normalised]
+
+    def _by_pixels(self, tokens: Tensor, x0: Tensor, transition: Transition, plan: Any = None, selected: Any = None):
+        """Correct upsampled tokens where the transition says so.
+
+        x0: the clean estimate; a mixed stage's is packed, and `selected` is what stands for the tokens selected in it.
+        """
         if transition.interpolation != "pixels":
             return tokens
+        if transition.kind == "complete":
+            x0 = interpolation.low_estimate(x0, plan, selected)
         change = interpolation.correction(x0, self.grid, transition, self.options, self.resize)
         return interpolation.corrected(tokens, change, transition, plan)
 
@@ -266,7 +274,7 @@ class Run:
         plain = Transition("complete", 0.0, scale=1.0, noise_scale=0.0)
         seeds = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
         tokens = self.pack(self.first(sample))
-        deviation, mean = (x.to(tokens) for x in self.normalised or torch.tensor([1.0, 0.0]))
+        deviation, mean = self._normalisation(tokens)
         tokens = tokens * deviation + mean
         if layout.plan is None:
             full = renoise(tokens, self.grid, plain, seeds, layout.stage + 1, self.options)

@@ -4,10 +4,12 @@ from contextlib import contextmanager
 from types import MethodType
 
 import pytest
+import tiny
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 
 import ralu
+from ralu.regions import gradient
 
 
 def before(model, given):
@@ -111,3 +113,19 @@ def check_undone_after_an_exception(stock, family, cache, latents):
         ralu.disable(stock)
         assert hooks_left(stock) == []
         assert torch.equal(latents(stock, num_inference_steps=4), plain_run)
+
+
+def check_thresholds_serve_one_image_at_a_time(stock, schedule):
+    """Where a batch must keep one number of tokens: refused in words, and alone what the same share makes."""
+    scores = []
+    ralu.enable(stock, schedule, regions=lambda x0, grid: scores.append(gradient(x0, grid)) or scores[-1])
+    tiny.generate(stock, tiny.PROMPTS, seeds=(5, 6, 7))
+    threshold = scores[0].quantile(0.7).item()
+    ralu.enable(stock, schedule, regions="gradient", threshold=threshold)
+    with pytest.raises(ValueError, match="with threshold= generate one at a time, or give ratio="):
+        tiny.generate(stock, tiny.PROMPTS, seeds=(5, 6, 7))
+    single = tiny.generate(stock, tiny.PROMPTS[0], seeds=(5,))
+    share = (scores[0][0] >= threshold).float().mean().item()
+    ralu.enable(stock, schedule, regions="gradient", ratio=share)
+    torch.testing.assert_close(tiny.generate(stock, tiny.PROMPTS[0], seeds=(5,)), single, rtol=0, atol=2e-5)
+    ralu.disable(stock)

@@ -359,6 +359,29 @@ def test_gpu_tables(tmp_path):
     assert "| `upsample_renoise`, bfloat16 | triton | 12.3 | 87% | 8.9 | 2.0 |" in tables.block(tmp_path / "gpu.csv")
 
 
+def test_curves_are_of_the_rows(tmp_path):
+    """Work in steps of the reference, and the measure, curve by curve, sorted; what chance does as a line."""
+    import matplotlib.pyplot as plt
+
+    measured = {"distance_se": "1", "frechet_se": "0.01", "edge_error_se": "0.01"}
+    common = {"captions": "3", "seeds": "0 1", "commit": "abc"} | measured
+
+    def row(curve, method, tflop, value):
+        figures = dict.fromkeys(["distance", "frechet", "edge_error"], str(value))
+        return {"curve": curve, "method": method, "tflop": str(tflop)} | figures | common
+
+    rows = [row("converged", "stock-50", 5.0, 0), row("converged", "stock-50, other seeds", 5.0, 0.25)]
+    rows += [row("fewer steps, Euler", "stock-10", 1.0, 0.5), row("fewer steps, Euler", "stock-4", 0.4, 0.75)]
+    for given, grey in ((rows, [0.25, 0.25]), ([rows[0], *rows[2:]], None)):
+        render.draw_quality(given, tmp_path / "curves.png")
+        axes = plt.gcf().axes[0]
+        curve = next(line for line in axes.lines if len(line.get_xdata()) == 2)
+        assert curve.get_xdata() == pytest.approx([4, 10]) and curve.get_ydata() == pytest.approx([0.75, 0.5])
+        levels = [line.get_ydata() for line in axes.lines if line.get_color() == "grey"]
+        assert [list(y) for y in levels] == ([] if grey is None else [grey])
+        plt.close("all")
+
+
 def test_short_tables(tmp_path):
     """What the README has: the first of a CPU's tables, plain methods alone, and quotients of work."""
     write(tmp_path / "a-cpu.csv", [kernel_row()])

@@ -5,6 +5,7 @@ from copy import copy, deepcopy
 from itertools import product
 from types import MethodType
 
+import plain
 import pytest
 import tiny
 import torch
@@ -172,26 +173,8 @@ def test_fused_blocks_have_the_same_points(stock, family):
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-4)
 
 
-def hooks_left(pipe):
-    registries = [module._diffusers_hook for module in pipe.transformer.modules() if hasattr(module, "_diffusers_hook")]
-    return [name for registry in registries for name in registry.hooks]
-
-
 def test_it_is_undone_also_after_an_exception(stock, family):
-    plain = latents(stock, num_inference_steps=4)
-
-    def fail(pipe, step, timestep, tensors):
-        if step == 2:
-            raise KeyError("stop")
-        return tensors
-
-    for preset in ("stock-4", family.presets[0]):
-        ralu.enable(stock, preset, cache="taylorseer(interval=2,warmup=1)")
-        with pytest.raises(KeyError, match="stop"):
-            latents(stock, callback_on_step_end=fail)
-        ralu.disable(stock)
-        assert hooks_left(stock) == []
-        assert torch.equal(latents(stock, num_inference_steps=4), plain)
+    plain.check_undone_after_an_exception(stock, family, TaylorSeer(interval=2, warmup=1), latents)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +194,7 @@ def test_a_wrong_cache_changes_nothing(stock, cache, error, message):
     scheduler = stock.scheduler
     with pytest.raises(error, match=message):
         ralu.enable(stock, cache=cache)
-    assert stock.scheduler is scheduler and hooks_left(stock) == []
+    assert stock.scheduler is scheduler and plain.hooks_left(stock) == []
 
 
 @pytest.mark.parametrize("option", ["interval", "order", "warmup"])
@@ -249,7 +232,7 @@ def test_a_copy_of_a_pipeline_has_a_cache_of_its_own(name, family):
         weight.data.add_(1)
     assert torch.equal(latents(twin), expected)
     ralu.disable(twin)
-    assert hooks_left(twin) == [] != hooks_left(pipe)
+    assert plain.hooks_left(twin) == [] != plain.hooks_left(pipe)
 
 
 @pytest.mark.parametrize("name", ["taylorseer", "toca"])

@@ -477,6 +477,11 @@ def test_a_cache_reaches_enable(folder, tmp_path, monkeypatch, capsys):
         families: ClassVar = ("flux",)
         interval: int = 2
 
+        def apply(self, transformer):
+            """Nothing: `enable` below does without it."""
+
+        remove = apply
+
     monkeypatch.setitem(caches.CACHES, "toy", Toy)
     given, enable = [], pipeline.enable
     monkeypatch.setattr(

@@ -204,10 +204,13 @@ def test_it_is_undone_also_after_an_exception(stock, family):
     plain.check_undone_after_an_exception(stock, family, DeltaDiT(interval=4), latents)
 
 
-@pytest.mark.parametrize("variant", ["paper", RESEARCH])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("flux", "paper"), ("flux", RESEARCH), ("sd3", "paper")],  # SD3 has no single blocks
+    indirect=["family"],
+    scope="module",
+)
 def test_memory_by_formula_and_measured(stock, family, variant):
-    if variant != "paper" and "flux-5x" not in family.presets:
-        pytest.skip("this variant leaves out single blocks, of which SD3 has none")
     cache = DeltaDiT(3, variant=variant, **({"num_blocks": 2} if variant == "paper" else {}))
     call, size = dict(prompt=tiny.PROMPTS[:2], seeds=(1, 2), height=96, width=96), 4
     with LiveBytes(1) as without:

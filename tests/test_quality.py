@@ -106,6 +106,13 @@ def test_drift_is_the_root_mean_square_of_the_difference():
     assert quality.measures(second, first, 4)["drift"] == ""
 
 
+def test_teacache_has_the_models_own_polynomial_unless_it_is_named():
+    pipe = tiny.flux()
+    for options, name in (("", "teacache-mini-flux.json"), ("(coefficients=identity)", "identity")):
+        quality.prepare(pipe, f"stock-4+teacache{options}")
+        assert Path(LayoutHook.find(pipe.transformer).cache.coefficients).name == name
+
+
 def test_a_method_is_prepared_whole():
     """With its options and its cache, and the next one without them."""
     pipe = tiny.flux()

@@ -2,6 +2,7 @@
 
 import math
 
+import plain
 import pytest
 import tiny
 import torch
@@ -12,7 +13,6 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 import ralu
 from ralu.families.qwen_image import BatchedRope, Places
 from ralu.presets import PRESETS, SOLVED, known_shift
-from ralu.regions import gradient
 from ralu.schedule import own_shift, shifted, single
 from ralu.stages import raster
 
@@ -63,18 +63,7 @@ def test_prompts_of_different_lengths_in_a_batch(stock):
 
 
 def test_thresholds_serve_one_image_at_a_time(stock):
-    scores = []
-    ralu.enable(stock, SHORT, regions=lambda x0, grid: scores.append(gradient(x0, grid)) or scores[-1])
-    tiny.generate(stock, PROMPTS, seeds=(5, 6, 7))
-    threshold = scores[0].quantile(0.7).item()
-    ralu.enable(stock, SHORT, regions="gradient", threshold=threshold)
-    with pytest.raises(ValueError, match="with threshold= generate one at a time, or give ratio="):
-        tiny.generate(stock, PROMPTS, seeds=(5, 6, 7))
-    single = tiny.generate(stock, PROMPTS[0], seeds=(5,))
-    share = (scores[0][0] >= threshold).float().mean().item()
-    ralu.enable(stock, SHORT, regions="gradient", ratio=share)
-    torch.testing.assert_close(tiny.generate(stock, PROMPTS[0], seeds=(5,)), single, **close)
-    ralu.disable(stock)
+    plain.check_thresholds_serve_one_image_at_a_time(stock, SHORT)
 
 
 def test_the_terminal_is_for_stock_schedules(stock):

@@ -1,5 +1,6 @@
 """What Z-Image alone has: captions of any length, lists of latents, guidance that may stop on the way."""
 
+import plain
 import pytest
 import tiny
 import torch
@@ -9,7 +10,6 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 import ralu
 from ralu.families.z_image import StripRope
 from ralu.presets import PRESETS, SOLVED
-from ralu.regions import gradient
 from ralu.schedule import shifted
 
 PROMPTS = tiny.PROMPTS
@@ -64,18 +64,7 @@ def test_normalised_guidance(stock):
 
 
 def test_thresholds_serve_one_image_at_a_time(stock):
-    scores = []
-    ralu.enable(stock, SHORT, regions=lambda x0, grid: scores.append(gradient(x0, grid)) or scores[-1])
-    tiny.generate(stock, PROMPTS, seeds=(5, 6, 7))
-    threshold = scores[0].quantile(0.7).item()
-    ralu.enable(stock, SHORT, regions="gradient", threshold=threshold)
-    with pytest.raises(ValueError, match="with threshold= generate one at a time, or give ratio="):
-        tiny.generate(stock, PROMPTS, seeds=(5, 6, 7))
-    single = tiny.generate(stock, PROMPTS[0], seeds=(5,))
-    share = (scores[0][0] >= threshold).float().mean().item()
-    ralu.enable(stock, SHORT, regions="gradient", ratio=share)
-    torch.testing.assert_close(tiny.generate(stock, PROMPTS[0], seeds=(5,)), single, **close)
-    ralu.disable(stock)
+    plain.check_thresholds_serve_one_image_at_a_time(stock, SHORT)
 
 
 def test_half_precision_models_have_latents_in_float32(stock):

@@ -1,6 +1,7 @@
 """What a cache is, and the table of those that are known."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -50,7 +51,7 @@ class Progress:
         return [[begin, *begin.ahead()] for begin in begins if begin is not None]
 
 
-class Cache:
+class Cache(ABC):
     """The interface of a cache. `ralu.enable` calls it: a cache never registers, resets or undoes anything by itself.
 
     families: names of the model families it serves, see `ralu.families`.
@@ -58,18 +59,18 @@ class Cache:
 
     families: ClassVar[tuple[str, ...]]
 
-    def check(self, transformer: Any) -> None:
+    def check(self, transformer: Any) -> None:  # noqa: B027, some serve all
         """Raise ValueError for a transformer that it cannot serve; nothing is changed before."""
 
+    @abstractmethod
     def apply(self, transformer: Any) -> None:
         """Put hooks on a transformer's modules. At every call their state managers' context is a `hooks.Call`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, transformer: Any) -> None:
         """Take them off again."""
-        raise NotImplementedError
 
-    def reset(self, transformer: Any, stage: int, steps: int) -> None:
+    def reset(self, transformer: Any, stage: int, steps: int) -> None:  # noqa: B027, hooks forget by themselves
         """Forget what is cached beside the hooks' state: a stage begins, with other tokens, that has so many steps."""
 
     def velocity(self, transformer: Any, tokens: Any, progress: Progress) -> Any:

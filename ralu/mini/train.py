@@ -1,7 +1,7 @@
 """Train an embedded model: a small, complete FLUX or SD3 pipeline that generates 3D emoji at 128 and 256 pixels.
 
-Nobody needs this to use RALU; it is how mini-flux and mini-sd3 were made, all of stock diffusers and transformers
-classes:
+Nobody needs this to use RALU; it is how mini-sd3 was made, and mini-flux begun (docs/models.md tells how it went on),
+all of stock diffusers and transformers classes:
 
     python -m ralu.mini.train --model mini-flux --steps STEPS
     python -m ralu.mini.pack mini-flux runs/mini-flux/mini-flux
