@@ -1,5 +1,7 @@
 """What holds for RALU inside the unmodified pipelines of all families, `tiny.FAMILIES`."""
 
+from types import SimpleNamespace
+
 import accelerate
 import pytest
 import tiny
@@ -10,6 +12,8 @@ from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 
 import ralu
+from ralu.families import family_of
+from ralu.schedule import region_adaptive
 
 PROMPTS = tiny.PROMPTS
 close = dict(rtol=0, atol=2e-5)
@@ -35,6 +39,35 @@ def test_a_batch_equals_its_single_runs_though_regions_differ(pipe):
     for i in range(3):
         torch.testing.assert_close(batch[i : i + 1], tiny.generate(pipe, PROMPTS[i], seeds=(5 + i,)), **close)
     assert (batch[0] - batch[1]).abs().max() > 0.05
+
+
+def test_encoding_undoes_decoding(stock, monkeypatch):
+    """With an autoencoder that gives back what it is given: how latents are scaled, shifted and packed cancels."""
+
+    def given(latents):
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    monkeypatch.setattr(stock.vae, "decode", lambda latents, return_dict: (latents,))
+    monkeypatch.setattr(stock.vae, "encode", given)
+    served, grid = family_of(stock), (3, 5)
+    config = stock.vae.config
+    channels = config.z_dim if hasattr(config, "z_dim") else config.latent_channels
+    tokens = torch.randn(2, 15, 4 * channels)
+    images = served.decode(stock, tokens, grid)
+    assert images.shape == (2, channels, 6, 10)
+    torch.testing.assert_close(served.encode(stock, images), tokens, rtol=0, atol=1e-5)
+
+
+def test_upsampling_by_way_of_the_image(stock, family):
+    """With every family's own encoder: a batch is its single runs, and it is not nearest neighbour."""
+    plain = family.short
+    schedule = region_adaptive(plain.steps, plain.ends, plain.shifts, plain.c, plain.ratio, upsampler="pixels")
+    nearest = tiny.generate(ralu.enable(stock, plain), PROMPTS[:2], seeds=(5, 6))
+    ralu.enable(stock, schedule)
+    batch = tiny.generate(stock, PROMPTS[:2], seeds=(5, 6))
+    torch.testing.assert_close(batch[1:], tiny.generate(stock, PROMPTS[1], seeds=(6,)), **close)
+    assert batch.isfinite().all() and (batch - nearest).abs().max() > 1e-3
+    ralu.disable(stock)
 
 
 def test_same_seed_same_image_by_generator_or_latents(pipe, family):
