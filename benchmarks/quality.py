@@ -57,15 +57,14 @@ def scorers(preset: str) -> list[str]:
     return [str(Method.parse(f"{preset}(regions={name})")) for name in CHOICES["regions"]]
 
 
-# Methods as `ralu.method` has them, or a name of SCHEDULES. The threshold selects a fifth of the tokens on average.
+# Methods as `ralu.method` has them, or a name of SCHEDULES.
 METHODS = {
     "mini-flux": [
         "stock-50(solver=ab2)", "stock-50", "stock-28", "stock-10", "stock-10(solver=ab2)", *scorers("flux-5x"),
         *(f"flux-5x({options})" for options in (
             "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token", "kept_noise=release",
-            "ratio=0", "ratio=0.5", "ratio=1", "threshold=0.075", "matching=snr,upsampler=lanczos", "matching=off",
+            "ratio=0", "ratio=1", "matching=off",
         )),
-        "flux-5x-shifts-3",
     ],
     "mini-schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
     "mini-sd3": [
@@ -77,7 +76,7 @@ METHODS = {
 }  # fmt: skip
 
 PIXELS = [(2, 2), (3, 3), (3, 5), (5, 8)]  # steps at half and at full resolution
-SCHEDULES = {"flux-5x-shifts-3": ralu.PRESETS["flux-5x"].replace(shifts=(3.0,) * 3)} | {
+SCHEDULES = {
     f"{low}+{full}-pixels": two_resolutions((low, full), 0.3, (3.0, 3.0), 0.1, upsampler="pixels")
     for low, full in PIXELS
 }
@@ -94,7 +93,7 @@ CURVES = {
         "converged": ["stock-50(solver=ab2)"],
         "fewer steps, Euler": strengths("stock-{}", 50, 28, 10, 7, 5, 3),
         "fewer steps, ab2": strengths("stock-{}(solver=ab2)", 10, 7, 5, 3),
-        "RALU": ["speedup-3", "flux-5x", "flux-7x", "speedup-10"],
+        "RALU": ["flux-5x", "flux-7x", "speedup-10"],
         "RALU, ab2": strengths("{}(solver=ab2)", "flux-5x", "flux-7x", "speedup-10"),
         "two stages, pixels": [f"{low}+{full}-pixels" for low, full in PIXELS],
         "Bottleneck Sampling": ["bottleneck-flux-5x", "bottleneck-flux-7x"],
@@ -105,8 +104,7 @@ CURVES = {
         "RAS": strengths("stock-50+ras(ratio={})", 0.5, 0.25, 0.1),
         "TaylorSeer": strengths("stock-50+taylorseer(interval={})", 3, 7, 11),
         "RALU + TaylorSeer": [
-            "flux-5x+taylorseer(interval=3)", "flux-5x+taylorseer(interval=3,warmup=2)",
-            "flux-7x+taylorseer(interval=2,warmup=2)",
+            "flux-5x+taylorseer(interval=3)", "flux-7x+taylorseer(interval=2,warmup=2)",
         ],
         "RALU + Delta-DiT": strengths("{}+delta-dit", "flux-5x", "flux-7x"),
         "RALU + ToCa": strengths("{}+toca(interval=3,warmup=2)", "flux-5x", "flux-7x"),
@@ -115,7 +113,7 @@ CURVES = {
         "converged": ["stock-28(solver=ab2,spacing=trailing)"],
         "fewer steps, Euler": strengths("stock-{}(spacing=trailing)", 28, 10, 7, 5, 4, 3),
         "fewer steps, ab2-limited": strengths("stock-{}(solver=ab2-limited,spacing=trailing)", 10, 7, 5, 4, 3),
-        "RALU": ["speedup-1.5", "sd3-2x", "sd3-3x", "speedup-6"],
+        "RALU": ["sd3-2x", "sd3-3x", "speedup-6"],
         "two stages, pixels": [f"{low}+{full}-pixels" for low, full in PIXELS],
         "Bottleneck Sampling": ["bottleneck-sd3-2x", "bottleneck-sd3-3x"],
         "SPEED": ["speed-sd3-2x", "speed-sd3-3x"],
