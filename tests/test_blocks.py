@@ -84,6 +84,7 @@ def warnings(monkeypatch):
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.serves("fused blocks", "FluxPipeline", "StableDiffusion3Pipeline")
 def test_transformers_equal_stock(model):
     transformer = make(model).transformer
     expected = run(transformer, given := inputs(model, transformer))

@@ -256,6 +256,8 @@ def by_hand(model, schedule, seed, ratio):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
+@pytest.mark.serves("guidance")
+@pytest.mark.serves("equals a run written out by hand")
 def test_whole_runs_equal_the_method_written_out_by_hand(name, ratio):
     family = tiny.FAMILIES[name]
     pipe, schedule, seen = family.make(), family.schedule.replace(steps=(2, 2, 3)), []

@@ -119,6 +119,7 @@ def test_schedule_and_series_are_those_of_cache_dit():
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.serves("TaylorSeer")
 def test_a_stock_run_equals_the_method_written_out_by_hand(stock, family, order):
     cache = TaylorSeer(interval=3, order=order, warmup=2)
     ralu.enable(stock, "stock-9", cache=cache)

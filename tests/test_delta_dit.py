@@ -94,6 +94,7 @@ def test_a_stock_run_equals_the_method_written_out_by_hand(stock, family, interv
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image"], indirect=True)
+@pytest.mark.serves("DeltaDiT")
 def test_a_run_with_stages_equals_the_method_written_out_by_hand(stock, family):
     cache = "delta-dit(interval=2,num_blocks=2,boundary=0.6)"
     got = latents(ralu.enable(stock, family.presets[0], cache=cache))

@@ -107,6 +107,14 @@ PIPELINES = {
     ("name", "method"),
     [*product(PIPELINES, ["stock", "preset"]), ("flux", "pixels"), ("sd3-3.0", "pixels")],
 )
+@pytest.mark.serves(
+    "estimate equals the counted run",
+    "FluxPipeline",
+    "StableDiffusion3Pipeline",
+    "Flux2KleinPipeline",
+    "QwenImagePipeline",
+    "ZImagePipeline",
+)
 def test_operations_of_a_real_run(name, method):
     """A whole run of a pipeline with real weights, prompts to images, two in a batch."""
     pipe, call = PIPELINES[name](), {}

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 
 import ralu
+from ralu.caches import CACHES
 from ralu.families import family_of
 from ralu.schedule import region_adaptive
 
@@ -25,6 +26,7 @@ def family(request):
     return tiny.FAMILIES[request.param]
 
 
+@pytest.mark.serves("a batch equals its single runs")
 def test_a_batch_equals_its_single_runs_though_regions_differ(pipe):
     plans = []
 
@@ -58,6 +60,7 @@ def test_encoding_undoes_decoding(stock, monkeypatch):
     torch.testing.assert_close(served.encode(stock, images), tokens, rtol=0, atol=1e-5)
 
 
+@pytest.mark.serves("upsampler=pixels")
 def test_upsampling_by_way_of_the_image(stock, family):
     """With every family's own encoder: a batch is its single runs, and it is not nearest neighbour."""
     plain = family.short
@@ -115,6 +118,7 @@ def traces(pipe, family):
     return kept, dict(vars(pipe)), list(pipe.transformer.state_dict()), dict(pipe.transformer._forward_pre_hooks)
 
 
+@pytest.mark.serves("disable restores every bit")
 def test_disable_restores_stock_images_bit_for_bit(stock, family):
     expected = tiny.generate(stock, num_inference_steps=4)
     before = traces(stock, family)
@@ -157,6 +161,7 @@ def decoded_image(family, vae, image):
 
 
 @pytest.mark.parametrize("step", range(5))
+@pytest.mark.serves("callbacks, previews, interruption")
 def test_an_interrupted_run_decodes_what_there_is(pipe, family, step, monkeypatch):
     """Low latents are upsampled by nearest neighbour, and selected ones are put where they belong."""
     vae, decoded, seen = pipe.vae, [], []
@@ -193,6 +198,7 @@ def test_an_interrupted_run_decodes_what_there_is(pipe, family, step, monkeypatc
     assert vars(vae)["decode"] is spy  # the caller's, put back
 
 
+@pytest.mark.serves("LoRA")
 def test_lora_scales_as_in_stock(family):
     pipe = ralu.enable(family.make(), family.short)
     plain = tiny.generate(pipe)
@@ -208,6 +214,7 @@ def config_of(scheduler):
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
+@pytest.mark.serves("saving and loading")
 def test_save_load_and_the_advice_in_between(stock, family, tmp_path):
     was = config_of(stock.scheduler)
     pipe = ralu.enable(stock, family.presets[1], ratio=0.4, granularity="token", regions="gradient")
@@ -237,6 +244,7 @@ class Offload(accelerate.hooks.ModelHook):
 
 
 @pytest.mark.parametrize("enabled_first", [True, False])
+@pytest.mark.serves("offloading")
 def test_offloading_hooks_come_and_go(family, enabled_first):
     pipe = family.make()
     parts = pipe.transformer, pipe.vae
@@ -259,6 +267,7 @@ def test_offloading_hooks_come_and_go(family, enabled_first):
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "flux2"], indirect=True)
+@pytest.mark.serves("torch.compile")
 def test_compiled_transformer_needs_no_graph_a_step(family):
     """FLUX's inside a wrapper, SD3's in place; in test_blocks.py, where blocks are fused, it is the other way round."""
     pipe = ralu.enable(tiny.shallow(family.make()), family.short)
@@ -284,3 +293,23 @@ def test_enable_refuses_what_it_cannot_serve(stock, family):
     with pytest.raises(ValueError, match="custom sigmas"):
         tiny.generate(ralu.enable(stock), sigmas=[1.0, 0.7, 0.2])
     ralu.disable(stock)
+
+
+def refused():
+    """List every family with what does not serve it: the fused blocks and the caches."""
+    for name in tiny.FAMILIES:
+        if name not in ("flux", "sd3"):
+            words = "the blocks of a .* cannot be fused"
+            yield pytest.param(name, {"fused": True}, words, marks=pytest.mark.refuses("fused blocks"))
+        for cache, kind in CACHES.items():
+            if name not in kind.families:
+                words = f"cache {kind.__name__} serves .*, and the pipeline's family is {name}"
+                yield pytest.param(name, {"cache": cache}, words, marks=pytest.mark.refuses(kind.__name__))
+
+
+@pytest.mark.parametrize(("family", "options", "words"), [*refused()], indirect=["family"])
+def test_what_does_not_serve_a_family_is_said(stock, options, words):
+    scheduler = stock.scheduler
+    with pytest.raises(ValueError, match=words):
+        ralu.enable(stock, **options)
+    assert stock.scheduler is scheduler

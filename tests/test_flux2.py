@@ -29,6 +29,7 @@ def pipe(stock):
     ralu.disable(stock)
 
 
+@pytest.mark.serves("a batch equals its single runs", "Flux2Pipeline")
 def test_dev_in_a_batch_without_a_vae():
     pipe = tiny.flux2(dev=True)
     call = {"output_type": "latent", "height": 32, "width": 48}
@@ -47,6 +48,7 @@ def test_dev_in_a_batch_without_a_vae():
     assert (batch[0] - tiny.generate(pipe, PROMPTS[0], seeds=(5,), guidance_scale=1.0, **call)[0]).abs().max() > 1e-4
 
 
+@pytest.mark.serves("token counts of its own for every image", "Flux2KleinPipeline")
 def test_images_of_a_batch_may_differ_in_tokens(stock):
     scores = []
     ralu.enable(stock, tiny.FAMILIES["flux2"].short, regions=lambda x0, g: scores.append(gradient(x0, g)) or scores[-1])
@@ -89,9 +91,7 @@ def test_half_precision(stock):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"fused": True}, "the blocks of a Flux2Transformer2DModel cannot be fused"),
         ({"trim_text": True}, "trim_text False: the blocks of a Flux2Transformer2DModel cannot be fused"),
-        ({"cache": "teacache"}, "cache TeaCache serves flux, sd3, and the pipeline's family is flux2"),
         ({"preset": "flux-5x"}, "preset must be one of flux2-5x, flux2-7x, klein-4 or a Schedule, got 'flux-5x'"),
     ],
 )

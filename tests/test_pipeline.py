@@ -115,6 +115,7 @@ def by_hand(pipe, prompt, seed, size=64, preset="flux-5x"):
     return tokens[None]
 
 
+@pytest.mark.serves("equals a run written out by hand", "FluxPipeline")
 def test_whole_run_equals_the_method_written_out_by_hand(stock):
     expected = by_hand(stock, PROMPTS[0], seed=3)
     ralu.enable(stock, "flux-5x")
@@ -143,6 +144,7 @@ def test_steps_tokens_and_the_global_callback_index(stock, preset):
     assert seen == list(enumerate(counts)) and set(totals) == {sum(steps)}
 
 
+@pytest.mark.serves("token counts of its own for every image", "FluxPipeline")
 def test_ragged_batches_equal_their_single_runs(stock):
     """A threshold chooses another number of tokens in every image: the shorter sequences are padded and masked."""
     scores = []
@@ -161,6 +163,7 @@ def test_ragged_batches_equal_their_single_runs(stock):
     ralu.disable(stock)
 
 
+@pytest.mark.serves("guidance", "FluxPipeline")
 def test_true_cfg_and_guidance():
     pipe = ralu.enable(tiny.flux(guidance_embeds=True), SHORT)
     call = {"negative_prompt": "blue", "true_cfg_scale": 3.0}
@@ -170,6 +173,7 @@ def test_true_cfg_and_guidance():
     assert (tiny.generate(pipe, seeds=(1,)) - batch[:1]).abs().max() > 1e-3
 
 
+@pytest.mark.serves("IP-adapters", "FluxPipeline")
 def test_ip_adapter_scales_as_in_stock():
     pipe = ralu.enable(tiny.flux(), SHORT)
     plain = tiny.generate(pipe)

@@ -169,6 +169,7 @@ def by_hand(pipe, cache):
 
 
 @pytest.mark.parametrize("cache", [SHORT, replace(SHORT, metric="l2norm", high_ratio=0.0, ratio=0.7)])
+@pytest.mark.serves("RAS")
 def test_a_run_equals_the_method_written_out_by_hand(stock, family, cache):
     call = {"prompt": tiny.PROMPTS[:2], "seeds": (3, 4)} | guided(family, 2)
     found = latents(ralu.enable(stock, "stock-7", cache=cache), **call)

@@ -153,6 +153,7 @@ def by_hand(pipe, prompt, seed, preset, ratio, guidance=3.5, height=64, width=48
 
 @pytest.mark.parametrize("version", tiny.SD3)
 @pytest.mark.parametrize("preset, ratio", [("sd3-3x", 1.0), ("sd3-2x", 0.3)])
+@pytest.mark.serves("equals a run written out by hand", "StableDiffusion3Pipeline")
 def test_whole_runs_equal_the_method_written_out_by_hand(version, preset, ratio):
     pipe = tiny.sd3(version)
     third, expected = by_hand(pipe, PROMPTS[0], 3, preset, ratio)
@@ -223,6 +224,7 @@ def test_skip_layer_guidance_in_batches(pipe):
     torch.testing.assert_close(unmoved, tiny.generate(pipe, PROMPTS, seeds=(5, 6, 7)), **close)
 
 
+@pytest.mark.serves("guidance", "StableDiffusion3Pipeline")
 def test_without_guidance_and_with_a_negative_prompt(pipe):
     plain = tiny.generate(pipe, seeds=(1,), guidance_scale=1.0)
     assert (tiny.generate(pipe, seeds=(1,)) - plain).abs().max() > 1e-3
@@ -250,6 +252,7 @@ def test_shapes_of_the_stages_and_the_callback_index(stock, preset):
     assert seen == list(enumerate(shapes)) and set(totals) == {sum(steps)}
 
 
+@pytest.mark.refuses("token counts of its own for every image", "StableDiffusion3Pipeline")
 def test_thresholds_serve_one_image_at_a_time(stock):
     """The attention of SD3 ignores masks without a word, so padded sequences must not reach it."""
     scores = []

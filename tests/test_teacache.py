@@ -76,6 +76,7 @@ GUIDED = {
 }
 
 
+@pytest.mark.serves("TeaCache")
 def test_a_stock_run_equals_the_method_written_out_by_hand(stock, family):
     """With all that guidance adds to a step: in SD3 a second call begins after the first step."""
     name, steps = name_of(family), 8

@@ -316,6 +316,7 @@ def test_so_many_rows_change_in_every_layer(stock):
     assert {step for step, _ in seen} == {2, 5} and len({place for _, place in seen}) >= 3  # at 3 all is let go
 
 
+@pytest.mark.serves("ToCa")
 def test_every_stage_begins_anew(stock, family):
     """Also the mixed one; a step with a cache but without its attention calls no projection."""
     cache = ToCa(interval=2, warmup=1)

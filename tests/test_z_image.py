@@ -35,6 +35,7 @@ def test_whole_positions_are_the_stock_ones_bit_for_bit():
     assert torch.equal(ours(places), expected)  # the captions', which come next
 
 
+@pytest.mark.serves("guidance", "ZImagePipeline")
 def test_without_guidance_and_where_it_stops(stock):
     """Turbo is called once for each image; `cfg_truncation` halves the list in the later steps."""
     ralu.enable(stock, SHORT)
@@ -63,6 +64,7 @@ def test_normalised_guidance(stock):
     ralu.disable(stock)
 
 
+@pytest.mark.refuses("token counts of its own for every image", "ZImagePipeline")
 def test_thresholds_serve_one_image_at_a_time(stock):
     plain.check_thresholds_serve_one_image_at_a_time(stock, SHORT)
 
@@ -86,17 +88,3 @@ def test_presets_are_solved_for_the_models_own_shift(stock):
         assert SOLVED[name].steps == flux.steps and SOLVED[name].ends == pytest.approx(same_share, abs=0.001)
         assert ralu.enable(stock, name).scheduler.schedule == ralu.solve(flux.steps, SOLVED[name].ends, 6.0)
     ralu.disable(stock).scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"fused": True}, "the blocks of a ZImageTransformer2DModel cannot be fused"),
-        ({"cache": "delta-dit"}, "cache DeltaDiT serves flux, qwen_image, sd3, and the pipeline's family is z_image"),
-    ],
-)
-def test_what_is_not_served_is_said(stock, options, words):
-    scheduler = stock.scheduler
-    with pytest.raises(ValueError, match=words):
-        ralu.enable(stock, **options)
-    assert stock.scheduler is scheduler
