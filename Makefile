@@ -91,8 +91,9 @@ bench-report: install
 bench-compare: install
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error BASE must name a revision: make bench-compare BASE=main))
 
+# MINUTES=5 trains the embedded model further for so long, on a GPU where there is one; what was begun is gone on with.
 train-mini: install
-	$(BIN)/python -m ralu.mini.train --model $(or $(MODEL),mini-flux)
+	$(BIN)/python -m ralu.mini.train --model $(or $(MODEL),mini-flux) $(if $(MINUTES),--minutes $(MINUTES))
 
 evaluate-mini: install
 	$(BIN)/python benchmarks/quality.py --model $(or $(MODEL),mini-flux)

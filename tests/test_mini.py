@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 
 import ralu
 from ralu.cli import main
-from ralu.mini import NAMES, cache_folder, pack, unpack
+from ralu.mini import NAMES, cache_folder, pack, train, unpack
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -326,3 +328,21 @@ def test_loaded_in_another_dtype(place):
         pipe = ralu.mini_pipeline("mini-flux", dtype)
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         assert len(modules) == 4 and {module.dtype for module in modules} == {dtype or torch.float32}
+
+
+def test_further_training_starts_from_the_embedded_model_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    images = torch.rand(len(train.CAPTIONS), 3, 256, 256).mul(2).sub(1)
+    small = replace(train.FAMILIES["mini-flux"], turns=((128, 1),))
+    monkeypatch.setattr(train, "pictures", lambda cache: images)
+    monkeypatch.setattr(train, "sheet", lambda pipe, **call: Image.new("RGB", (8, 8)))
+    monkeypatch.setitem(train.FAMILIES, "mini-flux", small)
+    embedded = FluxTransformer2DModel.from_pretrained(ralu.mini_path() / "transformer").state_dict()
+    steps = []
+    for _ in range(2):
+        train.main(["--minutes", "1e-3", "--out", str(tmp_path), "--device", "cpu"])
+        steps.append(torch.load(tmp_path / "transformer.pt")["step"])
+    assert 0 < steps[0] < steps[1]
+    trained = FluxTransformer2DModel.from_pretrained(tmp_path / "mini-flux").state_dict()
+    for name, weights in embedded.items():
+        torch.testing.assert_close(trained[name], weights, rtol=0, atol=0.01)  # a few steps of rates that still rise
+    assert any(not torch.equal(trained[name], weights) for name, weights in embedded.items())

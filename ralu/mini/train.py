@@ -4,6 +4,7 @@ Nobody needs this to use RALU; it is how mini-sd3 was made, and mini-flux begun 
 all of stock diffusers and transformers classes:
 
     python -m ralu.mini.train --model mini-flux --steps STEPS
+    python -m ralu.mini.train --model mini-flux --minutes MINUTES         # the embedded model's transformer further
     python -m ralu.mini.pack mini-flux runs/mini-flux/mini-flux
 
 Images: npm package @lobehub/fluent-emoji-3d 1.1.0 (Microsoft Fluent emoji, MIT licence).
@@ -26,6 +27,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPTokenizer, T5EncoderModel
 
-from ralu.mini import mini_path
+from ralu.mini import mini_path, mini_pipeline
 from ralu.mini.build import (
     LATENT_CHANNELS,
     VAE_SCALE,
@@ -266,65 +268,88 @@ def train_text(pipe: DiffusionPipeline, family: Family, images: torch.Tensor, st
     return encoders.eval()
 
 
-def train_transformer(pipe, family: Family, latents, weight, steps, device, out: Path, decay, preview):
+def optimizers(transformer: torch.nn.Module, further: bool) -> list[torch.optim.Optimizer]:
+    """Make AdamW, and for further training Muon beside it, for the blocks' matrices."""
+    named = list(transformer.named_parameters())
+    muon = [p for name, p in named if further and p.ndim == 2 and "blocks" in name and "norm" not in name]
+    rest = [p for _, p in named if all(p is not other for other in muon)]
+    adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    if not muon:
+        return [adam]
+    return [torch.optim.Muon(muon, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adam]
+
+
+def train_transformer(pipe, family: Family, latents, weight, steps, minutes, device, out: Path, decay, preview):
     """Train by flow matching on eps - x0, on small batches of 256 and 128 px in turn (`family.turns`).
 
     Noise levels are drawn as the sampler visits them, evenly and then shifted by 3: what a caption looks like is
     learned where there is almost nothing but noise. Latent channels weigh as much as they show (`weight`, by channel).
     A tenth of the captions is dropped for classifier-free guidance. `preview` is called with the averaged weights in
-    place at every fourth checkpoint.
+    place at every fourth checkpoint. With `minutes` it ends by the clock, whatever `steps`, and trains on with Muon.
     """
     transformer = pipe.transformer.to(device).train()
     parameters = list(transformer.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    learners = optimizers(transformer, minutes is not None)
+    peak, decay = (1e-3, decay) if minutes is None else (8e-4, 1.0)
     ema = [p.detach().clone() for p in parameters]
     state, start = out / "transformer.pt", 0
     if state.exists():
         saved = torch.load(state, map_location=device)
         transformer.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for learner, learned in zip(learners, saved["optimizers"], strict=True):
+            learner.load_state_dict(learned)
         torch._foreach_copy_(ema, saved["ema"])
         start = saved["step"]
         torch.manual_seed(start), random.seed(start)  # not the same captions and noise again
     latents = {size: x.to(device) for size, x in latents.items()}
     running: dict[int, float] = {}
-    clock, checkpoints = time.time(), 0
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=5)
+
+    def save(step: int, previewing: bool):
+        saved = {"model": transformer.state_dict(), "optimizers": [learner.state_dict() for learner in learners]}
+        torch.save(saved | {"ema": ema, "step": step}, state.with_suffix(".tmp"))
+        state.with_suffix(".tmp").replace(state)
+        with open(out / "log.jsonl", "a") as log:
+            print(json.dumps({"step": step, "loss": running}), file=log)
+        if previewing:
+            online = [p.detach().clone() for p in parameters]
+            torch._foreach_copy_([p.data for p in parameters], ema)
+            preview(step)
+            torch._foreach_copy_([p.data for p in parameters], online)
+
+    begin = clock = time.time()
+    checkpoints, bar = 0, tqdm(count(start), initial=start, desc="transformer", mininterval=5)
     for step in bar:
-        remaining = (steps - step) / (decay * steps)  # constant, then down to zero over the last `decay` of the steps
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 200, remaining)
-        size, count = family.turns[step % len(family.turns)]
-        pick = torch.randint(len(CAPTIONS), (count,))
-        shown = torch.where(torch.rand(count) < 0.1, len(CAPTIONS), pick)
+        done = step / steps if minutes is None else (time.time() - begin) / (60 * minutes)
+        if done >= 1:
+            save(step, previewing=True)
+            break
+        for group in (group for learner in learners for group in learner.param_groups):
+            # Constant, then down to zero over the last `decay` of the way.
+            group["lr"] = peak * min(1, (step + 1) / 200, (1 - done) / decay)
+        size, number = family.turns[step % len(family.turns)]
+        pick = torch.randint(len(CAPTIONS), (number,))
+        shown = torch.where(torch.rand(number) < 0.1, len(CAPTIONS), pick)
         with torch.no_grad():
             text = encode(pipe, prompts(shown.tolist()), text_length(family.longest_text))
         x = latents[size][pick]
         noise = torch.randn_like(x)
-        sigma = shifted(torch.rand(count, device=device), 3.0)
+        sigma = shifted(torch.rand(number, device=device), 3.0)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             v = velocity(transformer, torch.lerp(x, noise, sigma[:, None, None, None]), sigma, *text)
         loss = ((v.float() - noise + x).square() * weight).mean()
-        optimizer.zero_grad(set_to_none=True)
+        for learner in learners:
+            learner.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for learner in learners:
+            learner.step()
         torch._foreach_lerp_(ema, parameters, max(2e-3, 1 / (step + 2)))
         running[size] = 0.98 * running.get(size, loss.item()) + 0.02 * loss.item()
         if step % 20 == 0:
             bar.set_postfix({str(k): f"{r:.3f}" for k, r in sorted(running.items())})
-        if time.time() - clock > 300 or step + 1 == steps:
+        if time.time() - clock > (300 if minutes is None else 60):
             clock, checkpoints = time.time(), checkpoints + 1
-            saved = {"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
-            torch.save(saved | {"step": step + 1}, state.with_suffix(".tmp"))
-            state.with_suffix(".tmp").replace(state)
-            with open(out / "log.jsonl", "a") as log:
-                print(json.dumps({"step": step + 1, "loss": running}), file=log)
-            if checkpoints % 4 == 0 or step + 1 == steps:
-                online = [p.detach().clone() for p in parameters]
-                torch._foreach_copy_([p.data for p in parameters], ema)
-                preview(step + 1)
-                torch._foreach_copy_([p.data for p in parameters], online)
+            save(step + 1, previewing=checkpoints % 4 == 0)
     torch._foreach_copy_([p.data for p in parameters], ema)
 
 
@@ -342,33 +367,15 @@ def sheet(pipe: DiffusionPipeline, steps: int, columns: int = 4, rows: int = 2, 
     return paper
 
 
-def main():
-    """Train an embedded model and save it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*FAMILIES], default="mini-flux")
-    parser.add_argument("--out", type=Path, help="checkpoints, previews, the result (default: runs/MODEL)")
-    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the images are downloaded to")
-    parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
-    parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=["vae", "transformer"], help="train one part alone, without the export")
-    args = parser.parse_args()
-    if args.model == "mini-sd3" and args.only == "vae":
-        parser.error("--only vae: SD3 takes the embedded FLUX model's")
-    out, family = args.out or Path("runs", args.model), FAMILIES[args.model]
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    random.seed(0)
-
-    images = pictures(args.data)
-    pca, vae = PatchPCA(images), build_vae()
+def afresh(args: argparse.Namespace, out: Path, images: torch.Tensor, pca: PatchPCA) -> DiffusionPipeline | None:
+    """Build a pipeline and train what comes before its transformer; None where that was all that was asked for."""
+    family, vae = FAMILIES[args.model], build_vae()
     if args.model == "mini-sd3":
         vae.load_state_dict(AutoencoderTiny.from_pretrained(mini_path() / "vae").state_dict())
     elif args.only != "transformer":
         train_vae(vae, images, pca, args.vae_steps, args.device, out)
     if args.only == "vae":
-        return
+        return None
     texts = [template.format(name) for name in CAPTIONS for template in TEMPLATES]
     if not (out / "tokenizer").exists():  # learning a byte-pair vocabulary twice does not give the same one
         clip_tokenizer(texts, family.clip_tokens).save_pretrained(out / "tokenizer")
@@ -377,18 +384,53 @@ def main():
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     print({name: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M" for name, module in modules.items()})
     train_text(pipe, family, images, 400, args.device, out)
+    return pipe
+
+
+def main(argv: list[str] | None = None):
+    """Train an embedded model and save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*FAMILIES], default="mini-flux")
+    parser.add_argument("--out", type=Path, help="checkpoints, previews, the result (default: runs/MODEL)")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="where the images are downloaded to")
+    parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
+    parser.add_argument("--minutes", type=float, help="train the embedded transformer, or --out's, further for so long")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=["vae", "transformer"], help="train one part alone, without the export")
+    args = parser.parse_args(argv)
+    if args.model == "mini-sd3" and args.only == "vae":
+        parser.error("--only vae: SD3 takes the embedded FLUX model's")
+    further = args.minutes is not None
+    if further and args.only:
+        parser.error("--minutes trains the transformer alone, and exports it: give no --only")
+    out = args.out or Path("runs", args.model + "-further" * further)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    random.seed(0)
+
+    images = pictures(args.data)
+    pca = PatchPCA(images)
+    pipe: Any
+    if further:
+        pipe = mini_pipeline(args.model, dtype=torch.float32).to(args.device)
+    elif (pipe := afresh(args, out, images, pca)) is None:
+        return
 
     def preview(step):
         if (out / "vae.pt").exists():  # FLUX's decoder may be learning in another process meanwhile
-            vae.load_state_dict(torch.load(out / "vae.pt", map_location=args.device)["model"])
+            pipe.vae.load_state_dict(torch.load(out / "vae.pt", map_location=args.device)["model"])
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             sheet(pipe, steps=14, guidance_scale=GUIDANCE).save(out / f"preview-{step:06d}.png")
 
     latents = {size: pca.encode(resize(images, size)) for size in (256, 128)}
     weight = (pca.std / pca.std.mean()).float().view(-1, 1, 1).to(args.device)
-    train_transformer(pipe, family, latents, weight, args.steps, args.device, out, args.decay, preview)
+    train_transformer(
+        pipe, FAMILIES[args.model], latents, weight, args.steps, args.minutes, args.device, out, args.decay, preview
+    )
     if args.only is None:
-        pipe.save_pretrained(out / args.model)
+        (pipe.transformer if further else pipe).save_pretrained(out / args.model)
         print(f"saved; to pack it: python -m ralu.mini.pack {args.model} {out / args.model}")
 
 
