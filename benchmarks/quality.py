@@ -60,18 +60,19 @@ def scorers(preset: str) -> list[str]:
 # Methods as `ralu.method` has them, or a name of SCHEDULES.
 METHODS = {
     "mini-flux": [
-        "stock-50(solver=ab2)", "stock-50", "stock-28", "stock-10", "stock-10(solver=ab2)", *scorers("flux-5x"),
+        "stock-50(solver=ab2)", "stock-50", "stock-28", "stock-10", "stock-7", "stock-5", "stock-10(solver=ab2)",
+        "stock-5(solver=ab2)", "flux-7x", "flux-7x(solver=ab2)", "3+3-pixels", *scorers("flux-5x"),
         *(f"flux-5x({options})" for options in (
-            "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token", "kept_noise=release",
-            "ratio=0", "ratio=1", "matching=off",
+            "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token", "matching=off",
         )),
     ],
     "mini-schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
     "mini-sd3": [
-        "stock-28(solver=ab2,spacing=trailing)", "stock-28", "stock-10", *scorers("sd3-3x"),
+        "stock-28(solver=ab2,spacing=trailing)", "stock-28", *(f"stock-{n}(spacing=trailing)" for n in (10, 7, 4)),
+        "stock-4(solver=ab2-limited,spacing=trailing)", "3+3-pixels", "3+5-pixels", "sd3-2x", *scorers("sd3-3x"),
         *(f"sd3-3x({options})" for options in (
             "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token"
-        )), "sd3-2x",
+        )),
     ],
 }  # fmt: skip
 
@@ -207,9 +208,15 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def sampled(pipe, method: str, captions: list[int], seed: int, batch: int, cache: Path, commit: str) -> dict:
-    """Sample, or load, latents (N, 16, 32, 32) of captions by number, with the work and time for one and the commit."""
+    """Sample and measure, or load, images of captions by number: what is kept of one method and one seed.
+
+    latents:     (N, 16, 32, 32).
+    edge_energy, blockiness: of the decoded images, in float32.
+    tflop, seconds: work and time for one image. commit: of the code that sampled.
+    """
     file = cache / f"{method}-{len(captions)}-{seed}.pt"
-    if not file.exists():
+    found = torch.load(file, weights_only=False) if file.exists() else {}
+    if not found:
         steps, latents, seconds = prepare(pipe, method), [], []
         for i in tqdm(range(0, len(captions), batch), desc=f"{method}, seed {seed}"):
             seeds = [1000 * seed + k for k in range(i, min(i + batch, len(captions)))]
@@ -222,28 +229,35 @@ def sampled(pipe, method: str, captions: list[int], seed: int, batch: int, cache
         tflop = transformer_tflop(
             pipe.transformer, lambda: [sample(pipe, [caption], [i], steps) for i, caption in enumerate(counted)]
         ) / len(counted)
-        cache.mkdir(parents=True, exist_ok=True)
         found = {"latents": torch.cat(latents), "tflop": tflop, "seconds": min(seconds), "commit": commit}
+    if "edge_energy" not in found:
+        images = decoded(pipe.vae, found["latents"])
+        found |= {"edge_energy": edge_energy(images), "blockiness": blockiness(images)}
+        cache.mkdir(parents=True, exist_ok=True)
         torch.save(found, file)
-    return torch.load(file)
+    return found
+
+
+def decoded(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents (N, 16, 32, 32) to images (N, 3, 256, 256), in float32 however they were sampled."""
+    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        parts = latents.float().div(vae.config.scaling_factor).split(16)
+        return torch.cat([vae.decode(part).sample for part in parts])
 
 
 class Images:
     """What the measures need of a method's images, seeds first: (seeds, captions, ...)."""
 
-    def __init__(self, runs: list[dict], vae, pca: PatchPCA, training: torch.Tensor, captions: list[int]):
-        latents = torch.stack([run["latents"] for run in runs]).float()
-        with torch.no_grad():
-            parts = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.flatten(0, 1).split(16)]
-        images, shape = torch.cat(parts), latents.shape[:2]
-        unwhitened = (latents.flatten(3) * pca.std[:, None].float()).flatten(0, 1).flatten(1)
+    def __init__(self, runs: list[dict], pca: PatchPCA, training: torch.Tensor, captions: list[int]):
+        self.latents = torch.stack([run["latents"] for run in runs]).float()
+        shape = self.latents.shape[:2]
+        unwhitened = (self.latents.flatten(3) * pca.std[:, None].float()).flatten(0, 1).flatten(1)
         distances, wanted = torch.cdist(unwhitened, training), torch.tensor(captions).repeat(shape[0])
         self.hits = (distances.argmin(1) == wanted).view(shape).numpy()
         self.distance = distances.gather(1, wanted[:, None]).view(shape).double().numpy()
-        self.latents = latents
-        self.features = features(latents.flatten(0, 1)).reshape(*shape, -1)
-        self.edge_energy = edge_energy(images).reshape(shape)
-        self.blockiness = blockiness(images).reshape(*shape, 2)
+        self.features = features(self.latents.flatten(0, 1)).reshape(*shape, -1)
+        self.edge_energy = np.stack([run["edge_energy"] for run in runs])
+        self.blockiness = np.stack([run["blockiness"] for run in runs])
 
 
 def follows(method: str) -> bool:
@@ -268,7 +282,7 @@ def measures(images: Images, reference: Images, captions: int, drifts: bool = Fa
         ("blockiness", lambda mask: np.divide(*images.blockiness[:, mask].mean((0, 1))), 3),
     ):
         value, error = jackknife(statistic, captions)
-        columns |= {name: f"{value:.{digits}f}", f"{name}_se": f"{error:.{digits}f}"}
+        columns |= {name: f"{round(value, digits) + 0.0:.{digits}f}", f"{name}_se": f"{error:.{digits}f}"}
     drift = (images.latents - reference.latents).square().mean().sqrt().item()
     return columns | {"drift": f"{drift:.3f}" if drifts else ""}
 
@@ -278,8 +292,7 @@ def show(pipe, methods: list[str], runs: list[dict], captions: list[int]):
     columns = [i for i, k in enumerate(captions) if CAPTIONS[k] in PROMPTS]
     rows = []
     for method, run in zip(methods, runs, strict=True):
-        with torch.no_grad():
-            images = pipe.vae.decode(run["latents"][columns].float() / pipe.vae.config.scaling_factor).sample
+        images = decoded(pipe.vae, run["latents"][columns])
         parsed = None if method in SCHEDULES else Method.parse(method)
         name, options = (parsed.spatial, parsed.options.given()) if parsed else (method, {})
         note = [f"{option}={value}" for option, value in options.items()]
@@ -339,7 +352,7 @@ def main():
     rows = []
     for curve, method in ((curve, method) for curve, members in curves.items() for method in members):
         runs = runs_of(method, args.seeds)
-        sampled_images = Images(runs, pipe.vae, pca, training, chosen)
+        sampled_images = Images(runs, pca, training, chosen)
         if not rows:
             reference, work = sampled_images, runs[0]["tflop"]
         tflop = float(np.mean([run["tflop"] for run in runs]))
@@ -348,7 +361,7 @@ def main():
         measured = measures(sampled_images, reference, args.captions, follows(method))
         rows.append({"curve": curve, "method": method} | measured | cost | common)
         if len(rows) == 1 and len(runs) > 1:
-            turned = Images(runs[1:] + runs[:1], pipe.vae, pca, training, chosen)
+            turned = Images(runs[1:] + runs[:1], pca, training, chosen)
             measured = measures(turned, reference, args.captions)
             rows.append({"curve": curve, "method": f"{method}, other seeds"} | measured | cost | common)
         print({key: rows[-1][key] for key in ("method", "score", "distance", "frechet", "edge_error", "blockiness")})
