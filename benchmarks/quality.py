@@ -76,7 +76,7 @@ METHODS = {
     ],
 }  # fmt: skip
 
-PIXELS = [(2, 2), (3, 3), (3, 5), (5, 8)]  # steps at half and at full resolution
+PIXELS = [(1, 2), (2, 2), (3, 3), (3, 5), (5, 8)]  # steps at half and at full resolution
 SCHEDULES = {
     f"{low}+{full}-pixels": two_resolutions((low, full), 0.3, (3.0, 3.0), 0.1, upsampler="pixels")
     for low, full in PIXELS
@@ -92,7 +92,7 @@ def strengths(form: str, *values) -> list[str]:
 CURVES = {
     "mini-flux": {
         "converged": ["stock-50(solver=ab2)"],
-        "fewer steps, Euler": strengths("stock-{}", 50, 28, 10, 7, 5, 3),
+        "fewer steps, Euler": strengths("stock-{}", 50, 28, 10, 7, 5, 3, 2),
         "fewer steps, ab2": strengths("stock-{}(solver=ab2)", 10, 7, 5, 3),
         "RALU": ["flux-5x", "flux-7x", "speedup-10"],
         "RALU, ab2": strengths("{}(solver=ab2)", "flux-5x", "flux-7x", "speedup-10"),
@@ -112,7 +112,7 @@ CURVES = {
     },
     "mini-sd3": {
         "converged": ["stock-28(solver=ab2,spacing=trailing)"],
-        "fewer steps, Euler": strengths("stock-{}(spacing=trailing)", 28, 10, 7, 5, 4, 3),
+        "fewer steps, Euler": strengths("stock-{}(spacing=trailing)", 28, 10, 7, 5, 4, 3, 2),
         "fewer steps, ab2-limited": strengths("stock-{}(solver=ab2-limited,spacing=trailing)", 10, 7, 5, 4, 3),
         "RALU": ["sd3-2x", "sd3-3x", "speedup-6"],
         "two stages, pixels": [f"{low}+{full}-pixels" for low, full in PIXELS],
