@@ -108,7 +108,7 @@ def schedule_for(
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    check_size(height, width, 4 * parts.shrink)
+    check_size(height, width, 2 * parts.shrink)
     text_tokens += parts.clip_tokens if family.joins_clip else 0
 
     def work(tokens):
@@ -131,13 +131,14 @@ def reach(
 ) -> Point:
     """Find steps, ends and ratio for 1/speedup of a stock run's work, see `fit`.
 
-    height, width: of the image in pixels, multiples of two tokens. token_pixels: side of a token.
+    height, width: of the image in pixels, multiples of a token. token_pixels: side of a token.
     Raises ValueError for a speedup that no schedule comes within `TOLERANCE` of.
     """
-    low = height * width // (2 * token_pixels) ** 2
-    point, calls = fit(stock_steps / speedup, anchors, work, low)
+    low = math.prod(math.ceil(side / (2 * token_pixels)) for side in (height, width))
+    full = height * width // token_pixels**2
+    point, calls = fit(stock_steps / speedup, anchors, work, low, full)
     if abs(calls * speedup / stock_steps - 1) > TOLERANCE:
-        least = 1 + (work(low) + work(low + 3 * _selectable(low)[0])) / work(4 * low)
+        least = 1 + (work(low) + work(low + 3 * _selectable(low)[0])) / work(full)
         most = math.floor(100 * min(SPEEDUPS[1], stock_steps / least)) / 100
         raise ValueError(
             f"speedup={speedup:g} cannot be reached at {height}x{width} pixels, against {stock_steps} steps: "
@@ -159,23 +160,25 @@ def _complete(kind: type, config: dict[str, Any]) -> dict[str, Any]:
     return {name: each.default for name, each in inspect.signature(kind).parameters.items()} | config
 
 
-def fit(calls: float, anchors: Iterable[Point], work: Callable[[int], float], low: int) -> tuple[Point, float]:
+def fit(
+    calls: float, anchors: Iterable[Point], work: Callable[[int], float], low: int, full: int
+) -> tuple[Point, float]:
     """Find steps, ends and ratio for the work of `calls` calls at full resolution. Returns them and the work they make.
 
     anchors: the points to keep near to. Between two of them, steps, ends and ratio are interpolated by their work;
              beyond, the steps of the nearest are scaled, and its ends and ratio stay.
     work:    a call's, by its number of image tokens, in any unit.
-    low:     image tokens at half resolution.
+    low, full: image tokens at half and at full resolution.
 
     Of all whole steps near those, each with the ratio that makes up for the work, take the ones with the least sum of
     (n - m)²/m over the stages, weighted by the work of their calls, where n are the steps and m those interpolated,
     and of the squares of how far ratio and work are off, in units of 0.3 and 0.3 %.
     """
-    full = work(4 * low)
-    half, mixed = work(low) / full, [work(low + 3 * k) / full for k in _selectable(low)]
+    whole = work(full)
+    half, mixed = work(low) / whole, [work(low + 3 * k) / whole for k in _selectable(low)]
 
     def mixed_at(ratio):
-        return work(low + 3 * math.floor(ratio * low + 1e-6)) / full  # the rule of `plan_tokens`
+        return work(low + 3 * math.floor(ratio * low + 1e-6)) / whole  # the rule of `plan_tokens`
 
     def total(point):
         return point.steps[0] * half + point.steps[1] * mixed_at(point.ratio) + point.steps[2]

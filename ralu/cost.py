@@ -157,7 +157,6 @@ def estimate(
     method, cache = _method(method, family, ratio, budget)
     if cache is not None:
         cache.check(_built(parts.transformer, torch.bfloat16 if dtype is None else dtype))
-    stock = isinstance(method, int)
     text_tokens = family.text_tokens if text_tokens is None else text_tokens
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
         if value < 1:
@@ -165,7 +164,7 @@ def estimate(
     if dtype is None:
         dtype = model.dtype if isinstance(model, DiffusionPipeline) else torch.bfloat16
     shrink = parts.shrink
-    check_size(height, width, shrink * (2 if stock else 4))
+    check_size(height, width, 2 * shrink)
     passes = 2 if (family.guided if guided is None else guided) else 1
 
     def encoder(model):
@@ -191,16 +190,17 @@ def estimate(
     if isinstance(method, int):
         stages = [stage("full resolution", method, full)]
     else:
-        low = full // 4
+        half = [2 * math.ceil(side / 4) for side in (height, width)]
+        low = half[0] * half[1] // 4
         mixed = low + 3 * math.floor(method.ratio * low + 1e-6)  # the rule of `plan_tokens`
-        tokens, selects = {"low": low, "mixed": mixed, "full": full}, decoder("preview", height // 2, width // 2)
+        tokens, selects = {"low": low, "mixed": mixed, "full": full}, decoder("preview", *half)
         stages = []
         for k, each in enumerate(method.stages):
             if k and method.transitions[k - 1].interpolation == "pixels":
-                before = 1 if method.stages[k - 1].resolution == "full" else 2
-                after = 2 if each.resolution == "low" else 1
-                stages.append(decoder("clean estimate", height // before, width // before))
-                stages.append(image_encoder(height // after, width // after))
+                before = 2 if method.stages[k - 1].resolution == "full" else 1
+                after = 1 if each.resolution == "low" else 2
+                stages.append(decoder("clean estimate", *(before * side for side in half)))
+                stages.append(image_encoder(*(after * side for side in half)))
             stages += [selects] if preview and each.resolution == "mixed" else []
             stages.append(stage(f"stage {k + 1}, {RESOLUTIONS[each.resolution]}", each.steps, tokens[each.resolution]))
     rows, at_most, progress = (

@@ -31,15 +31,6 @@ def nearest_sizes(width: int, height: int, unit: int) -> str:
     return f"{'is' if len(sizes) == 1 else 'are'} {' and '.join(sizes)}"
 
 
-def odd_grid(grid: tuple[int, int], token_pixels: int | None) -> str:
-    """Say why a token grid (rows, columns) with an odd side cannot be halved."""
-    if token_pixels is None:
-        return f"RALU halves the token grid, but {grid[0]}x{grid[1]} tokens are odd in number"
-    unit, (height, width) = 2 * token_pixels, (size * token_pixels for size in grid)
-    nearest = nearest_sizes(width, height, unit)
-    return f"RALU needs a width and height that divide by {unit}, got {width}x{height}; the nearest {nearest}"
-
-
 def shortened(error: BaseException, limit: int = 200) -> str:
     """Return a library's error, which may be pages long, as part of a line."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -59,6 +59,12 @@ def resized(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int], kind
     return _tokens(rows @ planes @ columns.T, "pixel")
 
 
+def extended(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Repeat the last latent pixels of tokens (B, h·w, C) on a grid (h, w) as far as a larger one's end: (B, n, C)."""
+    rows, columns = (2 * (new - old) for old, new in zip(grid, target, strict=True))
+    return _tokens(F.pad(_planes(tokens, grid, "pixel"), (0, columns, 0, rows), mode="replicate"), "pixel")
+
+
 def _planes(tokens: Tensor, grid: tuple[int, int], granularity: str) -> Tensor:
     """View tokens (B, h·w, C) as images: of latent pixels (B, C/4, 2h, 2w), or of whole tokens (B, C, h, w)."""
     planes = tokens.transpose(1, 2).unflatten(2, grid)

@@ -24,7 +24,7 @@ class Layout:
     resolution: "low", "mixed" or "full".
     positions:  float32 (B, L, 2), (row, column) of every token: whole numbers on the low grid in a low stage, the
                 children of a selected token at its own position + {0, 1/2} in a mixed one, whole numbers on the full
-                grid in a full one.
+                grid in a full one. The low grid of an odd full one reaches half a token beyond it.
     plan:       a mixed stage's TokenPlan, else None.
     scores:     float32 (B, n), what the plan was made from, else None.
     x0:         float32 (B, n, C), the clean estimate that was scored, else None.
@@ -79,6 +79,13 @@ def raster(grid: Grid, batch: int, device: torch.device) -> Tensor:
     """List the whole positions of a grid in raster order, float32 (batch, h·w, 2)."""
     rows, columns = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
     return torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(batch, -1, -1)
+
+
+def crop(tokens: Tensor, grid: Grid, target: Grid) -> Tensor:
+    """Leave of tokens (B, h·w, C) in raster order on a grid (h, w) those on a target that is no larger."""
+    if grid == target:
+        return tokens
+    return tokens.unflatten(1, grid)[:, : target[0], : target[1]].flatten(1, 2)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -77,11 +77,11 @@ class Model:
                 served = ", ".join(method.cache.families)
                 raise UsageError(f"{method}: this cache is not for a {self.pipeline}, it serves {served}")
 
-    def check_size(self, width: int, height: int, methods: Iterable[Method]):
-        """Raise UsageError for a size in pixels that is too large, or that a pipeline would round for these methods."""
+    def check_size(self, width: int, height: int):
+        """Raise UsageError for a size in pixels that is too large, or that the pipeline would round or refuse."""
         if self.largest and max(width, height) > self.largest:
             raise UsageError(f"--size: {self.name} makes at most {self.largest}x{self.largest}, got {width}x{height}")
-        unit = self.latent * (4 if any(method.preset for method in methods) else 2)
+        unit = 2 * self.latent
         if width % unit or height % unit:
             raise UsageError(
                 f"--size: width and height must divide by {unit}, got {width}x{height}; "

@@ -137,10 +137,10 @@ class WholeDecode(StandIn):
         return self.stock(latents, *args, **kwargs)
 
 
-def _size(layout: Layout, grid: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width of the latents (B, C, H, W) that hold a layout's tokens."""
+def _size(layout: Layout, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the height and width of the latents (B, C, H, W) that hold a layout's tokens; None where it is full."""
     (h, w), length = grid, layout.positions.shape[1]
-    return {"low": (2 * h, 2 * w), "mixed": (2, 2 * length), "full": (4 * h, 4 * w)}[layout.resolution]
+    return {"low": (2 * h, 2 * w), "mixed": (2, 2 * length)}.get(layout.resolution)
 
 
 class LayoutHook:
@@ -155,7 +155,6 @@ class LayoutHook:
         self.cache: Cache | None = None
         self.copied = False
         self.pipes = WeakSet([pipe])
-        self.token_pixels = pipe.vae_scale_factor * 2
         self.parameters = named_arguments(pipe.transformer)
         self.fused = False
         self.fused_before: dict[str, Any] | None = None
@@ -219,7 +218,7 @@ class LayoutHook:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         sample = self.family.sample_of(given)
         if scheduler.layout is None:
-            scheduler.start(sample, self.family.grid_of(given), self.token_pixels, self._images(pipe, given))
+            scheduler.start(sample, self.family.grid_of(given), self._images(pipe, given))
         self.family.set_sample(given, scheduler.subsample_first(sample))
         self.family.set_layout(module, given, scheduler.layout, scheduler.grid)
         return (), given

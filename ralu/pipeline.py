@@ -55,7 +55,7 @@ def enable(
              enabled.
 
     The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran; SD3's progress bar and
-    the window of its skip-layer guidance go by the number asked for all the same). Height and width must divide by 32.
+    the window of its skip-layer guidance go by the number asked for all the same).
     With a threshold, SD3 generates images one at a time unless it is fused, and Qwen-Image and Z-Image do so always:
     their attention takes no mask. Blocks are fused in FLUX.1 and SD3 alone. A pipeline or
     transformer that is already enabled, here or in a pipeline it is shared with, is disabled first. Raises ValueError

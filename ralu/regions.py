@@ -152,7 +152,8 @@ def evenly_spaced(x0: Tensor, grid: tuple[int, int]) -> Tensor:
 def random(seeds: Tensor, grid: tuple[int, int]) -> Tensor:
     """Draw scores evenly from [0, 1), for comparison: float32 (B, n) from each sample's seed, int64 (B,).
 
-    Philox with the counter (token, 1, 0, 0), which no noise uses: its second word is the stage, 2 or 3.
+    Philox with the counter (token, 1, 0, 0), which no noise uses: its second word is the stage that is entered, from 2
+    on, or 0 where the noise of an odd grid is continued.
     """
     token = torch.arange(grid[0] * grid[1], device=seeds.device)
     return philox(seeds[:, None], token, 1, 0, 0)[0] / 2**32
@@ -199,6 +200,14 @@ class Mask:
         """Return the mean brightness of every token's block, float32 (B, n)."""
         self.check_batch(len(x0))
         return F.adaptive_avg_pool2d(self.planes.to(x0.device), grid).flatten(1).expand(len(x0), -1)
+
+    def padded(self, grid: tuple[int, int], padded: tuple[int, int]) -> "Mask":
+        """Return the mask of a padded image whose part on this grid it is of; its last row and column are repeated."""
+        if grid == padded:
+            return self
+        rows, columns = (new - old for old, new in zip(grid, padded, strict=True))
+        blocks = F.adaptive_avg_pool2d(self.planes, grid)
+        return Mask(F.pad(blocks, (0, columns, 0, rows), mode="replicate"))
 
     def check_batch(self, batch: int):
         """Raise ValueError where there are masks for another number of images than the batch has."""

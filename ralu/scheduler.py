@@ -211,9 +211,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """The current run's low grid (h, w)."""
         return self._run.grid
 
-    def start(self, noise: Tensor, grid: tuple[int, int], token_pixels: int | None = None, images: int | None = None):
+    def start(self, noise: Tensor, grid: tuple[int, int], images: int | None = None):
         """Begin the first stage, see `ralu.stages.Run.start`. noise: the sample of the model's first call."""
-        self._run.start(noise, grid, token_pixels, images)
+        self._run.start(noise, grid, images)
 
     def subsample_first(self, sample: Tensor) -> Tensor:
         """Bring the first step's full-size noise to the first stage's resolution. Other samples pass unchanged."""

@@ -1,4 +1,9 @@
-"""The stages of a run: the transitions in between, and the loop. Needs PyTorch alone. Tokens as in `ralu.layout`."""
+"""The stages of a run: the transitions in between, and the loop. Needs PyTorch alone. Tokens as in `ralu.layout`.
+
+A full grid with an odd side is no low one's double: where stages are not full, the low grid is that of the full one
+padded by a row or column, whose tokens start as noise of their own. What a full stage begins with is cropped, so that
+its tokens and their positions are the image's.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +18,7 @@ from ralu_kernels import TokenPlan, plan_tokens, upsample_remaining, upsample_re
 from ralu_kernels._backend import resolve
 
 from . import interpolation, regions
-from .errors import odd_grid
-from .layout import Grid, Layout, pack, pad, raster, strip, unpack
+from .layout import Grid, Layout, crop, pack, pad, raster, strip, unpack
 from .options import Options, schedule_of
 from .schedule import SMOOTH, Schedule, Transition
 from .seeds import seeds_of
@@ -34,6 +38,13 @@ def subsample_first(noise: Tensor, grid: Grid) -> Tensor:
     (h, w), (batch, _, channels) = grid, noise.shape
     corner = noise.unflatten(1, (h, 2, w, 2))[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
     return corner.permute(0, 1, 3, 5, 2, 4).reshape(batch, h * w, channels)
+
+
+def widen(noise: Tensor, grid: Grid, padded: Grid, seeds: Tensor, options: Options) -> Tensor:
+    """Continue noise (B, h·w, C) on a grid (h, w) by fresh noise on a larger one, (B, n, C)."""
+    whole = _white(noise, padded, seeds, 0, options).to(noise.dtype).unflatten(1, padded)
+    whole[:, : grid[0], : grid[1]] = noise.unflatten(1, grid)
+    return whole.flatten(1, 2)
 
 
 def renoise(tokens: Tensor, grid: Grid, transition: Transition, seeds: Tensor, stage: int, options: Options) -> Tensor:
@@ -70,10 +81,13 @@ def resample(resized: Tensor, grid: Grid, transition: Transition, seeds: Tensor,
 
     The noise is white: it depends on the seed, the stage that is entered and the place.
     """
-    batch, _, channels = resized.shape
-    none = resized.new_zeros(batch, channels // 4, *grid, dtype=torch.float32)
-    white = pack(upsample_renoise(none, 0.0, 1.0, 0.0, seeds, stage=stage, **options.chosen("backend")))
-    return transition.scale * resized + transition.noise_scale * white
+    return transition.scale * resized + transition.noise_scale * _white(resized, grid, seeds, stage, options)
+
+
+def _white(like: Tensor, grid: Grid, seeds: Tensor, stage: int, options: Options) -> Tensor:
+    """Draw standard normal tokens for a grid, float32 (B, n, C) with the batch and channels of `like`."""
+    none = like.new_zeros(len(like), like.shape[2] // 4, *grid, dtype=torch.float32)
+    return pack(upsample_renoise(none, 0.0, 1.0, 0.0, seeds, stage=stage, **options.chosen("backend")))
 
 
 # ---- the loop ----
@@ -125,6 +139,7 @@ class Run:
         self.index = 0
         self.layout: Any = None  # a Layout from `start` on
         self.full_grid: Grid = (0, 0)
+        self.padded_grid: Grid = (0, 0)  # with sides that the low grid's are half of
         self._seeds = torch.empty(0)
 
     @property
@@ -140,29 +155,31 @@ class Run:
     @property
     def grid(self) -> Grid:
         """The low grid (h, w)."""
-        return self.full_grid[0] // 2, self.full_grid[1] // 2
+        return self.padded_grid[0] // 2, self.padded_grid[1] // 2
 
-    def start(self, noise: Tensor, grid: Grid, token_pixels: int | None = None, images: int | None = None):
+    def start(self, noise: Tensor, grid: Grid, images: int | None = None):
         """Begin the first stage.
 
-        noise:        (B, N, C), the model's first input, in raster order of the full grid (rows, columns) = grid. B may
-                      be more than the first step's: guidance doubles batches.
-        token_pixels: side of a token in the image, for errors that speak of pixels.
-        images:       how many images these are, B unless guidance doubles them.
-        Raises ValueError for a grid that cannot be halved where the schedule does so, and for noise that does not fit.
+        noise:  (B, N, C), the model's first input, in raster order of the full grid (rows, columns) = grid. B may be
+                more than the first step's: guidance doubles batches.
+        images: how many images these are, B unless guidance doubles them.
+        Raises ValueError for noise that does not fit, and for masks or seeds of another number of images.
         """
-        halved = any(stage.resolution != "full" for stage in self.schedule.stages)
-        if halved and (grid[0] % 2 or grid[1] % 2):
-            raise ValueError(odd_grid(grid, token_pixels))
-        noise = self.pack(noise)
+        noise, images = self.pack(noise), images or len(noise)
         if noise.shape[2] % 4:
             raise ValueError(f"noise must have 4 values for each latent channel in a token, got {noise.shape[2]}")
         if noise.shape[1] != (tokens := grid[0] * grid[1]):
             raise ValueError(f"noise has {noise.shape[1]} tokens, but the grid {grid[0]}x{grid[1]} has {tokens}")
         resolve(self.options.chosen("backend")["backend"], noise.device)
-        if isinstance(self.scorer, regions.Mask):
-            self.scorer.check_batch(images or len(noise))
+        given = self.options.seeds
+        if given is not None and not isinstance(given, int) and len(given) != images:
+            raise ValueError(f"seeds must be one number, or one for each of the {images} images, got {len(given)}")
+        halved = any(stage.resolution != "full" for stage in self.schedule.stages)
         self.full_grid = grid
+        self.padded_grid = (grid[0] + grid[0] % 2, grid[1] + grid[1] % 2) if halved else grid
+        if isinstance(self.scorer, regions.Mask):
+            self.scorer.check_batch(images)
+            self.scorer = self.scorer.padded(grid, self.padded_grid)
         self.layout = self._whole(1, len(noise), noise.device)
 
     def first(self, sample: Tensor) -> Tensor:
@@ -172,6 +189,8 @@ class Run:
         tokens = self.pack(sample)
         if tokens.shape[1] != self.full_grid[0] * self.full_grid[1]:
             return sample
+        if self.padded_grid != self.full_grid:
+            tokens = widen(tokens, self.full_grid, self.padded_grid, self._first_seeds(sample), self.options)
         return self.unpack(subsample_first(tokens, self.grid), self.grid)
 
     def step(self, sample: Tensor, velocity: Tensor) -> tuple[Tensor, bool]:
@@ -223,6 +242,10 @@ class Run:
         self.layout = self._whole(stage, len(sample), sample.device)
         if transition.kind == "resample":
             grids = self._grid_of(before), self._grid_of(self.layout)
+            if before.resolution == "full" and self.padded_grid != self.full_grid:
+                deviation, mean = self._normalisation(x0)
+                x0 = interpolation.extended(x0 * deviation + mean, self.full_grid, self.padded_grid)
+                x0 = (x0 - mean) / deviation
             if transition.interpolation == "pixels":
                 x0 = self.resize(x0, *grids)
             else:
@@ -237,7 +260,9 @@ class Run:
         else:
             tokens = self._moved(renoise, tokens, x0, self.grid, transition, stage, self.options)
             tokens = self._by_pixels(tokens, x0, transition)
-        return self.unpack(tokens, self._grid_of(self.layout))
+        if self.layout.resolution == "full":
+            return self.unpack(crop(tokens, self.padded_grid, self.full_grid), self.full_grid)
+        return self.unpack(tokens, self.grid)
 
     def _moved(self, move: Callable, tokens: Tensor, x0: Tensor, where: Any, transition: Transition, *rest) -> Tensor:
         """Make a transition, where the clean estimate in the tokens is copied as `normalised` says."""
@@ -280,7 +305,7 @@ class Run:
             full = renoise(tokens, self.grid, plain, seeds, layout.stage + 1, self.options)
         else:
             full = complete(strip(tokens, layout.plan), layout.plan, plain, seeds, self.options)
-        return self.unpack((full - mean) / deviation, self.full_grid)
+        return self.unpack(crop((full - mean) / deviation, self.padded_grid, self.full_grid), self.full_grid)
 
     def _whole(self, stage: int, batch: int, device: torch.device) -> Layout:
         resolution = self.schedule.stages[stage - 1].resolution
@@ -288,16 +313,15 @@ class Run:
         return Layout(stage, resolution, raster(grid, batch, device))
 
     def _grid_of(self, layout: Layout) -> Grid:
-        return self.grid if layout.resolution == "low" else self.full_grid
+        """Return the grid that a whole stage's estimate is resized from or to."""
+        return self.grid if layout.resolution == "low" else self.padded_grid
 
     def _first_seeds(self, noise: Tensor) -> Tensor:
-        given, batch = self.options.seeds, len(noise)
+        given = self.options.seeds
         if given is None:
             return seeds_of(self.pack(noise))
-        numbers = [given] * batch if isinstance(given, int) else given
-        if len(numbers) != batch:
-            raise ValueError(f"seeds must be one number, or one for each of the {batch} images, got {len(numbers)}")
-        return torch.tensor(numbers, dtype=torch.int64, device=noise.device)
+        numbers = torch.tensor([given] if isinstance(given, int) else given, dtype=torch.int64, device=noise.device)
+        return numbers.repeat(len(noise) // len(numbers))  # guidance doubles the images
 
 
 @torch.no_grad()
@@ -316,7 +340,7 @@ def sample(
     velocity: `(x (B, L, C), sigma, layout) -> (B, L, C)`, d x / d sigma at noise level sigma, for tokens at
               `layout.positions`; where `layout.mask` is not None, attention must skip its False tokens.
     noise:    (B, N, C) standard normal tokens in raster order of the full grid; it seeds the later stages' noise too.
-    grid:     (rows, columns) of the full grid, both even where the schedule has a stage that is not full.
+    grid:     (rows, columns) of the full grid.
     preset:   a name of `ralu.presets`, or a `Schedule`.
     decode:   `(x0_tokens, grid) -> images (B, 3, H, W) in [-1, 1]`, needed for regions="canny".
     encode:   `images -> tokens` of a grid that many times smaller, needed beside `decode` for upsampler="pixels".

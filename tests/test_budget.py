@@ -180,7 +180,7 @@ def test_the_range_that_is_told_can_be_reached(unsolved, case):
             {"speedup": 6, "height": 64, "width": 64},
             "speedup=6 cannot be reached at 64x64 .* at most 12, and the nearest to it is",
         ),
-        ({"speedup": 6, "width": 1000}, "height and width must be positive and divide by 32, got 1024x1000"),
+        ({"speedup": 6, "width": 1000}, "height and width must be positive and divide by 16, got 1024x1000"),
         ({"speedup": 6, "height": 0}, "height must be at least 1, got 0"),
         ({"speedup": 6, "text_tokens": 0}, "text_tokens must be at least 1, got 0"),
         ({"speedup": 6, "stock_steps": 0}, "stock_steps must be at least 1, got 0"),
@@ -330,7 +330,7 @@ def test_command_line(tmp_path, capsys):
         ("generate fox --model mini-schnell --speedup 6", "speedup-6: speedup=6 cannot be reached at 256x256"),
         ("schedule --speedup 6 --preset flux-5x", "not both"),
         ("schedule --speedup 6 --model flux-9", "--model: flux-9 is neither"),
-        ("schedule --speedup 6 --size 1000", "divide by 32, got 1000x1000"),
+        ("schedule --speedup 6 --size 1000", "divide by 16, got 1000x1000"),
         ("schedule --speedup 6 --model flux-schnell", "cannot be reached at 1024x1024 pixels, against 4 steps"),
     ],
 )

@@ -138,6 +138,14 @@ def test_regions(folder, pipe, rows, tmp_path, capsys):
     assert main(["regions", *PROMPTS, *masked]) == 0
     assert [marked(image, grid) for image in rows[0].images] == [tokens, tokens]
 
+    # The last of 7 by 8 squares of 32 pixels, all of which go first, lie half outside an image of 13 by 15 tokens.
+    rows.clear()
+    assert main(["regions", *PROMPTS, *masked, "--size", "60x52", "--ratios", "1"]) == 0
+    for image in rows[0].images:
+        blue = (np.asarray(image) == (0, 0x57, 0xFF)).all(axis=-1)
+        for axis, side in enumerate((240, 208)):
+            assert np.flatnonzero(blue.all(axis)).tolist() == [i for i in range(side) if i % 32 in (0, 1, 30, 31)]
+
     # What no square covers is the decoded prediction, scaled up.
     overlaid = before
     preview = pipe.image_processor.postprocess(previews, output_type="pil")[0].resize(overlaid.size)
@@ -279,7 +287,7 @@ def test_schedule(arguments, schedule, tmp_path, capsys):
         ("generate fox --preset bottleneck-flux-5x --ratio .3", "bottleneck-flux-5x has whole stages alone and has no"),
         ("regions --preset speed-flux-5x", "speed-flux-5x has no regions, choose one of flux-5x, "),
         ("generate fox --size 64by64", "WIDTHxHEIGHT"),
-        ("generate fox --size 60x64 --model {tiny}", "divide by 8, got 60x64; the nearest are 56x64 and 64x64"),
+        ("generate fox --size 58x64 --model {tiny}", "divide by 4, got 58x64; the nearest are 56x64 and 60x64"),
         (
             "generate fox --size 62 --preset stock --model {tiny}",
             "divide by 4, got 62x62; the nearest are 60x60 and 64x64",
@@ -367,9 +375,9 @@ def test_help(command, capsys):
         ("generate fox --preset flux-5x(ratio=3)", "ratio must lie in [0, 1], got 3.0"),
         ("generate fox --preset flux-5x+sloth", "'sloth' is no cache"),
         ("generate fox --size 64 --width 64", "not both"),
-        ("generate fox --width 100 --model {tiny}", "got 100x256; the nearest are 96x256 and 104x256"),
-        ("generate fox --size 3x3 --model {tiny}", "got 3x3; the nearest is 8x8\n"),
-        ("generate fox --size 64x20 --model {tiny}", "got 64x20; the nearest are 64x16 and 64x24\n"),
+        ("generate fox --width 102 --model {tiny}", "got 102x256; the nearest are 100x256 and 104x256"),
+        ("generate fox --size 3x3 --model {tiny}", "got 3x3; the nearest is 4x4\n"),
+        ("generate fox --size 64x22 --model {tiny}", "got 64x22; the nearest are 64x20 and 64x24\n"),
         ("generate fox --size 512 --model mini-sd3", "makes at most 384x384"),
         ("generate fox --size 0x8", "WIDTHxHEIGHT"),
         ("generate fox --seed -1", "'-1' is no whole number from 0 to 9223372036854775807"),
@@ -383,7 +391,7 @@ def test_help(command, capsys):
         ("generate fox --regions {tmp}/truncated.png", "nor an image that can be read"),
         ("estimate --methods flux-5x(threshold=.1)", "depends on the image; give a ratio"),
         ("estimate --model sd3-medium --methods flux-5x", "choose of sd3-2x, sd3-3x, "),
-        ("estimate --size 8 --model sd3-medium", "got 8x8; the nearest is 32x32\n"),
+        ("estimate --size 8 --model sd3-medium", "got 8x8; the nearest is 16x16\n"),
     ],
 )
 def test_refused_before_anything_heavy(arguments, words, folder, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import ralu
 from ralu.caches import CACHES
 from ralu.families import family_of
-from ralu.schedule import region_adaptive
+from ralu.schedule import region_adaptive, single
 
 PROMPTS = tiny.PROMPTS
 close = dict(rtol=0, atol=2e-5)
@@ -85,7 +85,7 @@ def test_same_seed_same_image_by_generator_or_latents(pipe, family):
 
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
-@pytest.mark.parametrize("height, width", [(64, 64), (72, 40), (16, 48)])
+@pytest.mark.parametrize("height, width", [(64, 64), (72, 40), (16, 52)])
 def test_output_types_and_sizes(pipe, family, kind, height, width):
     out = tiny.generate(pipe, output_type=kind, height=height, width=width)
     if kind == "pil":
@@ -96,10 +96,47 @@ def test_output_types_and_sizes(pipe, family, kind, height, width):
         assert tuple(out.shape) == ((1, height, width, 3) if kind == "np" else (1, 3, height, width))
 
 
-def test_odd_sizes_name_the_nearest_ones(pipe):
-    with pytest.raises(ValueError, match="divide by 8, got 64x68; the nearest are 64x64 and 64x72"):
-        tiny.generate(pipe, height=68, width=64)
-    assert tiny.generate(pipe).isfinite().all()
+ODD = {"height": 60, "width": 52}  # 15 by 13 tokens
+
+
+@pytest.mark.parametrize("seeds", [None, [7, 8]])
+def test_sizes_that_cannot_be_halved(stock, family, seeds):
+    """What continues the noise is each sample's own, also where guidance doubles the samples."""
+    batch = tiny.generate(ralu.enable(stock, family.short, seeds=seeds), PROMPTS[:2], seeds=(5, 6), **ODD)
+    assert batch.shape == (2, 3, 60, 52) and batch.isfinite().all()
+    second = tiny.generate(ralu.enable(stock, family.short, seeds=seeds and 8), PROMPTS[1], seeds=(6,), **ODD)
+    torch.testing.assert_close(batch[1:], second, **close)
+    ralu.disable(stock)
+
+
+def test_a_full_stage_at_such_a_size_is_the_stock_pipeline(stock, family):
+    """With the same tokens at the same positions."""
+    expected = tiny.generate(ralu.enable(stock, "stock-4", spacing="trailing"), **ODD)
+    u, sigma = 3 / 4, stock.scheduler.sigmas[1].item()
+    shift = sigma * (1 - u) / (u * (1 - sigma))
+    torch.testing.assert_close(tiny.generate(ralu.enable(stock, single(4, shift)), **ODD), expected, **close)
+    ralu.disable(stock)
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_previews_and_interruptions_of_such_a_size(pipe, family, step):
+    """In every stage they are of the image alone; the low one's are copies of its latent pixels."""
+    served, seen = family_of(pipe), []
+
+    def stop(pipe, i, t, values):
+        pipe._interrupt = i == step
+        seen.append((values["latents"], pipe.scheduler.full_resolution(values["latents"])))
+        return values
+
+    image = tiny.generate(pipe, callback_on_step_end=stop, **ODD)
+    assert image.shape == (1, 3, 60, 52) and len(seen) == step + 1
+    assert {tuple(served.pack(preview).shape) for _, preview in seen} == {(1, 15 * 13, 16)}
+    expected = served.decode(pipe, served.pack(seen[-1][1]), (15, 13))
+    torch.testing.assert_close(image, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+    if family.make is not tiny.flux2:  # whose channels are normalised apart
+        low, preview = seen[0]
+        copies = F.interpolate(family.image(low, 32, 28), scale_factor=2)[..., :30, :26]
+        torch.testing.assert_close(family.image(preview, 60, 52), copies, rtol=0, atol=1e-6)
 
 
 def test_fewer_than_three_steps_run_the_stock_schedule(stock):

@@ -95,7 +95,7 @@ def test_marginals_stay_standard_normal_when_nothing_is_learned():
 @pytest.mark.parametrize(
     "noise, grid, message",
     [
-        (torch.zeros(1, 15, 4), (3, 5), "odd"),
+        (torch.zeros(1, 15, 4), (5, 5), "15 tokens, but the grid 5x5 has 25"),
         (torch.zeros(1, 15, 4), (4, 4), "15 tokens, but the grid 4x4 has 16"),
     ],
 )
@@ -235,13 +235,31 @@ def euler(tokens, levels, grid):
     return tokens, x0
 
 
-def test_two_stages_equal_the_method_written_out_by_hand():
+def white(key, stage, grid):
+    """Noise of latent pixels (2, 2h, 2w) of a grid (h, w), four normals a token and channel."""
+    fresh = torch.empty(2, 2 * grid[0], 2 * grid[1])
+    for c, i, j in itertools.product(range(2), range(grid[0]), range(grid[1])):
+        eps = four_normals(key, (c * grid[0] + i) * grid[1] + j, stage)
+        fresh[c, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = torch.tensor(eps).view(2, 2)
+    return fresh
+
+
+GRIDS = pytest.mark.parametrize(
+    "grid", [(4, 6), (3, 5)]
+)  # the low grid is 2 x 3: the second one is padded to the first
+
+
+@GRIDS
+def test_two_stages_equal_the_method_written_out_by_hand(grid):
     """Half resolution, then full: SPEED with the Haar basis at c = 1/4, one value after the other."""
     schedule = two_resolutions((3, 4), 0.4, (2.0, 1.5), 0.25)
-    noise = torch.randn(2, 4 * 6, 8, generator=torch.Generator().manual_seed(3))
-    got = ralu.sample(swirl, noise, (4, 6), schedule)
+    noise = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(3))
+    got = ralu.sample(swirl, noise, grid, schedule)
+    height, width = 2 * grid[0], 2 * grid[1]
     for tokens, key, result in zip(noise, seeds_of(noise), got, strict=True):
-        low, _ = euler(to_tokens(to_pixels(tokens, (4, 6))[:, ::2, ::2]), schedule.sigmas(1), (2, 3))
+        start = white(key, 0, (4, 6))
+        start[:, :height, :width] = to_pixels(tokens, grid)
+        low, _ = euler(to_tokens(start[:, ::2, ::2]), schedule.sigmas(1), (2, 3))
         pixels, full = to_pixels(low, (2, 3)), torch.empty(2, 8, 12)
         sigma = 1 - 0.4
         for c, i, j in itertools.product(range(2), range(4), range(6)):
@@ -251,42 +269,44 @@ def test_two_stages_equal_the_method_written_out_by_hand():
                 z = eps[child] - sum(eps) / 4
                 value = pixels[c, i, j] / (1 + sigma) + 2 * sigma / (1 + sigma) * z
                 full[c, 2 * i + child // 2, 2 * j + child % 2] = value
-        expected, _ = euler(to_tokens(full), schedule.sigmas(2), (4, 6))
+        expected, _ = euler(to_tokens(full[:, :height, :width]), schedule.sigmas(2), grid)
         torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
 
 
-def test_full_low_full_equals_the_method_written_out_by_hand():
+@GRIDS
+def test_full_low_full_equals_the_method_written_out_by_hand(grid):
     """Bottleneck Sampling: the clean estimate is resized by Pillow, and fresh noise of an earlier time is added."""
     chosen = (Stage("full", 2, 0.3, 2.0), Stage("low", 3, 0.6, 1.5), Stage("full", 2, 1.0, 1.0))
     schedule = Schedule(chosen, (resample_noise(0.2), resample_noise(0.45)))
-    noise = torch.randn(1, 4 * 6, 8, generator=torch.Generator().manual_seed(4))
+    noise = torch.randn(1, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(4))
     seen = []
 
     def watched(x, sigma, layout):
         seen.append((layout.stage, layout.resolution, x.shape[1], sigma))
         return swirl(x, sigma, layout)
 
-    got = ralu.sample(watched, noise, (4, 6), schedule)[0]
-    lengths = [("full", 24)] * 2 + [("low", 6)] * 3 + [("full", 24)] * 2
+    got, count = ralu.sample(watched, noise, grid, schedule)[0], grid[0] * grid[1]
+    lengths = [("full", count)] * 2 + [("low", 6)] * 3 + [("full", count)] * 2
     assert [(resolution, length) for _, resolution, length, _ in seen] == lengths
     assert [sigma for *_, sigma in seen] == pytest.approx([s for k in (1, 2, 3) for s in schedule.sigmas(k)[:-1]])
 
-    tokens, x0, grids = noise[0], None, {"full": (4, 6), "low": (2, 3)}
+    tokens, x0, (key,) = noise[0], None, seeds_of(noise)
+    height, width = 2 * grid[0], 2 * grid[1]
     for k, stage in enumerate(chosen, 1):
-        grid = grids[stage.resolution]
+        if k == 2:  # what the image lacks of 4 x 6 tokens is its last latent pixels
+            pixels = to_pixels(x0, grid)[:, [min(i, height - 1) for i in range(8)]]
+            pixels, target = pixels[:, :, [min(i, width - 1) for i in range(12)]], (2, 3)
+        elif k == 3:
+            pixels, target = to_pixels(x0, (2, 3)), (4, 6)
         if k > 1:
-            pixels = to_pixels(x0, grids[chosen[k - 2].resolution])  # of the stage before
-            size = 2 * grid[1], 2 * grid[0]
+            size = 2 * target[1], 2 * target[0]
             resized = np.stack([
                 np.asarray(Image.fromarray(plane.numpy()).resize(size, Image.Resampling.LANCZOS)) for plane in pixels
             ])  # fmt: skip
-            fresh = torch.empty(2, 2 * grid[0], 2 * grid[1])
-            for c, i, j in itertools.product(range(2), range(grid[0]), range(grid[1])):
-                eps = four_normals(seeds_of(noise)[0], (c * grid[0] + i) * grid[1] + j, k)
-                fresh[c, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = torch.tensor(eps).view(2, 2)
             start = schedule.starts[k - 1]
-            tokens = to_tokens(start * torch.from_numpy(resized) + (1 - start) * fresh)
-        tokens, x0 = euler(tokens, schedule.sigmas(k), grid)
+            mixed = start * torch.from_numpy(resized) + (1 - start) * white(key, k, target)
+            tokens = to_tokens(mixed[:, :height, :width])
+        tokens, x0 = euler(tokens, schedule.sigmas(k), grid if stage.resolution == "full" else (2, 3))
     torch.testing.assert_close(got, tokens, rtol=0, atol=2e-5)
 
 

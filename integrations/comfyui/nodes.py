@@ -35,7 +35,7 @@ def schedule_inputs() -> list[io.Input]:
     """Make the inputs that decide a schedule."""
     return [
         io.Model.Input("model", tooltip="FLUX.1 or Stable Diffusion 3, as ComfyUI loads them."),
-        io.Latent.Input("latent_image", tooltip="Gives size and batch: width and height must divide by 32 pixels."),
+        io.Latent.Input("latent_image", tooltip="Gives size and batch: width and height must divide by 16 pixels."),
         io.Combo.Input("preset", options=[*PRESETS, "distilled-4"], tooltip="The paper's schedules by model family."),
         io.Float.Input(
             "speedup", default=0.0, min=0.0, max=12.0, step=0.1,
@@ -67,8 +67,8 @@ def checked_latent(model: Any, latent: dict[str, Any]) -> Tensor:
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise ValueError(f"latent_image must be of images, (B, {channels}, H, W), got {tuple(samples.shape)}")
     height, width = samples.shape[2:]
-    if height % 4 or width % 4:
-        unit, (height, width) = 4 * LATENT_PIXELS, (side * LATENT_PIXELS for side in (height, width))
+    if height % 2 or width % 2:
+        unit, (height, width) = 2 * LATENT_PIXELS, (side * LATENT_PIXELS for side in (height, width))
         raise ValueError(
             f"latent_image must have a width and height that divide by {unit} pixels, got {width}x{height}; "
             f"the nearest {nearest_sizes(width, height, unit)}"
@@ -167,7 +167,7 @@ class RALUSampler(io.ComfyNode):
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         result = guider.sample(
-            torch.cat(noise), torch.zeros_like(samples), Sampler(run, positions, 2 * LATENT_PIXELS), ending(run),
+            torch.cat(noise), torch.zeros_like(samples), Sampler(run, positions), ending(run),
             callback=latent_preview.prepare_callback(model, len(run.steps)), seed=seed,
         )  # fmt: skip
         return io.NodeOutput({**latent_image, "samples": result.to(latent_image["samples"].device)})

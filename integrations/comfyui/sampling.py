@@ -84,8 +84,8 @@ class Sampler(comfy.samplers.Sampler):
     run: latents (B, C, H, W) in and out, see `ralu.stages.Run`. positions: what the guider's model asks.
     """
 
-    def __init__(self, run: Run, positions: Positions, token_pixels: int):
-        self.run, self.positions, self.token_pixels = run, positions, token_pixels
+    def __init__(self, run: Run, positions: Positions):
+        self.run, self.positions = run, positions
 
     @torch.no_grad()
     def sample(
@@ -105,7 +105,7 @@ class Sampler(comfy.samplers.Sampler):
         resolution in every stage. Raises RuntimeError for a model that does not ask for a strip's positions.
         """
         run, positions, x = self.run, self.positions, noise
-        run.start(noise, (noise.shape[2] // 2, noise.shape[3] // 2), self.token_pixels)
+        run.start(noise, (noise.shape[2] // 2, noise.shape[3] // 2))
         handle = model_wrap.inner_model.diffusion_model.register_forward_pre_hook(positions.begin, with_kwargs=True)
         try:
             for step, (_, sigma, _) in enumerate(run.steps):

@@ -220,7 +220,7 @@ def checked_model(args: argparse.Namespace, methods: Iterable[Method]) -> tuple[
     methods = list(methods) or model.methods
     model.check_methods(methods)
     width, height = chosen_size(args, model.pixels)
-    model.check_size(width, height, methods)
+    model.check_size(width, height)
     if budgets := [method for method in methods if method.speedup is not None]:
         from ..runner import quiet
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace):
         if method.options.threshold is not None:
             raise UsageError(f"--methods: how many regions {method} upsamples early depends on the image; give a ratio")
     width, height = arguments.chosen_size(args, 256 if model.embedded else 1024)
-    model.check_size(width, height, methods)
+    model.check_size(width, height)
 
     from ..runner import quiet
 

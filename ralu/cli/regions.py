@@ -72,11 +72,15 @@ def run(args: argparse.Namespace):
     finished = [fitted(image) for image in result.images]
     decoded = load(model.family).decode(runner.pipe, layout.x0, cells).detach()
     previews = runner.pipe.image_processor.postprocess(decoded, output_type="pil")
-    previews = [preview.resize(finished[0].size) for preview in previews]
+    # They are of whole low tokens, which may reach beyond the image.
+    sides = zip(finished[0].size, reversed(cells), size, strict=True)
+    covered = [round(side * count * 4 * model.latent / pixels) for side, count, pixels in sides]
+    previews = [preview.resize(covered) for preview in previews]
     for shown in args.ratios:
         plan = plan_tokens(scores, cells, ratio=shown)
         selected = [_selected(plan, i) for i in range(len(prompts))]
         marked = [overlay(preview, tokens, cells) for preview, tokens in zip(previews, selected, strict=True)]
+        marked = [image.crop((0, 0, *finished[0].size)) for image in marked]
         rows.append(Row(f"{shown:.0%} first", marked, [f"{len(selected[0])} of {total} regions", "over the preview"]))
         print(f"ratio {shown:g}: {len(selected[0])} of {total} regions")
     first = "" if method.options.threshold is not None else f", {ratio:.0%} first"

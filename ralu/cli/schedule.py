@@ -50,7 +50,7 @@ def run(args: argparse.Namespace):
         method = Method(f"speedup-{args.speedup}")
         model = published_model(args.model) if args.model in published() else find_model(args.model, published())
         size = arguments.chosen_size(args, 256 if model.embedded else 1024)
-        model.check_size(*size, [method])
+        model.check_size(*size)
 
         from ..runner import quiet
 

@@ -92,7 +92,7 @@ class QwenImage(Family):
                 "Qwen-Image's attention takes no mask of the image, so the images of a batch must have equal token "
                 "counts: with threshold= generate one at a time, or give ratio="
             )
-        rows, columns = (2 * size for size in grid) if layout.resolution == "full" else grid
+        rows, columns = self.grid_of(arguments) if layout.resolution == "full" else grid
         middle = layout.positions.new_tensor([(rows + 1) // 2, (columns + 1) // 2])
         arguments["img_shapes"] = Places(layout.positions - middle, max(rows // 2, columns // 2))
 
