@@ -98,7 +98,7 @@ def test_padding_hangs_on_the_samples_own_seed():
             normal = reference.randn4x(key, torch.tensor([(channel * 4 + row) * 6 + column]), 0, 0)[0].item()
             got = tokens[row // 2 * 3 + column // 2, 4 * channel + 2 * (row % 2) + column % 2].item()
             assert got == pytest.approx(normal, abs=1e-6)
-    close = {"rtol": 0, "atol": 1e-6}
+    close = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(torch.cat([start(one[None]) for one in noise]), low, **close)
     torch.testing.assert_close(start(noise.bfloat16()).float(), low, rtol=1e-2, atol=1e-3)
     other = start(noise, seeds=[7, 8, 9])
