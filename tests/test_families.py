@@ -100,6 +100,7 @@ ODD = {"height": 60, "width": 52}  # 15 by 13 tokens
 FULL_LOW_FULL = bottleneck((1, 2, 1), (0.8, 0.5), (3.0, 3.0, 3.0), truncated=False)
 
 
+@pytest.mark.serves("sizes that divide by 16 alone")
 @pytest.mark.parametrize("schedule, seeds", [(None, None), (None, [7, 8]), (FULL_LOW_FULL, None)])
 def test_sizes_that_cannot_be_halved(stock, family, schedule, seeds):
     """What continues the noise is each sample's own, also where guidance doubles the samples."""
