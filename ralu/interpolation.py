@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ralu_kernels import TokenPlan, upsample_remaining, upsample_selected
 
+from .layout import pack, selected, unpack
 from .options import Options
 from .schedule import Schedule, Transition
 
@@ -91,6 +92,14 @@ def _renoise(x: Tensor, v: Tensor | float, transition: Transition, white: Tensor
     return transition.scale * x + variance**0.5 * white
 
 
+def averaged(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Halve the latent pixels of tokens (B, 4n, C) in raster order by the mean of each 2x2: float32 (B, n, C).
+
+    grid: the low one.
+    """
+    return pack(F.avg_pool2d(unpack(tokens.float(), (2 * grid[0], 2 * grid[1])), 2))
+
+
 def through_pixels(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int], decode: Callable, encode: Callable):
     """Resize tokens (B, h·w, C) from a grid (h, w) to another by way of the image, bicubic: float32 (B, n, C).
 
@@ -123,10 +132,10 @@ def corrected(tokens: Tensor, change: Tensor, transition: Transition, plan: Any 
             or entered.
     """
     if transition.kind == "select":
-        change = change.masked_fill(~_selected(plan)[..., None], 0)  # a kept token's row is named four times
+        change = change.masked_fill(~selected(plan)[..., None], 0)  # a kept token's row is named four times
         return tokens.index_add_(0, plan.inverse.flatten(), change.flatten(0, 1).to(tokens.dtype))
     if transition.kind == "complete":
-        change = change.masked_fill(_selected(plan)[..., None], 0)
+        change = change.masked_fill(selected(plan)[..., None], 0)
     return tokens + change.to(tokens.dtype)
 
 
@@ -138,13 +147,8 @@ def low_estimate(packed: Tensor, plan: TokenPlan, before: Tensor) -> Tensor:
     h, w = plan.grid
     first = slice(None), slice(None), 0, slice(None), 0
     covered = packed[plan.inverse.long()].unflatten(1, (h, 2, w, 2))[first].flatten(1, 2)
-    chosen = _selected(plan).unflatten(1, (h, 2, w, 2))[first].flatten(1, 2)
+    chosen = selected(plan).unflatten(1, (h, 2, w, 2))[first].flatten(1, 2)
     return torch.where(chosen[..., None], before.to(covered.dtype), covered)
-
-
-def _selected(plan: TokenPlan) -> Tensor:
-    """Tell which high tokens had a selected parent: bool (B, 4n) in raster order."""
-    return plan.child[plan.inverse.long()] >= 0
 
 
 def select(low: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, options: Options) -> Tensor:
@@ -152,7 +156,7 @@ def select(low: Tensor, plan: TokenPlan, transition: Transition, seeds: Tensor, 
     high, v = upsampled(low, plan.grid, transition.interpolation, *options.chosen("granularity").values())
     whole = torch.arange(low.shape[1], device=low.device).view(plan.grid)
     parent = whole.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # of every high token, in raster order
-    children = _selected(plan)[..., None]
+    children = selected(plan)[..., None]
     white = _white(upsample_selected, low, plan, seeds, options)[plan.inverse.long()]
     kept = _renoise(low[:, parent].float(), 1.0, transition, white)
     x = torch.where(children, _renoise(high, v, transition, white), kept)
@@ -169,7 +173,7 @@ def complete(packed: Tensor, plan: TokenPlan, transition: Transition, seeds: Ten
     """
     granularity = options.chosen("granularity")["granularity"]
     (h, w), covered = plan.grid, packed[plan.inverse.long()].float()
-    children = _selected(plan)[..., None]
+    children = selected(plan)[..., None]
     corner = _planes(covered, (2 * h, 2 * w), granularity)[..., ::2, ::2]
     first = slice(None), slice(None), 0, slice(None), 0
     kept, low = children.unflatten(1, (h, 2, w, 2))[first], covered.unflatten(1, (h, 2, w, 2))[first]

@@ -97,3 +97,62 @@ def unpack(tokens: Tensor, grid: Grid) -> Tensor:
     """Unpack tokens (B, h·w, 4C) in raster order to latent pixels (B, C, 2h, 2w)."""
     # Contiguous, as latents are at the start: other strides would cost compiled models another graph.
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2).contiguous()
+
+
+def subsample_first(noise: Tensor, grid: Grid) -> Tensor:
+    """Take a low stage's noise out of the full-size noise: (B, 4n, C) to (B, n, C), grid (h, w) with h·w = n.
+
+    Latent pixels by nearest neighbour, so that a seed fixes the image's composition at every size.
+    """
+    (h, w), (batch, _, channels) = grid, noise.shape
+    corner = noise.unflatten(1, (h, 2, w, 2))[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
+    return corner.permute(0, 1, 3, 5, 2, 4).reshape(batch, h * w, channels)
+
+
+def _enlarged(low: Tensor, grid: Grid) -> Tensor:
+    """Copy every latent pixel of low tokens to 2x2, which `subsample_first` undoes: (B, n, C) to (B, 4n, C)."""
+    return pack(unpack(low, grid).repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def selected(plan: TokenPlan) -> Tensor:
+    """Tell which high tokens had a selected parent: bool (B, 4n) in raster order."""
+    return plan.child[plan.inverse.long()] >= 0
+
+
+def _chosen(plan: TokenPlan | None, high: Tensor, low: Tensor) -> Tensor:
+    return low if plan is None else torch.where(selected(plan)[..., None], high, low)
+
+
+def coarsened(high: Tensor, low: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """Show an image as a low or mixed layout does, at full size: what it has no high tokens for is of the low image.
+
+    high, low: the image's tokens, (B, 4n, C) and (B, n, C) in raster order. grid: the low one. Returns (B, 4n, C).
+    """
+    return _chosen(layout.plan, high, _enlarged(low, grid))
+
+
+def gather(tokens: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """Take a low or mixed layout's tokens out of full-size ones in raster order: (B, 4n, C) to (B, L, C).
+
+    grid: the low one. Of what is low one latent pixel of each 2x2 is taken, which keeps noise as it is. Guidance may
+    double the batch.
+    """
+    low, plan = subsample_first(tokens, grid), layout.plan
+    if plan is None:
+        return low
+    if len(tokens) > plan.batch_size:
+        return torch.cat([gather(half, layout, grid) for half in tokens.split(plan.batch_size)])
+    copied = low.unflatten(1, grid).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+    packed = tokens.new_empty(plan.source.shape[0], tokens.shape[2])
+    packed[plan.inverse.long().flatten()] = _chosen(plan, tokens, copied).flatten(0, 1)  # a kept row four times
+    return pad(packed, plan)
+
+
+def spread(tokens: Tensor, layout: Layout, grid: Grid) -> Tensor:
+    """Undo `gather`: (B, L, C) to (B, 4n, C), every latent pixel of a low token copied to 2x2."""
+    plan = layout.plan
+    if plan is None:
+        return _enlarged(tokens, grid)
+    covered = strip(tokens, plan)[plan.inverse.long()]
+    low = covered.unflatten(1, (grid[0], 2, grid[1], 2))[:, :, 0, :, 0].flatten(1, 2)
+    return _chosen(plan, covered, _enlarged(low, grid))

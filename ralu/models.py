@@ -117,7 +117,7 @@ def find_model(name: str, others: Iterable[str] = ()) -> Model:
     family = name_of_pipeline(str(pipeline))
     if family is None:
         served = ", ".join(served for entry in FAMILIES.values() for served in entry.pipelines)
-        raise UsageError(f"--model: RALU serves {served}, but {name} is a {pipeline}")
+        raise UsageError(f"--model: the command line serves {served}, but {name} is a {pipeline}")
     entry = FAMILIES[family]
     parts = {part: _config(name, location, f"{part}/config.json") for part in ("vae", "transformer")}
     scheduler = _config(name, location, "scheduler/scheduler_config.json")

@@ -31,8 +31,9 @@ class Options:
     ratio:       share of the low-resolution tokens to upsample early, in [0, 1].
     threshold:   upsample early what scores at least this much instead; counts then differ between images.
     regions:     "canny" (VAE preview and Canny edges), "gradient" (latent differences from place to place), "change"
-                 (from step to step), "grid" or "random" (evenly spaced or at random, for comparison), a mask (an image,
-                 or an array or tensor (H, W) or (B, H, W)) or a scorer, see `ralu.regions`.
+                 (from step to step), "grid" or "random" (evenly spaced or at random, for comparison), "mask" (what an
+                 inpainting pipeline repaints), a mask of your own (an image, or an array or tensor (H, W) or (B, H, W))
+                 or a scorer, see `ralu.regions`.
     granularity: "pixel" upsamples latent pixels; "token" copies whole packed tokens, as the paper's release does.
     kept_noise:  "exact" gives kept tokens the flow's variance; "release" gives them plain noise (too much by b²·c).
     matching:    of noise and timestep between stages: "covariance" (the paper's), "snr" or "off", see
@@ -82,6 +83,8 @@ class Options:
                 continue
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a string, got {value!r}")
+            if name == "regions":
+                allowed = *allowed, "mask"
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.upsampler is not None:

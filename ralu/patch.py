@@ -111,11 +111,39 @@ class Unpacking(StandIn):
         """Unpack latents (B, L, C), brought to full resolution where an interrupted run left them."""
         pipe = self.owner
         layout: Any = getattr(pipe.scheduler, "layout", None)
-        # The pipeline sets its timestep to None after its loop, so no callback's call is taken for its own.
-        ended = layout is not None and calling_pipeline() is pipe and pipe.current_timestep is None
-        if ended and latents.shape[:2] == layout.positions.shape[:2]:
+        # Pipelines that have a timestep set it to None after the loop, so no callback's call is taken for their own.
+        ended = layout is not None and calling_pipeline() is pipe and getattr(pipe, "current_timestep", None) is None
+        if ended and pipe.interrupt and latents.shape[:2] == layout.positions.shape[:2]:
             latents = pipe.scheduler.full_resolution(latents)
         return self.stock(latents, *size, **named)
+
+
+class Strength(StandIn):
+    """Take an image-to-image pipeline's strength for a noise level, whatever the number of steps that are made."""
+
+    name = "get_timesteps"
+
+    def __call__(self, num_inference_steps: int, strength: float, *args, **kwargs):
+        """Return the timesteps to make and their number (stock signature), and tell the scheduler where it begins."""
+        scheduler = self.owner.scheduler
+        if not isinstance(scheduler, RaluScheduler):
+            return self.stock(num_inference_steps, strength, *args, **kwargs)
+        if not scheduler.running:  # SD3's pipelines count the steps asked for, and not those of "stock-STEPS"
+            return self.stock(len(scheduler.timesteps), strength, *args, **kwargs)
+        timesteps = scheduler.begin_at(strength)
+        return timesteps, len(timesteps)
+
+
+class Masking(StandIn):
+    """Tell the scheduler what an inpainting pipeline repaints."""
+
+    name = "prepare_mask_latents"
+
+    def __call__(self, mask: Tensor, *args, **kwargs):
+        """Prepare a mask (B, 1, H, W) in pixels (stock signature)."""
+        if isinstance(self.owner.scheduler, RaluScheduler):
+            self.owner.scheduler.repaint(mask)
+        return self.stock(mask, *args, **kwargs)
 
 
 class WholeDecode(StandIn):

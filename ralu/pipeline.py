@@ -13,13 +13,23 @@ from ralu_kernels._backend import resolve
 from . import blocks
 from .budget import check_speedup, schedule_for, speedup_of
 from .caches import CACHES, Cache
-from .families import FAMILIES, Family, family_of
+from .families import Family, family_of, served
 from .interpolation import through_pixels
 from .method import Method
 from .options import Options
-from .patch import LayoutHook, StandIn, calling_pipeline, hooks_changed, remove_stand_ins, reset_caches, stateful
+from .patch import (
+    LayoutHook,
+    Masking,
+    StandIn,
+    Strength,
+    calling_pipeline,
+    hooks_changed,
+    remove_stand_ins,
+    reset_caches,
+    stateful,
+)
 from .schedule import Schedule
-from .scheduler import OPTIONS, RaluScheduler
+from .scheduler import OPTIONS, RaluScheduler, stock_arguments
 
 
 def enable(
@@ -34,8 +44,8 @@ def enable(
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.
 
-    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `StableDiffusion3Pipeline`, `Flux2Pipeline`,
-             `Flux2KleinPipeline`, `QwenImagePipeline`, `ZImagePipeline`.
+    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `StableDiffusion3Pipeline` and of both the image-to-image
+             and the inpainting one, `Flux2Pipeline`, `Flux2KleinPipeline`, `QwenImagePipeline`, `ZImagePipeline`.
     preset:  "flux-5x" (default) or "flux-7x" for FLUX.1-dev, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5,
              "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
              its configuration), other families' as the README has them, "bottleneck-..." and "speed-..." for methods
@@ -54,6 +64,10 @@ def enable(
              spacing, backend, seeds. What is left out (the preset too) is as it was saved in a pipeline that was saved
              enabled.
 
+    Image-to-image begins at the noise level at which the stock run of the steps asked for begins with this strength, in
+    the last stage that holds it, so that no more noise is added later; what is left of the preset is made. Half the
+    resolution begins at the level that the mean of 2x2 latent pixels has. Such a run takes no `latents`, unless it
+    begins at full resolution. regions="mask" selects what an inpainting pipeline repaints.
     The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran; SD3's progress bar and
     the window of its skip-layer guidance go by the number asked for all the same).
     With a threshold, SD3 generates images one at a time unless it is fused, and Qwen-Image and Z-Image do so always:
@@ -167,10 +181,20 @@ def _scheduler(pipe: DiffusionPipeline, family: Family, preset: str | Schedule |
         matched = {name: options.pop(name) for name in ("matching", "upsampler") if options.get(name) is not None}
         preset = schedule_for(speedup, pipe, **matched)
     scheduler = RaluScheduler(preset, **stock_arguments(config), **options)
-    if scheduler.config.regions == "canny" and pipe.vae is None and scheduler.has_regions:
-        raise ValueError("regions='canny' needs a VAE, and pipe.vae is None: regions='gradient' does without")
+    check_regions(pipe, scheduler)
     scheduler.run_begins = run_begins
     return scheduler
+
+
+def check_regions(pipe: DiffusionPipeline, scheduler: RaluScheduler):
+    """Raise ValueError for regions that the pipeline has nothing to choose by."""
+    if not scheduler.has_regions:
+        return
+    if scheduler.config.regions == "canny" and pipe.vae is None:
+        raise ValueError("regions='canny' needs a VAE, and pipe.vae is None: regions='gradient' does without")
+    if scheduler.config.regions == "mask" and not hasattr(pipe, Masking.name):
+        kind = type(pipe).__name__
+        raise ValueError(f"regions='mask' needs an inpainting pipeline, got {kind}: give the mask itself as regions=")
 
 
 def check(pipe: DiffusionPipeline, family: Family):
@@ -195,6 +219,9 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
     """Make the scheduler this pipeline's, and the pipeline ready for interruptions."""
     family, transformer = hook.family, blocks.unwrapped(pipe.transformer)
     family.patch(pipe)
+    for stand_in in (Strength, Masking):
+        if hasattr(pipe, stand_in.name):
+            stand_in.put_into(pipe)
     hook.renew_cache(transformer)
     decode = resize = None
     if pipe.vae is not None:
@@ -213,7 +240,8 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
         made = hook.cache.velocity(transformer, tokens, scheduler.progress)
         return given if made is tokens else family.unpack(made, (given.shape[-2] // 2, given.shape[-1] // 2))
 
-    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity, resize, family.normalised(pipe))
+    whole = family.entry.blends(pipe)
+    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity, resize, family.normalised(pipe), whole)
 
 
 def run_begins(scheduler: RaluScheduler):
@@ -227,10 +255,9 @@ def run_begins(scheduler: RaluScheduler):
     try:
         family = family_of(pipe)
     except ValueError:
-        served = " and ".join(name for entry in FAMILIES.values() for name in entry.pipelines)
         raise ValueError(
             f"{type(pipe).__name__} has the scheduler of a pipeline that RALU is enabled for, and RALU serves "
-            f"{served} alone: call ralu.disable(pipe) first, or give this one a scheduler of its own, "
+            f"{' and '.join(served())} alone: call ralu.disable(pipe) first, or give this one a scheduler of its own, "
             "scheduler=FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
         ) from None
     hook = LayoutHook.find(pipe.transformer)
@@ -238,6 +265,7 @@ def run_begins(scheduler: RaluScheduler):
         scheduler.unbind()
         return
     check(pipe, family)
+    check_regions(pipe, scheduler)
     bind(pipe, scheduler, hook)
     hook.pipes.add(pipe)
 
@@ -315,9 +343,3 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
         elif isinstance(scheduler, RaluScheduler):  # loaded from disk, or a copy of one that was disabled
             sharing.scheduler = FlowMatchEulerDiscreteScheduler(**stock_arguments(scheduler.config))
     return pipe
-
-
-def stock_arguments(config) -> dict:
-    """Pick the arguments of the stock scheduler out of a configuration."""
-    keys = FlowMatchEulerDiscreteScheduler._get_init_keys(FlowMatchEulerDiscreteScheduler) - {"self"}
-    return {key: config[key] for key in keys if key in config}

@@ -48,6 +48,8 @@ def scorer_of(regions: Any, decode: Callable | None = None) -> Scorer:
             raise ValueError("regions='canny' needs a decoder; pass regions='gradient' or a callable")
         return canny(decode)
     if isinstance(regions, str):
+        if regions == "mask":
+            raise ValueError("regions='mask' needs an inpainting pipeline: give the mask itself")
         if regions not in _NAMED:
             names = ", ".join(map(repr, ("canny", *_NAMED)))
             raise ValueError(f"regions must be {names}, an image, an array, a tensor or a callable, got {regions!r}")
@@ -213,6 +215,17 @@ class Mask:
         """Raise ValueError where there are masks for another number of images than the batch has."""
         if len(self.planes) not in (1, batch):
             raise ValueError(f"regions has masks for {len(self.planes)} images, but the batch has {batch}")
+
+
+def repainted(mask: Tensor) -> Scorer:
+    """Score by the mask of an inpainting pipeline, (B, 1, H, W), each of which is for every B-th image of a batch."""
+    planes = mask.float()
+    return lambda x0, grid: Mask(planes.repeat(len(x0) // len(planes), 1, 1, 1))(x0, grid)
+
+
+def no_mask(x0: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Stand for the scorer until the pipeline's mask is known."""
+    raise ValueError("regions='mask' needs the mask of an inpainting pipeline, and none was given")
 
 
 def _is(value, module: str, name: str) -> TypeGuard[Any]:

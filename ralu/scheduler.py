@@ -17,14 +17,14 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from .caches import Progress
+from .image import ImageRun
 from .interpolation import check_resize
 from .layout import Layout
 from .options import Options, schedule_of
 from .presets import known_shift
-from .regions import scorer_of
+from .regions import no_mask, repainted, scorer_of
 from .schedule import Schedule, own_shift
 from .solver import Solver
-from .stages import Run
 
 logger = logging.get_logger("diffusers.ralu")  # diffusers' own verbosity rules
 
@@ -103,6 +103,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         velocity: Callable[[Tensor], Tensor] = lambda velocity: velocity,
         resize: Callable | None = None,
         normalised: tuple[Tensor, Tensor] | None = None,
+        whole: bool = False,
     ):
         """Make ready to run. A second call replaces the first.
 
@@ -113,6 +114,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         velocity:     makes that of a step of what the model gave for it, of the same shape.
         resize:       for upsampler="pixels", see `ralu.stages.Run`.
         normalised:   how the channels of tokens are normalised, see `ralu.stages.Run`.
+        whole:        hand out and take samples at full size in every step, see `ralu.image.ImageRun`.
         Raises ValueError for regions="canny" without a decoder, and upsampler="pixels" without `resize`.
         """
         regions = self.config.regions if self.has_regions else "gradient"
@@ -122,14 +124,17 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             )
         if self.schedule is not None and not self.is_stock:
             check_resize(self.schedule, resize)
-        self._bound_scorer, self._resize = self.scorer or scorer_of(regions, decode), resize
+        scorer = self.scorer
+        if scorer is None:
+            scorer = no_mask if regions == "mask" else scorer_of(regions, decode)
+        self._bound_scorer, self._resize = scorer, resize
         self._stage_begins, self._velocity = stage_begins, velocity
-        self._samples = {"pack": pack, "unpack": unpack, "normalised": normalised}
+        self._samples = {"pack": pack, "unpack": unpack, "normalised": normalised, "whole": whole}
 
     def unbind(self):
         """Forget the model."""
         self._bound_scorer = self._stage_begins = self._samples = None
-        self._velocity = self._resize = self._run = self._solver = None
+        self._velocity = self._resize = self._run = self._solver = self._stock_steps = None
 
     @property
     def bound(self) -> bool:
@@ -175,18 +180,59 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             return
         if timesteps is not None or (sigmas is not None and not np.allclose(sigmas, _trailing(asked))):
             raise ValueError("RALU runs its preset's own schedule; custom sigmas or timesteps do not fit in")
-        run = Run(self.schedule, self._bound_scorer, self.options, self._resize, **self._samples)
+        run = ImageRun(self.schedule, self._bound_scorer, self.options, self._resize, **self._samples)
         self._run = run
+        self._stock_steps = {"num_inference_steps": asked, "sigmas": sigmas, "mu": mu}
         self.num_inference_steps = len(run.steps)
         self.sigmas = torch.cat([run.sigmas, torch.zeros(1)]).to(device)
         self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
         self._step_index = self._begin_index = None
 
     def set_begin_index(self, begin_index=0):
-        """Set the first step (stock signature). Raises ValueError for a start in the middle of a run with stages."""
-        if begin_index and self._run is not None:
-            raise ValueError(f"RALU starts from pure noise, but the pipeline asks to start at step {begin_index}")
+        """Set the first step (stock signature).
+
+        Raises ValueError where that is a later one, and regions="change" has too few steps left to go by.
+        """
         super().set_begin_index(begin_index)
+        if begin_index and self._run is not None:
+            if self._run.begun != begin_index:
+                self._run.begin(begin_index)
+            stage = self._run.steps[begin_index][0]
+            self._stage_begins(stage, self._run.made[stage - 1])
+        elif begin_index and self.bound:
+            self._stage_begins(1, len(self.timesteps) - begin_index)
+
+    def begin_at(self, strength: float) -> Tensor:
+        """Begin where the stock run of the steps asked for begins with this strength, and return the timesteps left.
+
+        That is a noise level, and the last step that holds it is made from there on, see `ImageRun.begin_at`.
+        Raises ValueError for a strength in [0, 1] that leaves none of the steps asked for, and as `set_begin_index`.
+        """
+        if self._run is None:
+            raise RuntimeError("begin_at is for a run with stages: call set_timesteps first")
+        steps = self._stock_steps["num_inference_steps"]
+        skipped = int(max(steps - min(steps * strength, steps), 0))  # as diffusers rounds
+        if skipped == steps:
+            raise ValueError(f"strength must leave one of the {steps} steps asked for at least, got {strength}")
+        if skipped:
+            stock = FlowMatchEulerDiscreteScheduler(**stock_arguments(self.config))
+            stock.set_timesteps(**self._stock_steps)
+            first = self._run.begin_at(float(stock.sigmas[skipped]))
+            self.sigmas[first] = self._run.steps[first][1]
+            self.timesteps[first] = self.sigmas[first] * self.config.num_train_timesteps
+            self.set_begin_index(first)
+        return self.timesteps[self._run.begun :]
+
+    def repaint(self, mask: Tensor):
+        """Select what is repainted, where regions="mask". mask: (B, 1, H, W), 1 where an inpainting pipeline paints."""
+        if self._run is not None and self._bound_scorer is no_mask:
+            self._run.scorer = repainted(mask)
+
+    def scale_noise(self, sample, timestep, noise):
+        """Mix a clean image with noise at the next step's noise level (stock signature), see `ImageRun.noised`."""
+        if self._run is None:
+            return super().scale_noise(sample, timestep, noise)
+        return self._run.noised(sample, noise)
 
     @property
     def running(self) -> bool:
@@ -196,10 +242,11 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     @property
     def progress(self) -> Progress | None:
         """Where the run is, with stages or without; None before and after."""
-        step, run = self.step_index or 0, self._run
-        if run is None:
-            return Progress.at(step, (len(self.timesteps),))
-        return Progress.at(step, run.schedule.steps, run.schedule.mixed)
+        run, begun = self._run, self.begin_index or 0
+        if run is not None:
+            return Progress.at(run.index - run.begun, run.made, run.schedule.mixed)
+        step = begun if self.step_index is None else self.step_index
+        return Progress.at(step - begun, (len(self.timesteps) - begun,))
 
     @property
     def layout(self) -> Layout | None:
@@ -216,7 +263,10 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self._run.start(noise, grid, images)
 
     def subsample_first(self, sample: Tensor) -> Tensor:
-        """Bring the first step's full-size noise to the first stage's resolution. Other samples pass unchanged."""
+        """Bring a full-size sample to the stage's tokens: the first step's, and where `whole` is bound, every step's.
+
+        Other samples pass unchanged.
+        """
         return sample if self._run is None else self._run.first(sample)
 
     def step(self, model_output, timestep, sample, *args, return_dict: bool = True, **kwargs):
@@ -237,7 +287,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index = run.index
         if ended:
             stage = run.steps[run.index][0]
-            self._stage_begins(stage, run.schedule.steps[stage - 1])
+            self._stage_begins(stage, run.made[stage - 1])
         if run.over:
             self._run = None
         return _stepped(advanced.to(model_output.dtype), return_dict)
@@ -255,6 +305,12 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def full_resolution(self, sample: Tensor) -> Tensor:
         """Upsample a sample of any stage to full resolution without noise: for previews and interrupted runs."""
         return sample if self._run is None else self._run.full_resolution(sample)
+
+
+def stock_arguments(config) -> dict:
+    """Pick the arguments of the stock scheduler out of a configuration."""
+    keys = FlowMatchEulerDiscreteScheduler._get_init_keys(FlowMatchEulerDiscreteScheduler) - {"self"}
+    return {key: config[key] for key in keys if key in config}
 
 
 def _trailing(steps: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from ralu_kernels import TokenPlan, plan_tokens, upsample_remaining, upsample_re
 from ralu_kernels._backend import resolve
 
 from . import interpolation, regions
-from .layout import Grid, Layout, crop, pack, pad, raster, strip, unpack
+from .layout import Grid, Layout, crop, pack, pad, raster, strip, subsample_first, unpack
 from .options import Options, schedule_of
 from .schedule import SMOOTH, Schedule, Transition
 from .seeds import seeds_of
@@ -28,16 +28,6 @@ _RULES = "granularity", "kept_noise", "backend"  # the options that are keywords
 
 
 # ---- transitions ----
-
-
-def subsample_first(noise: Tensor, grid: Grid) -> Tensor:
-    """Take a low stage's noise out of the full-size noise: (B, 4n, C) to (B, n, C), grid (h, w) with h·w = n.
-
-    Latent pixels by nearest neighbour, so that a seed fixes the image's composition at every size.
-    """
-    (h, w), (batch, _, channels) = grid, noise.shape
-    corner = noise.unflatten(1, (h, 2, w, 2))[..., ::4]  # each token's first inner pixel: (B, h, 2, w, 2, C/4)
-    return corner.permute(0, 1, 3, 5, 2, 4).reshape(batch, h * w, channels)
 
 
 def widen(noise: Tensor, grid: Grid, padded: Grid, seeds: Tensor, options: Options) -> Tensor:
@@ -140,7 +130,7 @@ class Run:
         self.layout: Any = None  # a Layout from `start` on
         self.full_grid: Grid = (0, 0)
         self.padded_grid: Grid = (0, 0)  # with sides that the low grid's are half of
-        self._seeds = torch.empty(0)
+        self._seeds: Any = None  # a tensor from the first step on
 
     @property
     def sigmas(self) -> Tensor:
@@ -190,7 +180,7 @@ class Run:
         if tokens.shape[1] != self.full_grid[0] * self.full_grid[1]:
             return sample
         if self.padded_grid != self.full_grid:
-            tokens = widen(tokens, self.full_grid, self.padded_grid, self._first_seeds(sample), self.options)
+            tokens = widen(tokens, self.full_grid, self.padded_grid, self._first_seeds(tokens), self.options)
         return self.unpack(subsample_first(tokens, self.grid), self.grid)
 
     def step(self, sample: Tensor, velocity: Tensor) -> tuple[Tensor, bool]:
@@ -201,8 +191,8 @@ class Run:
         Raises ValueError for a velocity of another shape or of no real numbers.
         """
         stage, sigma, following = self.steps[self.index]
-        if self.index == 0:
-            self._seeds = self._first_seeds(sample)
+        if self._seeds is None:
+            self._seeds = self._first_seeds(self.pack(sample))
         x = self.first(sample)
         if velocity.shape != x.shape or not velocity.is_floating_point():
             raise ValueError(
@@ -231,11 +221,8 @@ class Run:
         transition, before = self.schedule.transitions[stage - 2], self.layout
         tokens, x0 = self.pack(sample), self.pack(x0)
         if transition.kind == "select":
-            scores = regions.score(self.scorer, x0, self.grid, self._seeds)
-            threshold = self.options.threshold
-            chosen: dict[str, Any] = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
-            plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
-            self.layout = Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)
+            self.layout = self._selected(stage, x0)
+            plan = self.layout.plan
             packed = self._moved(select, tokens, x0, plan, transition, self.options)
             packed = self._by_pixels(packed, x0, transition, plan)
             return self.unpack(pad(packed, plan), (1, plan.max_seqlen))
@@ -263,6 +250,14 @@ class Run:
         if self.layout.resolution == "full":
             return self.unpack(crop(tokens, self.padded_grid, self.full_grid), self.full_grid)
         return self.unpack(tokens, self.grid)
+
+    def _selected(self, stage: int, x0: Tensor) -> Layout:
+        """Choose a mixed stage's tokens by a clean estimate (B, n, C)."""
+        scores = regions.score(self.scorer, x0, self.grid, self._seeds)
+        threshold = self.options.threshold
+        chosen: dict[str, Any] = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
+        plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
+        return Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)
 
     def _moved(self, move: Callable, tokens: Tensor, x0: Tensor, where: Any, transition: Transition, *rest) -> Tensor:
         """Make a transition, where the clean estimate in the tokens is copied as `normalised` says."""
@@ -319,7 +314,7 @@ class Run:
     def _first_seeds(self, noise: Tensor) -> Tensor:
         given = self.options.seeds
         if given is None:
-            return seeds_of(self.pack(noise))
+            return seeds_of(noise)
         numbers = torch.tensor([given] if isinstance(given, int) else given, dtype=torch.int64, device=noise.device)
         return numbers.repeat(len(noise) // len(numbers))  # guidance doubles the images
 

@@ -12,11 +12,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
-    FluxImg2ImgPipeline,
-    FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
-    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
     TaylorSeerCacheConfig,
 )
@@ -267,12 +266,11 @@ def other_pipelines():
     image, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 255)
     return {
         "flux": [
-            (FluxImg2ImgPipeline, {"image": image, "strength": 0.5}),
-            (FluxInpaintPipeline, {"image": image, "mask_image": mask, "strength": 1.0}),
+            (FluxKontextInpaintPipeline, {"image": image, "mask_image": mask, "_auto_resize": False, "max_area": 4096}),
             (FluxKontextPipeline, {"image": image, "_auto_resize": False, "max_area": 4096}),
             (FluxControlNetPipeline, {"control_image": image}),
         ],
-        "sd3": [(StableDiffusion3Img2ImgPipeline, {"image": image, "strength": 0.5})],
+        "sd3": [(StableDiffusion3PAGPipeline, {"pag_scale": 0.0})],
     }
 
 

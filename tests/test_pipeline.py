@@ -11,7 +11,6 @@ from diffusers import (
     DiffusionPipeline,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
-    FluxImg2ImgPipeline,
     FluxPipeline,
     TaylorSeerCacheConfig,
 )
@@ -233,14 +232,6 @@ def test_from_pipe_shares_the_enabled_parts(pipe):
     assert type(twin.scheduler) is type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
     ralu.enable(pipe, SHORT)
     assert torch.equal(tiny.generate(pipe), expected)
-
-
-def test_image_to_image_from_an_enabled_pipe_is_refused(pipe):
-    twin = FluxImg2ImgPipeline.from_pipe(pipe, dtype=torch.float32)
-    with pytest.raises(
-        ValueError, match="FluxImg2ImgPipeline has the scheduler of a pipeline that RALU is enabled for"
-    ):
-        twin(PROMPTS[0], image=torch.rand(1, 3, 64, 64), height=64, width=64, strength=0.5, max_sequence_length=16)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
-    FluxImg2ImgPipeline,
+    FluxKontextInpaintPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
-    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
     ZImageImg2ImgPipeline,
     ZImagePipeline,
@@ -65,11 +65,12 @@ VAE = {
 }  # fmt: skip
 
 
-def vae():
+def vae(channels=4):
     """Make a VAE that shrinks by 2."""
     return AutoencoderKL(
-        **VAE, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611
-    ).eval()
+        **VAE | {"latent_channels": channels}, use_quant_conv=False, use_post_quant_conv=False,
+        shift_factor=0.1159, scaling_factor=0.3611,
+    ).eval()  # fmt: skip
 
 
 def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
@@ -88,7 +89,7 @@ def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
     return pipe
 
 
-def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
+def sd3(version="3.5-medium", seed=0, channels=4) -> StableDiffusion3Pipeline:
     torch.manual_seed(seed)
     tok, tok3 = tokenizers()
     extra = {
@@ -100,10 +101,11 @@ def sd3(version="3.5-medium", seed=0) -> StableDiffusion3Pipeline:
         tokenizer=tok, tokenizer_2=tok, tokenizer_3=tok3,
         text_encoder=CLIPTextModelWithProjection(clip_config(tok)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(tok)).eval(),
-        text_encoder_3=t5_encoder(tok3, 64), vae=vae(),
+        text_encoder_3=t5_encoder(tok3, 64), vae=vae(channels),
         transformer=SD3Transformer2DModel(
-            sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, **extra,
+            sample_size=32, patch_size=2, in_channels=channels, out_channels=channels, num_layers=3,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32,
+            pooled_projection_dim=64, **extra,
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
@@ -239,13 +241,13 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "flux": Family(
-        flux, ("flux-5x", "flux-7x"), FluxImg2ImgPipeline,
+        flux, ("flux-5x", "flux-7x"), FluxKontextInpaintPipeline,
         latents=lambda x: FluxPipeline._pack_latents(x, *x.shape),
         image=lambda x, height, width: FluxPipeline._unpack_latents(x, height, width, 2),
         patches=lambda x: x[0].view(-1, 4, 2, 2),
     ),
     "sd3": Family(
-        sd3, ("sd3-2x", "sd3-3x"), StableDiffusion3Img2ImgPipeline,
+        sd3, ("sd3-2x", "sd3-3x"), StableDiffusion3PAGPipeline,
         latents=lambda x: x,
         image=lambda x, height, width: x,
         patches=lambda x: x[0].unflatten(-1, (-1, 2)).permute(2, 0, 1, 3), packed=False,

@@ -21,7 +21,9 @@ class Entry:
     """The properties of a family that are needed before its module is imported.
 
     module:           where it is, with a `Family` called FAMILY.
-    pipelines:        names of the pipeline classes it serves, in diffusers.
+    pipelines:        names of the pipeline classes it serves, in diffusers, that a text is enough for.
+    image_pipelines:  names of those that take an image too, which the command line has none for.
+    blending:         names of those of them that blend samples with others of full size after every step.
     transformer:      name of their transformer's class.
     presets:          names of the presets that fit, the default one first and the distilled models' last.
     stock_steps:      of a stock run, which RALU is compared with; the distilled models' have `DISTILLED_STEPS`.
@@ -40,6 +42,12 @@ class Entry:
     dynamic_shifting: bool = False
     sample_size: int | None = None
     position_limit: str | None = None
+    image_pipelines: tuple[str, ...] = ()
+    blending: tuple[str, ...] = ()
+
+    def blends(self, pipe: Any) -> bool:
+        """Say whether a pipeline of these blends samples with others of full size after every step."""
+        return any(kind.__name__ in self.blending for kind in type(pipe).__mro__)
 
     def is_distilled(self, scheduler: Mapping[str, Any]) -> bool:
         """Say whether a model is a few-step one, as far as its configuration tells.
@@ -71,6 +79,7 @@ FAMILIES: dict[str, Entry] = {
         ("flux-5x", "flux-7x", "bottleneck-flux-5x", "bottleneck-flux-7x", "speed-flux-5x", "speed-flux-7x",
          "distilled-4"),
         50, ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
+        image_pipelines=("FluxImg2ImgPipeline", "FluxInpaintPipeline"), blending=("FluxInpaintPipeline",),
     ),
     "flux2": Entry(
         f"{__name__}.flux2", ("Flux2Pipeline", "Flux2KleinPipeline"), "Flux2Transformer2DModel",
@@ -84,6 +93,8 @@ FAMILIES: dict[str, Entry] = {
         f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel",
         ("sd3-2x", "sd3-3x", "bottleneck-sd3-2x", "bottleneck-sd3-3x", "speed-sd3-2x", "speed-sd3-3x", "distilled-4"),
         28, ("sd3-medium", "sd3.5-medium", "sd3.5-large"), position_limit="pos_embed_max_size",
+        image_pipelines=("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+        blending=("StableDiffusion3InpaintPipeline",),
     ),
     "z_image": Entry(
         f"{__name__}.z_image", ("ZImagePipeline",), "ZImageTransformer2DModel",
@@ -239,18 +250,23 @@ def load(name: str) -> Family:
 
 
 def name_of_pipeline(class_name: str) -> str | None:
-    """Name the family that serves a class of pipelines, or None."""
+    """Name the family that serves a class of pipelines that text is enough for, or None."""
     return next((name for name, entry in FAMILIES.items() if class_name in entry.pipelines), None)
+
+
+def served() -> list[str]:
+    """List the classes of all pipelines that are served."""
+    return [name for entry in FAMILIES.values() for name in (*entry.pipelines, *entry.image_pipelines)]
 
 
 def family_of(pipe: Any) -> Family:
     """Return the family of a pipeline. Raises ValueError for one that is not served, and TypeError for what is none."""
     for kind in type(pipe).__mro__:
-        if name := name_of_pipeline(kind.__name__):
-            return load(name)
-    served = " or ".join(pipeline for entry in FAMILIES.values() for pipeline in entry.pipelines)
+        for name, entry in FAMILIES.items():
+            if kind.__name__ in (*entry.pipelines, *entry.image_pipelines):
+                return load(name)
     wrong = ValueError if hasattr(pipe, "components") else TypeError
-    raise wrong(f"pipe must be a {served}, got {type(pipe).__name__}")
+    raise wrong(f"pipe must be a {' or '.join(served())}, got {type(pipe).__name__}")
 
 
 def family_of_transformer(transformer: Any) -> Family:

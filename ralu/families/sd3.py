@@ -178,9 +178,12 @@ class SD3(Family):
     batched_guidance = True
 
     def check(self, transformer: SD3Transformer2DModel) -> None:
-        """Raise ValueError for patches of another size than 2x2."""
+        """Raise ValueError for patches of another size than 2x2, and for mask and image in further channels."""
         if (size := transformer.config.patch_size) != 2:
             raise ValueError(f"pipe.transformer must have patch_size 2, got {size}")
+        given, made = transformer.config.in_channels, transformer.config.out_channels
+        if given != made:
+            raise ValueError(f"pipe.transformer must have as many in_channels as the {made} out_channels, got {given}")
 
     def pack(self, sample: Tensor) -> Tensor:
         """Pack latent pixels (B, C, 2h, 2w), a strip's too, to tokens (B, h·w, 4C)."""
