@@ -65,7 +65,8 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     if model in NAMES:
         model = mini_path(str(model))
     if isinstance(model, DiffusionPipeline):
-        modules = {name: unwrapped(part) for name, part in model.components.items() if isinstance(part, Module)}
+        named = {name: part for name, part in model.components.items() if name.startswith(_PARTS)}
+        modules = {name: unwrapped(part) for name, part in named.items() if isinstance(part, Module)}
         parts = {name: (type(part), part.config) for name, part in modules.items()}
         clip_tokens = getattr(model, "tokenizer_max_length", clip_tokens)
         scheduler = dict(getattr(model.scheduler, "config", scheduler))
@@ -95,6 +96,9 @@ def describe(model: str | Path | dict | DiffusionPipeline) -> Description:
     return Description(built["transformer"], built.get("vae"), encoders, clip_tokens, family, scheduler)
 
 
+_PARTS = "transformer", "vae", "text_encoder"  # of a pipeline, by how their names begin
+
+
 def _family(kind: type | None) -> Family | None:
     """Return the family of a class of transformers, or None."""
     names = (name for name, entry in FAMILIES.items() if entry.transformer == getattr(kind, "__name__", None))
@@ -109,7 +113,7 @@ def _published(family: Family, config: dict) -> dict[str, tuple[type, dict]]:
 def _stored(folder: str | Path) -> Iterator[tuple[str, tuple[type, dict]]]:
     """List by name the models of a pipeline on disk or on the hub. Weights are not read."""
     for name, entry in DiffusionPipeline.load_config(folder).items():
-        if not name.startswith(("transformer", "vae", "text_encoder")) or entry[0] is None:
+        if not name.startswith(_PARTS) or entry[0] is None:
             continue
         kind = getattr(import_module(entry[0]), entry[1])
         if issubclass(kind, transformers.PreTrainedModel):

@@ -79,13 +79,13 @@ class ImageRun(Run):
             clean = unpack(shown, self.full_grid) if clean.dim() == 4 else shown
         return sigma * noise + (1 - sigma) * clean
 
-    def start(self, noise: Tensor, grid: Grid, images: int | None = None):
+    def start(self, noise: Tensor, grid: Grid, images: int | None = None, conditions: int = 0):
         """Begin the stage of the first step that is made, see `Run.start`.
 
         Raises ValueError, besides, for a grid with an odd side, and where the step is a later one, not at full
         resolution, and `noised` was not called.
         """
-        super().start(noise, grid, images)
+        super().start(noise, grid, images, conditions)
         stage, sigma, _ = self.steps[self.begun]
         if self.padded_grid != grid and (self.whole or sigma < 1):
             raise ValueError(

@@ -28,6 +28,8 @@ class Layout:
     plan:       a mixed stage's TokenPlan, else None.
     scores:     float32 (B, n), what the plan was made from, else None.
     x0:         float32 (B, n, C), the clean estimate that was scored, else None.
+    conditions: how many tokens of condition images stand behind these in the model, at positions of their own and the
+                same in all stages; they are in no sample of a run.
     """
 
     stage: int
@@ -36,6 +38,7 @@ class Layout:
     plan: TokenPlan | None = None
     scores: Tensor | None = None
     x0: Tensor | None = None
+    conditions: int = 0
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -43,11 +46,16 @@ class Layout:
         rows = None if self.plan is None else _rows(self.plan)
         return None if rows is None else rows[1]
 
+    @cached_property
+    def mask_with_conditions(self) -> Tensor | None:
+        """`mask`, and condition images behind it: bool (B, L + conditions)."""
+        return None if self.mask is None else F.pad(self.mask, (0, self.conditions), value=True)
+
     @property
     def total(self) -> int:
-        """Tokens of all samples together, without padding."""
+        """Tokens of all samples together, with conditions and without padding."""
         batch, length = self.positions.shape[:2]
-        return batch * length if self.plan is None else self.plan.source.shape[0]
+        return batch * self.conditions + (batch * length if self.plan is None else self.plan.source.shape[0])
 
 
 def _rows(plan: TokenPlan) -> tuple[Tensor, Tensor] | None:

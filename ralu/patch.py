@@ -244,14 +244,32 @@ class LayoutHook:
             self.family.clear_layout(module)  # a call that is none of RALU's
             return args, kwargs
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        sample = self.family.sample_of(given)
         if scheduler.layout is None:
-            scheduler.start(sample, self.family.grid_of(given), self._images(pipe, given))
-        self.family.set_sample(given, scheduler.subsample_first(sample))
+            self.start(pipe, given)
+        sample = self.family.sample_of(given)
+        if count := scheduler.layout.conditions:
+            sample, conditions = sample[:, :-count], sample[:, -count:]
+            sample = torch.cat([scheduler.subsample_first(sample), conditions], dim=1)
+        else:
+            sample = scheduler.subsample_first(sample)
+        self.family.set_sample(given, sample)
         self.family.set_layout(module, given, scheduler.layout, scheduler.grid)
         return (), given
 
-    def _images(self, pipe: Any, given: dict) -> int:
+    def start(self, pipe: Any, given: dict):
+        """Begin a run at its first call, with these arguments. Raises ValueError for one that cannot be served."""
+        sample, count = self.family.sample_of(given), self.family.condition_tokens(given)
+        if count:
+            if self.cache is not None:
+                raise ValueError("cache must be None where an image is a condition: call ralu.enable without a cache")
+            sample = sample[:, :-count]
+        grid, images = self.family.grid_of(given), self.images_of(pipe, given)
+        self.scheduler.start(sample, grid, images, count)
+        if (parallel := self.scheduler.parallel) is not None:
+            schedule: Any = self.scheduler.schedule
+            parallel.check(schedule, grid, count, given["encoder_hidden_states"].shape[1], images)
+
+    def images_of(self, pipe: Any, given: dict) -> int:
         """Count the images of a call, which guidance may double."""
         doubled = self.family.batched_guidance and pipe is not None and pipe.do_classifier_free_guidance
         return len(self.family.sample_of(given)) // (2 if doubled and given.get("skip_layers") is None else 1)
@@ -263,7 +281,7 @@ class LayoutHook:
         skipped = given.get("skip_layers")
         # SD3's and Z-Image's pipelines set no context. Calls for other layers have a history of their own, and so have
         # those that guidance, which Z-Image may stop on the way, does not double any more.
-        images = self._images(pipe, given)
+        images = self.images_of(pipe, given)
         rows = f"all layers, {len(self.family.sample_of(given))} rows"
         name = before.name if hasattr(transformer, "cache_context") and before else rows
         ours, layout = pipe is None or pipe.scheduler is self.scheduler, self.scheduler.layout

@@ -13,10 +13,12 @@ from ralu_kernels._backend import resolve
 from . import blocks
 from .budget import check_speedup, schedule_for, speedup_of
 from .caches import CACHES, Cache
+from .controlnet import ControlNetHook, check_controlnets, controlnets
 from .families import Family, family_of, served
 from .interpolation import through_pixels
 from .method import Method
 from .options import Options
+from .parallel import Parallel, context_of
 from .patch import (
     LayoutHook,
     Masking,
@@ -44,8 +46,10 @@ def enable(
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.
 
-    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `StableDiffusion3Pipeline` and of both the image-to-image
-             and the inpainting one, `Flux2Pipeline`, `Flux2KleinPipeline`, `QwenImagePipeline`, `ZImagePipeline`.
+    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `FluxImg2ImgPipeline`, `FluxInpaintPipeline`,
+             `FluxKontextPipeline`, `FluxControlNetPipeline`, `StableDiffusion3Pipeline`,
+             `StableDiffusion3Img2ImgPipeline`, `StableDiffusion3InpaintPipeline`, `StableDiffusion3ControlNetPipeline`,
+             `Flux2Pipeline`, `Flux2KleinPipeline`, `QwenImagePipeline`, `ZImagePipeline`.
     preset:  "flux-5x" (default) or "flux-7x" for FLUX.1-dev, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5,
              "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
              its configuration), other families' as the README has them, "bottleneck-..." and "speed-..." for methods
@@ -71,9 +75,12 @@ def enable(
     The preset's steps replace `num_inference_steps` (`pipe.num_timesteps` tells how many ran; SD3's progress bar and
     the window of its skip-layer guidance go by the number asked for all the same).
     With a threshold, SD3 generates images one at a time unless it is fused, and Qwen-Image and Z-Image do so always:
-    their attention takes no mask. Blocks are fused in FLUX.1 and SD3 alone. A pipeline or
-    transformer that is already enabled, here or in a pipeline it is shared with, is disabled first. Raises ValueError
-    or TypeError, before anything is changed, for a pipeline or scheduler that RALU cannot serve and for a wrong option.
+    their attention takes no mask. ControlNets refuse a batch with one. Blocks are fused in FLUX.1 and SD3 alone. Images
+    as conditions go with no cache, and ControlNets with no cache and no `trim_text`. The transformer of FLUX.1 may be
+    split over processes, by `enable_parallelism` before this: one image at a time, with no cache, ControlNet or fused
+    blocks. A pipeline or transformer that is already enabled, here or in a pipeline it is shared with, is disabled
+    first. Raises ValueError or TypeError, before anything is changed, for a pipeline or scheduler that RALU cannot
+    serve and for a wrong option.
     """
     family = family_of(pipe)
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -87,6 +94,8 @@ def enable(
     if trim_text and not fused:
         raise ValueError("trim_text=True needs fused=True or 'auto', got fused=False")
     check(pipe, family)
+    if trim_text and controlnets(pipe):
+        raise ValueError("trim_text must be False with a ControlNet, which attends to all of the text")
     if fused is True or trim_text:
         blocks.check_fusible(family)
     if speedup is not None:
@@ -159,6 +168,7 @@ def _checked_cache(pipe: DiffusionPipeline, family: Family, cache) -> Cache | No
     if not ours and any(stateful(blocks.unwrapped(pipe.transformer))):
         raise ValueError("cache must be None: the transformer has a cache of diffusers, disable_cache() takes it off")
     cache.check(blocks.unwrapped(pipe.transformer))
+    check_alone(pipe, cache)
     return cache
 
 
@@ -198,7 +208,7 @@ def check_regions(pipe: DiffusionPipeline, scheduler: RaluScheduler):
 
 
 def check(pipe: DiffusionPipeline, family: Family):
-    """Raise ValueError for a transformer that cannot be given other tokens at every stage."""
+    """Raise ValueError for a transformer or a ControlNet that cannot be given other tokens at every stage."""
     transformer = pipe.transformer
     if transformer is None:
         raise ValueError("pipe.transformer must be a model, got None")
@@ -207,11 +217,30 @@ def check(pipe: DiffusionPipeline, family: Family):
         expected, name = family.embedding[0].__name__, f"pipe.transformer.{family.embedding_name}"
         raise ValueError(f"{name} must be a {expected}, got {kind.__name__}")
     family.check(model)
-    parallel = getattr(model, "_parallel_config", None)
-    if parallel is not None and parallel.context_parallel_config is not None:
+    check_controlnets(pipe, family)
+    if (parallel := context_of(model)) is not None:
+        if not family.context_parallel or controlnets(pipe):
+            reason = "RALU splits the sequences of FLUX.1 alone, without a ControlNet"
+        elif parallel.ring_degree > 1 and model.device.type == "cpu":
+            reason = "on a CPU there is no attention in a ring, give ulysses_degree"
+        else:
+            return
         raise ValueError(
-            "pipe.transformer must not be context-parallel: RALU's positions are of each image, and are not split. "
-            "Load the transformer without enable_parallelism"
+            f"pipe.transformer must not be context-parallel so: {reason}. Else load it without enable_parallelism"
+        )
+
+
+def check_alone(pipe: DiffusionPipeline, cache: Cache | None):
+    """Raise ValueError for a cache or fused blocks beside a ControlNet or context parallelism."""
+    if cache is not None and controlnets(pipe):
+        raise ValueError("cache must be None with a ControlNet, which adds to what is cached: enable without a cache")
+    if context_of(blocks.unwrapped(pipe.transformer)) is None:
+        return
+    if cache is not None:
+        raise ValueError("cache must be None with context parallelism: processes would disagree on what to reuse")
+    if blocks.is_fused(pipe.transformer):
+        raise ValueError(
+            "pipe.transformer must not be fused with context parallelism: call enable_parallelism before ralu.enable"
         )
 
 
@@ -222,6 +251,7 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
     for stand_in in (Strength, Masking):
         if hasattr(pipe, stand_in.name):
             stand_in.put_into(pipe)
+    ControlNetHook.put_onto(pipe, family)
     hook.renew_cache(transformer)
     decode = resize = None
     if pipe.vae is not None:
@@ -240,8 +270,10 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
         made = hook.cache.velocity(transformer, tokens, scheduler.progress)
         return given if made is tokens else family.unpack(made, (given.shape[-2] // 2, given.shape[-1] // 2))
 
-    whole = family.entry.blends(pipe)
-    scheduler.bind(decode, stage_begins, family.pack, family.unpack, velocity, resize, family.normalised(pipe), whole)
+    scheduler.bind(
+        decode, stage_begins, family.pack, family.unpack, velocity, resize, family.normalised(pipe),
+        Parallel.of(transformer), family.entry.blends(pipe),
+    )  # fmt: skip
 
 
 def run_begins(scheduler: RaluScheduler):
@@ -266,6 +298,7 @@ def run_begins(scheduler: RaluScheduler):
         return
     check(pipe, family)
     check_regions(pipe, scheduler)
+    check_alone(pipe, hook.cache)
     bind(pipe, scheduler, hook)
     hook.pipes.add(pipe)
 
@@ -335,6 +368,7 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
             blocks.fuse(transformer, **hook.fused_before)
     for sharing in {pipe, *(hook.pipes if hook else ())}:
         remove_stand_ins(sharing)
+        ControlNetHook.remove_from(sharing)
         if getattr(sharing, "vae", None) is not None:
             remove_stand_ins(sharing.vae)
         scheduler = getattr(sharing, "scheduler", None)

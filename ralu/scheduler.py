@@ -21,6 +21,7 @@ from .image import ImageRun
 from .interpolation import check_resize
 from .layout import Layout
 from .options import Options, schedule_of
+from .parallel import Parallel
 from .presets import known_shift
 from .regions import no_mask, repainted, scorer_of
 from .schedule import Schedule, own_shift
@@ -103,6 +104,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         velocity: Callable[[Tensor], Tensor] = lambda velocity: velocity,
         resize: Callable | None = None,
         normalised: tuple[Tensor, Tensor] | None = None,
+        parallel: Parallel | None = None,
         whole: bool = False,
     ):
         """Make ready to run. A second call replaces the first.
@@ -114,6 +116,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         velocity:     makes that of a step of what the model gave for it, of the same shape.
         resize:       for upsampler="pixels", see `ralu.stages.Run`.
         normalised:   how the channels of tokens are normalised, see `ralu.stages.Run`.
+        parallel:     the processes that split the model's sequences.
         whole:        hand out and take samples at full size in every step, see `ralu.image.ImageRun`.
         Raises ValueError for regions="canny" without a decoder, and upsampler="pixels" without `resize`.
         """
@@ -129,7 +132,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             scorer = no_mask if regions == "mask" else scorer_of(regions, decode)
         self._bound_scorer, self._resize = scorer, resize
         self._stage_begins, self._velocity = stage_begins, velocity
-        self._samples = {"pack": pack, "unpack": unpack, "normalised": normalised, "whole": whole}
+        self._samples = {
+            "pack": pack, "unpack": unpack, "normalised": normalised, "parallel": parallel, "whole": whole
+        }  # fmt: skip
 
     def unbind(self):
         """Forget the model."""
@@ -240,6 +245,11 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         return self._run is not None
 
     @property
+    def parallel(self) -> Parallel | None:
+        """The processes that split the sequences of the current run's model."""
+        return self._run.parallel
+
+    @property
     def progress(self) -> Progress | None:
         """Where the run is, with stages or without; None before and after."""
         run, begun = self._run, self.begin_index or 0
@@ -258,9 +268,14 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         """The current run's low grid (h, w)."""
         return self._run.grid
 
-    def start(self, noise: Tensor, grid: tuple[int, int], images: int | None = None):
+    @property
+    def full_grid(self) -> tuple[int, int]:
+        """The current run's full grid (rows, columns)."""
+        return self._run.full_grid
+
+    def start(self, noise: Tensor, grid: tuple[int, int], images: int | None = None, conditions: int = 0):
         """Begin the first stage, see `ralu.stages.Run.start`. noise: the sample of the model's first call."""
-        self._run.start(noise, grid, images)
+        self._run.start(noise, grid, images, conditions)
 
     def subsample_first(self, sample: Tensor) -> Tensor:
         """Bring a full-size sample to the stage's tokens: the first step's, and where `whole` is bound, every step's.
@@ -277,6 +292,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         was not called through `ralu.enable` or `ralu.sample` before, and ValueError for a velocity that does not fit.
         """
         run = self._run
+        if run is not None and run.conditions:
+            # Pipelines cut off what is behind the image's tokens, in the first step as if these were of full size.
+            model_output = model_output[:, : run.layout.positions.shape[1]]
         if self.bound:
             model_output = self._velocity(model_output)
         if run is None:

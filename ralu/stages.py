@@ -20,6 +20,7 @@ from ralu_kernels._backend import resolve
 from . import interpolation, regions
 from .layout import Grid, Layout, crop, pack, pad, raster, strip, subsample_first, unpack
 from .options import Options, schedule_of
+from .parallel import Parallel
 from .schedule import SMOOTH, Schedule, Transition
 from .seeds import seeds_of
 from .solver import Solver, sample_squares
@@ -100,6 +101,7 @@ class Run:
     normalised:   (deviation, mean), (C,) each, where every channel of a token is normalised apart: copies of a latent
                   pixel, which come to other channels, are made of `x · deviation + mean` and normalised anew. The
                   noise in a sample, which is white under the normalisation, is copied as it is.
+    parallel:     the processes that split the model's sequences, where they are more than one.
     """
 
     def __init__(
@@ -112,11 +114,12 @@ class Run:
         pack: Callable[[Tensor], Tensor] = _same,
         unpack: Callable[[Tensor, Grid], Tensor] = _same,
         normalised: tuple[Tensor, Tensor] | None = None,
+        parallel: Parallel | None = None,
     ):
         interpolation.check_resize(schedule, resize)
         self.schedule, self.options = schedule, options
         self.resize: Any = resize
-        self.normalised = normalised
+        self.normalised, self.parallel = normalised, parallel
         self.scorer: Callable = scorer() if scorer is regions.Change else scorer  # it remembers the steps of this run
         self.pack, self.unpack = pack, unpack
         self.solver = Solver(options.chosen("solver")["solver"], self._squares)
@@ -130,6 +133,7 @@ class Run:
         self.layout: Any = None  # a Layout from `start` on
         self.full_grid: Grid = (0, 0)
         self.padded_grid: Grid = (0, 0)  # with sides that the low grid's are half of
+        self.conditions = 0
         self._seeds: Any = None  # a tensor from the first step on
 
     @property
@@ -147,13 +151,15 @@ class Run:
         """The low grid (h, w)."""
         return self.padded_grid[0] // 2, self.padded_grid[1] // 2
 
-    def start(self, noise: Tensor, grid: Grid, images: int | None = None):
+    def start(self, noise: Tensor, grid: Grid, images: int | None = None, conditions: int = 0):
         """Begin the first stage.
 
-        noise:  (B, N, C), the model's first input, in raster order of the full grid (rows, columns) = grid. B may be
-                more than the first step's: guidance doubles batches.
-        images: how many images these are, B unless guidance doubles them.
-        Raises ValueError for noise that does not fit, and for masks or seeds of another number of images.
+        noise:      (B, N, C), the model's first input, in raster order of the full grid (rows, columns) = grid. B may
+                    be more than the first step's: guidance doubles batches.
+        images:     how many images these are, B unless guidance doubles them.
+        conditions: how many tokens of condition images the model sees behind these, see `ralu.layout.Layout`.
+        Raises ValueError for noise that does not fit or differs between processes, and for masks or seeds of another
+        number of images.
         """
         noise, images = self.pack(noise), images or len(noise)
         if noise.shape[2] % 4:
@@ -164,8 +170,10 @@ class Run:
         given = self.options.seeds
         if given is not None and not isinstance(given, int) and len(given) != images:
             raise ValueError(f"seeds must be one number, or one for each of the {images} images, got {len(given)}")
+        if self.parallel is not None:
+            self.parallel.check_same(seeds_of(noise))
         halved = any(stage.resolution != "full" for stage in self.schedule.stages)
-        self.full_grid = grid
+        self.full_grid, self.conditions = grid, conditions
         self.padded_grid = (grid[0] + grid[0] % 2, grid[1] + grid[1] % 2) if halved else grid
         if isinstance(self.scorer, regions.Mask):
             self.scorer.check_batch(images)
@@ -253,11 +261,19 @@ class Run:
 
     def _selected(self, stage: int, x0: Tensor) -> Layout:
         """Choose a mixed stage's tokens by a clean estimate (B, n, C)."""
-        scores = regions.score(self.scorer, x0, self.grid, self._seeds)
-        threshold = self.options.threshold
+        plan, scores = self._plan(regions.score(self.scorer, x0, self.grid, self._seeds))
+        return Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0, self.conditions)
+
+    def _plan(self, scores: Tensor) -> tuple[TokenPlan, Tensor]:
+        """Select tokens by their scores (B, n), which are returned as they are in all processes."""
+        threshold, backend = self.options.threshold, self.options.chosen("backend")
         chosen: dict[str, Any] = {"ratio": self.schedule.ratio} if threshold is None else {"threshold": threshold}
-        plan = plan_tokens(scores, self.grid, **chosen, **self.options.chosen("backend"))
-        return Layout(stage, "mixed", pad(plan.positions, plan), plan, scores, x0)
+        if self.parallel is None:
+            return plan_tokens(scores, self.grid, **chosen, **backend), scores
+        scores, tokens = self.parallel.first(scores), scores.shape[1]
+        count = (plan_tokens(scores, self.grid, **chosen, **backend).max_seqlen - tokens) // 3
+        ratio = self.parallel.selected(count, tokens, self.conditions) / tokens
+        return plan_tokens(scores, self.grid, ratio=ratio, **backend), scores
 
     def _moved(self, move: Callable, tokens: Tensor, x0: Tensor, where: Any, transition: Transition, *rest) -> Tensor:
         """Make a transition, where the clean estimate in the tokens is copied as `normalised` says."""
@@ -305,7 +321,7 @@ class Run:
     def _whole(self, stage: int, batch: int, device: torch.device) -> Layout:
         resolution = self.schedule.stages[stage - 1].resolution
         grid = self.grid if resolution == "low" else self.full_grid
-        return Layout(stage, resolution, raster(grid, batch, device))
+        return Layout(stage, resolution, raster(grid, batch, device), conditions=self.conditions)
 
     def _grid_of(self, layout: Layout) -> Grid:
         """Return the grid that a whole stage's estimate is resized from or to."""

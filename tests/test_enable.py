@@ -10,10 +10,8 @@ import tiny
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
-    FluxControlNetModel,
-    FluxControlNetPipeline,
+    FluxControlNetImg2ImgPipeline,
     FluxKontextInpaintPipeline,
-    FluxKontextPipeline,
     FluxPipeline,
     StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
@@ -267,24 +265,15 @@ def other_pipelines():
     return {
         "flux": [
             (FluxKontextInpaintPipeline, {"image": image, "mask_image": mask, "_auto_resize": False, "max_area": 4096}),
-            (FluxKontextPipeline, {"image": image, "_auto_resize": False, "max_area": 4096}),
-            (FluxControlNetPipeline, {"control_image": image}),
+            (FluxControlNetImg2ImgPipeline, {"image": image, "control_image": image, "strength": 0.5}),
         ],
         "sd3": [(StableDiffusion3PAGPipeline, {"pag_scale": 0.0})],
     }
 
 
-def controlnet(transformer):
-    config = {key: transformer.config[key] for key in (
-        "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
-        "guidance_embeds", "axes_dims_rope",
-    )}  # fmt: skip
-    return FluxControlNetModel(patch_size=1, num_layers=1, num_single_layers=1, **config).eval()
-
-
 def test_other_pipelines_are_refused_by_name_and_the_ways_out_work(stock, family):
     for kind, call in other_pipelines()[family]:
-        parts = {"controlnet": controlnet(stock.transformer)} if kind is FluxControlNetPipeline else {}
+        parts = {"controlnet": tiny.controlnet(stock, num_single_layers=1)} if "control_image" in call else {}
         call = {"prompt": PROMPT, "height": 64, "width": 64, "max_sequence_length": 16, "output_type": "pt"} | call
 
         def generate(twin, call=call):
@@ -305,23 +294,6 @@ def test_other_pipelines_are_refused_by_name_and_the_ways_out_work(stock, family
         twin.scheduler = stock.scheduler
         assert torch.equal(generate(ralu.disable(twin)), expected)
         assert type(stock.scheduler) is FlowMatchEulerDiscreteScheduler
-
-
-def test_context_parallelism_is_refused(stock, stock_image, monkeypatch):
-    class Parallel:
-        context_parallel_config = object()
-
-    ralu.enable(stock)
-    monkeypatch.setattr(stock.transformer, "_parallel_config", Parallel(), raising=False)
-    with pytest.raises(ValueError, match=r"pipe\.transformer must not be context-parallel.*enable_parallelism"):
-        tiny.generate(stock)
-    ralu.disable(stock)
-    before = traces(stock)
-    with pytest.raises(ValueError, match=r"pipe\.transformer must not be context-parallel"):
-        ralu.enable(stock)
-    assert traces(stock) == before
-    monkeypatch.undo()
-    assert torch.equal(tiny.generate(stock, **STOCK), stock_image)
 
 
 # ---- how the transformer is called ----

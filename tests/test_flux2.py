@@ -1,4 +1,4 @@
-"""What FLUX.2 alone has: dev beside klein, reference images, presets for a shift of its own."""
+"""What FLUX.2 alone has: dev beside klein, presets for a shift of its own."""
 
 import math
 
@@ -72,14 +72,6 @@ def test_copies_of_whole_tokens_need_no_normalisation(pipe, monkeypatch):
         images[granularity] = (tiny.generate(pipe) - with_norms).abs().max()
         monkeypatch.undo()
     assert images["token"] < 2e-5 and images["pixel"] > 1e-3
-
-
-def test_reference_images_are_refused(pipe):
-    from PIL import Image
-
-    with pytest.raises(ValueError, match=r"image must be None: RALU serves FLUX\.2 without reference images"):
-        tiny.generate(pipe, image=Image.new("RGB", (64, 64)))
-    assert tiny.generate(pipe).isfinite().all()
 
 
 def test_half_precision(stock):

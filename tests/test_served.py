@@ -15,10 +15,11 @@ import tiny
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BLOCK = re.compile(r"(<!-- begin tests/test_served.py -->\n\n).*?(\n\n<!-- end tests/test_served.py -->)", re.DOTALL)
 FEATURES = (
-    "equals a run written out by hand", "a batch equals its single runs", "token counts of its own for every image",
-    "guidance", "sizes that divide by 16 alone", "callbacks, previews, interruption", "LoRA", "IP-adapters",
-    "offloading", "torch.compile", "saving and loading", "upsampler=pixels", "fused blocks", "TaylorSeer", "TeaCache",
-    "ToCa", "DeltaDiT", "RAS", "estimate equals the counted run", "context parallelism", "disable restores every bit",
+    "equals a run written out by hand", "images as conditions", "a batch equals its single runs",
+    "token counts of its own for every image", "guidance", "sizes that divide by 16 alone",
+    "callbacks, previews, interruption", "LoRA", "IP-adapters", "offloading", "torch.compile", "saving and loading",
+    "upsampler=pixels", "fused blocks", "TaylorSeer", "TeaCache", "ToCa", "DeltaDiT", "RAS",
+    "estimate equals the counted run", "context parallelism", "disable restores every bit",
 )  # fmt: skip
 
 

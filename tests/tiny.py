@@ -5,6 +5,7 @@ Pipelines whose text encoders are language models have none: prompts are made em
 
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from typing import NamedTuple
 from zlib import crc32
 
@@ -19,13 +20,18 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
     ZImageImg2ImgPipeline,
@@ -166,6 +172,40 @@ def z_image(seed=0) -> ZImagePipeline:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def other(kind, pipe, **parts):
+    """Make another pipeline of the same parts, and of others."""
+    kept = {name: part for name, part in pipe.components.items() if name in signature(kind).parameters}
+    twin = kind(**kept | parts)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def kontext() -> FluxKontextPipeline:
+    return other(FluxKontextPipeline, flux())
+
+
+def controlnet(pipe, seed=1, **config):
+    """Make a ControlNet for a pipeline of FLUX or SD3; none of its weights are zeros, as before training."""
+    torch.manual_seed(seed)
+    kind = FluxControlNetModel if isinstance(pipe, FluxPipeline) else SD3ControlNetModel
+    given = {key: value for key, value in pipe.transformer.config.items() if key in signature(kind).parameters}
+    net = kind(**given | {"num_layers": 1} | config).eval()
+    for weight in net.parameters():
+        if not weight.any():
+            weight.data.normal_(std=0.2)
+    return net
+
+
+def flux_controlnet(**config) -> FluxControlNetPipeline:
+    pipe = flux()
+    return other(FluxControlNetPipeline, pipe, controlnet=controlnet(pipe, num_single_layers=1, **config))
+
+
+def sd3_controlnet(**config) -> StableDiffusion3ControlNetPipeline:
+    pipe = sd3("3.0")
+    return other(StableDiffusion3ControlNetPipeline, pipe, controlnet=controlnet(pipe, **config))
 
 
 def shallow(pipe):

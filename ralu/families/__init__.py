@@ -79,7 +79,8 @@ FAMILIES: dict[str, Entry] = {
         ("flux-5x", "flux-7x", "bottleneck-flux-5x", "bottleneck-flux-7x", "speed-flux-5x", "speed-flux-7x",
          "distilled-4"),
         50, ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
-        image_pipelines=("FluxImg2ImgPipeline", "FluxInpaintPipeline"), blending=("FluxInpaintPipeline",),
+        image_pipelines=("FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline", "FluxControlNetPipeline"),
+        blending=("FluxInpaintPipeline",),
     ),
     "flux2": Entry(
         f"{__name__}.flux2", ("Flux2Pipeline", "Flux2KleinPipeline"), "Flux2Transformer2DModel",
@@ -93,7 +94,9 @@ FAMILIES: dict[str, Entry] = {
         f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel",
         ("sd3-2x", "sd3-3x", "bottleneck-sd3-2x", "bottleneck-sd3-3x", "speed-sd3-2x", "speed-sd3-3x", "distilled-4"),
         28, ("sd3-medium", "sd3.5-medium", "sd3.5-large"), position_limit="pos_embed_max_size",
-        image_pipelines=("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+        image_pipelines=(
+            "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline",
+        ),
         blending=("StableDiffusion3InpaintPipeline",),
     ),
     "z_image": Entry(
@@ -135,6 +138,7 @@ class Family(ABC):
     takes_mask:    whether the stock attention takes a mask, so that images of a batch may differ in tokens.
     guided:        whether a negative prompt is usual.
     batched_guidance: whether it doubles the batch, instead of a second call.
+    context_parallel: whether sequences may be split over processes, see `ralu.parallel`.
     """
 
     name: str
@@ -154,6 +158,7 @@ class Family(ABC):
     takes_mask: bool
     guided: bool
     batched_guidance: bool
+    context_parallel: bool = False
 
     @property
     def entry(self) -> Entry:
@@ -170,6 +175,10 @@ class Family(ABC):
     def set_sample(self, arguments: dict, sample: Any) -> None:
         """Change the sample of a call."""
         arguments["hidden_states"] = sample
+
+    def condition_tokens(self, arguments: dict) -> int:
+        """Count the tokens of condition images that stand behind the image's in the model's first call, (B, L, C)."""
+        return 0
 
     def pack(self, sample):
         """Make tokens (B, n, C) of a sample of the pipeline's."""
@@ -194,7 +203,8 @@ class Family(ABC):
     def set_layout(self, module: Any, arguments: dict, layout: Any, grid: tuple[int, int]) -> None:
         """Give a call, whose arguments are changed in place, the positions and masks of a layout.
 
-        grid: the low grid (h, w).
+        module: the transformer, or a ControlNet. The call's sample is the layout's already, and condition images, if
+        there are any, are behind it. grid: the low grid (h, w).
         """
 
     def clear_layout(self, module: Any) -> None:  # noqa: B027, there is nothing to undo in most

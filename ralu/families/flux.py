@@ -18,8 +18,9 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from ralu_kernels import concat_gelu, gated_add, modulate
 
-from ..blocks import Processor, clipped, feed_forward, is_fused, vectors
+from ..blocks import Processor, clipped, feed_forward, is_fused, unwrapped, vectors
 from ..layout import Layout, pack, unpack
+from ..parallel import context_of
 from ..patch import Unpacking, decode_latents, encode_images
 from . import Family, FusedBlock
 from ._published import CLIP_L, KL_VAE, T5_XXL
@@ -117,24 +118,36 @@ class Flux(Family):
     takes_mask = True
     guided = False
     batched_guidance = False
+    context_parallel = True
+
+    def condition_tokens(self, arguments: dict) -> int:
+        """Count Kontext's, whose axis 0 is not the image's."""
+        return int(arguments["img_ids"][:, 0].count_nonzero())
 
     def grid_of(self, arguments: dict) -> tuple[int, int]:
         """Count rows and columns, and not read them off the last id: bfloat16 ids are inexact from 257 on."""
         ids = arguments["img_ids"]
+        ids = ids[ids[:, 0] == 0]
         columns = int((ids[:, 1] == 0).sum())
         return len(ids) // columns, columns
 
     def set_layout(self, module: Any, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
-        """Give the call ids of its own for every sample, float32 (L, 1, B, 3)."""
+        """Give the call ids of its own for every sample, float32 (L, 1, B, 3); text and conditions keep theirs."""
         text_ids, batch = arguments["txt_ids"], layout.positions.shape[0]
-        ids = F.pad(layout.positions, (1, 0))  # axis 0 is unused by text-to-image
+        ids = F.pad(layout.positions, (1, 0))  # axis 0 tells condition images apart
+        if layout.conditions:
+            own = arguments["img_ids"][-layout.conditions :].to(ids.dtype)
+            ids = torch.cat([ids, own.expand(batch, -1, -1)], dim=1)
+        if context_of(unwrapped(module)) is not None:  # which splits ids of one image, the same for all
+            arguments["img_ids"], arguments["txt_ids"] = ids[0], text_ids.to(ids.dtype)
+            return
         arguments["img_ids"] = ids.transpose(0, 1).unsqueeze(1)
         arguments["txt_ids"] = text_ids[:, None, None].expand(-1, 1, batch, -1).to(ids.dtype)
-        if layout.mask is not None:
+        if (image := layout.mask_with_conditions) is not None:
             if is_fused(module):
-                mask = {"image_mask": layout.mask, "image_total": layout.total}
+                mask = {"image_mask": image, "image_total": layout.total}
             else:
-                mask = {"attention_mask": F.pad(layout.mask, (len(text_ids), 0), value=True)}  # over [text, image]
+                mask = {"attention_mask": F.pad(image, (len(text_ids), 0), value=True)}  # over [text, image]
             arguments["joint_attention_kwargs"] = {**(arguments.get("joint_attention_kwargs") or {}), **mask}
 
     def trim_text(self, arguments: dict, length: int) -> None:

@@ -62,21 +62,26 @@ class Flux2(Family):
         norm = pipe.vae.bn
         return (norm.running_var.float() + pipe.vae.config.batch_norm_eps).sqrt(), norm.running_mean.float()
 
+    def condition_tokens(self, arguments: dict) -> int:
+        """Count those whose axis 0 is not the image's."""
+        return int(arguments["img_ids"][0, :, 0].count_nonzero())
+
     def grid_of(self, arguments: dict) -> tuple[int, int]:
-        """Count rows and columns of the image's ids. Raises ValueError for reference images."""
+        """Count rows and columns of the image's ids."""
         ids = arguments["img_ids"][0]
-        if ids[:, 0].any():
-            raise ValueError("image must be None: RALU serves FLUX.2 without reference images, else ralu.disable(pipe)")
+        ids = ids[ids[:, 0] == 0]
         columns = int((ids[:, 1] == 0).sum())
         return len(ids) // columns, columns
 
     def set_layout(self, module: Any, arguments: dict, layout: Layout, grid: tuple[int, int]) -> None:
-        """Give the call ids of its own for every sample, float32 (L, 1, B, 4), of which the text's stay the same."""
-        ids = F.pad(layout.positions, (1, 1))  # axis 0 tells reference images apart, axis 3 is the text's
+        """Give the call ids of its own for every sample, float32 (L, 1, B, 4); text and conditions keep theirs."""
+        ids = F.pad(layout.positions, (1, 1))  # axis 0 tells condition images apart, axis 3 is the text's
+        if layout.conditions:
+            ids = torch.cat([ids, arguments["img_ids"][:, -layout.conditions :].to(ids.dtype)], dim=1)
         text_ids = arguments["txt_ids"].to(ids.dtype)
         arguments["img_ids"], arguments["txt_ids"] = (x.transpose(0, 1).unsqueeze(1) for x in (ids, text_ids))
-        if layout.mask is not None:
-            mask = F.pad(layout.mask, (text_ids.shape[1], 0), value=True)  # over [text, image]
+        if (image := layout.mask_with_conditions) is not None:
+            mask = F.pad(image, (text_ids.shape[1], 0), value=True)  # over [text, image]
             joint = arguments.get("joint_attention_kwargs") or {}
             arguments["joint_attention_kwargs"] = {**joint, "attention_mask": mask}
 
