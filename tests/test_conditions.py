@@ -20,12 +20,13 @@ from diffusers import (
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from PIL import Image
-from test_by_hand import HEIGHT, WIDTH, patches_of
+from test_by_hand import patches_of
 
 import ralu
 from ralu.regions import gradient
 
 PROMPTS = tiny.PROMPTS
+HEIGHT, WIDTH = 64, 48
 TAKING_IMAGES = "FluxKontextPipeline", "FluxControlNetPipeline", "StableDiffusion3ControlNetPipeline"
 close = dict(rtol=0, atol=2e-5)
 
@@ -48,8 +49,8 @@ class Scaled:
     def __init__(self, pipe):
         self.pipe = pipe
 
-    def noise(self, generator):
-        return torch.randn(1, 4, HEIGHT // 2, WIDTH // 2, generator=generator)[0]
+    def noise(self, height, width, generator):
+        return torch.randn(1, 4, height // 2, width // 2, generator=generator)[0]
 
     def restored(self, patches):
         return patches / self.pipe.vae.config.scaling_factor + self.pipe.vae.config.shift_factor
@@ -102,9 +103,9 @@ class FluxControl(Kontext):
     def shift(self):
         return self.pipe.vae.config.shift_factor
 
-    def noise(self, generator):
-        super().noise(generator)  # for the VAE's chance
-        return super().noise(generator)
+    def noise(self, *given):
+        super().noise(*given)  # for the VAE's chance
+        return super().noise(*given)
 
     def velocity(self, patches, places, sigma, grid):
         given = {
@@ -255,7 +256,7 @@ def stock(case):
 @pytest.mark.serves("guidance", "StableDiffusion3ControlNetPipeline")
 def test_whole_runs_equal_the_method_written_out_by_hand(case, stock, ratio):
     family, seen = tiny.FAMILIES[case.family], []
-    second, third, final = test_by_hand.by_hand(case.model(stock), case.schedule, 3, ratio)
+    second, third, final = test_by_hand.by_hand(case.model(stock), case.schedule, HEIGHT, WIDTH, 3, ratio)
 
     def callback(pipe, i, t, values):
         seen.append(values["latents"])
@@ -286,7 +287,7 @@ def without_text():
 ])  # fmt: skip
 def test_other_models_equal_the_method_written_out_by_hand(name, make, model, call):
     case, pipe, seen = CASES[name], surely_encoding(make()), []
-    *_, final = test_by_hand.by_hand(model(pipe), case.schedule, 3, 0.3)
+    *_, final = test_by_hand.by_hand(model(pipe), case.schedule, HEIGHT, WIDTH, 3, 0.3)
 
     def callback(pipe, i, t, values):
         seen.append(values["latents"])
@@ -362,12 +363,12 @@ def test_a_copy_is_enabled_too_and_its_own(case, stock):
 @pytest.mark.refuses("TaylorSeer", "FluxKontextPipeline")
 def test_kontext_without_an_image_makes_images_from_text():
     pipe = tiny.flux()
-    expected = tiny.generate(ralu.enable(pipe, tiny.FAMILIES["flux"].short), width=WIDTH)
+    ralu.enable(pipe, tiny.FAMILIES["flux"].short)
+    expected = {width: tiny.generate(pipe, width=width) for width in (WIDTH, 60)}
     ralu.disable(pipe)
     twin = ralu.enable(tiny.other(FluxKontextPipeline, pipe), tiny.FAMILIES["flux"].short)
-    assert torch.equal(tiny.generate(twin, width=WIDTH, max_area=HEIGHT * WIDTH), expected)
-    with pytest.raises(ValueError, match="width and height that divide by 8, got 60x64; the nearest are 56x64 and 64"):
-        tiny.generate(twin, width=60, max_area=HEIGHT * 60)
+    for width, image in expected.items():
+        assert torch.equal(tiny.generate(twin, width=width, max_area=HEIGHT * width), image)
     ralu.enable(twin, tiny.FAMILIES["flux"].short, cache="taylorseer")
     assert CASES["kontext"].generate(twin, image=None).isfinite().all()
     with pytest.raises(ValueError, match="cache must be None where an image is a condition"):
@@ -479,3 +480,29 @@ def test_a_controlnet_that_takes_the_image_itself_is_refused():
     net = tiny.controlnet(pipe, num_single_layers=1, conditioning_embedding_channels=16)
     with pytest.raises(ValueError, match=r"one with an input_hint_block \(X-Labs\).*ralu\.disable\(pipe\)"):
         ralu.enable(tiny.other(FluxControlNetPipeline, pipe, controlnet=net))
+
+
+@pytest.mark.serves("sizes that divide by 16 alone", "FluxControlNetPipeline")
+def test_a_condition_of_a_size_that_divides_by_16_alone():
+    """Fifteen by thirteen tokens: what a low token sees beyond the image is the condition's last row and column."""
+    case, seen = CASES["flux-controlnet"], []
+    family, pipe = tiny.FAMILIES[case.family], case.make()
+    call = {"height": 60, "width": 52, "latents": family.latents(torch.randn(1, 4, 30, 26))}
+    control = {"control_image": picture(0, 60, 52), "controlnet_conditioning_scale": 0.7}
+
+    def note(module, args, given):
+        seen.append(given["controlnet_cond"][:1])
+
+    generated = tiny.generate(ralu.enable(pipe, case.schedule), **call, **control)
+    handle = pipe.controlnet.register_forward_pre_hook(note, with_kwargs=True)
+    tiny.generate(pipe, **call, **control)
+    handle.remove()
+    low, full = family.image(seen[0], 32, 28), family.image(seen[-1], 60, 52)
+    beyond = np.pad(full[0].numpy(), ((0, 0), (0, 2), (0, 2)), mode="edge")
+    means = [[beyond[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((1, 2)) for x in range(14)] for y in range(16)]
+    np.testing.assert_allclose(low[0], np.array(means).transpose(2, 0, 1), rtol=0, atol=1e-6)
+
+    without = tiny.generate(pipe, **call, **control | {"controlnet_conditioning_scale": 0.0})
+    plain = ralu.enable(tiny.other(FluxPipeline, ralu.disable(pipe)), case.schedule)
+    torch.testing.assert_close(without, tiny.generate(plain, **call), **close)
+    assert (generated - without).abs().max() > 1e-3

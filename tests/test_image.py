@@ -496,6 +496,8 @@ def test_what_is_refused(stock, family, images, mask):
         generate(made_of(KINDS[family][0], inpaint), image=images[:1], strength=early, latents=latents)
     with pytest.raises(ValueError, match="strength must leave one of the 100 steps"):
         generate(made_of(KINDS[family][0], inpaint), image=images[:1], strength=0.0)
+    with pytest.raises(ValueError, match="height and width must divide by two tokens, 32 pixels: these are 16x15"):
+        generate(inpaint, image=images[:1], mask_image=mask, strength=later, height=64, width=60)
     ralu.enable(inpaint, SHORT[family], regions="change")
     with pytest.raises(ValueError, match=r"regions='change' needs 2 steps before the selection, .* has 0"):
         generate(inpaint, image=images[:1], mask_image=mask, strength=later)
