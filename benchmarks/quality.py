@@ -53,8 +53,8 @@ SIZE, TEXT_TOKENS = 256, 32
 
 
 def scorers(preset: str) -> list[str]:
-    """List the preset with every way to choose regions, all at its own ratio; the first is the preset as it is."""
-    return [str(Method.parse(f"{preset}(regions={name})")) for name in CHOICES["regions"]]
+    """List the preset with every way to choose regions of images made from text; the first is the preset as it is."""
+    return [str(Method.parse(f"{preset}(regions={name})")) for name in CHOICES["regions"] if name != "mask"]
 
 
 # Methods as `ralu.method` has them, or a name of SCHEDULES.

@@ -111,7 +111,7 @@ def test_what_it_stands_for():
     mask = np.zeros((2, 2))
     custom = Method("flux-5x", Options(regions=mask))
     assert custom.options.given()["regions"] is mask
-    with pytest.raises(ValueError, match="regions must be one of canny, gradient, change, grid, random, got 'custom'"):
+    with pytest.raises(ValueError, match="canny, gradient, change, grid, random, mask, got 'custom'"):
         Method.parse(str(custom))
 
 

@@ -95,14 +95,19 @@ def test_commands_are_known(page, tmp_path, monkeypatch):
             assert words[0] in ("pip", "git", "cd", "python", "pre-commit"), line
 
 
+def anchors(page: str) -> set[str]:
+    titles = re.findall(r"^#+ (.*)", PAGES[page], re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     folder = next(path.parent for path in (ROOT / page, ROOT / "docs" / page) if path.exists())
-    anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
-               for title in re.findall(r"^#+ (.*)", PAGES[page], re.MULTILINE)}  # fmt: skip
     for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if not link.startswith(("https://", "http://")):
-            assert link in anchors or (folder / link).exists(), link
+            place, _, anchor = link.partition("#")
+            assert (folder / place).exists(), link
+            assert not anchor or anchor in anchors(Path(place or page).name), link
 
 
 def test_examples_of_contributing_are_those_that_are_tested():
