@@ -263,6 +263,18 @@ def roofs(path: Path) -> str:
     return table([name.replace("_", " ") for name in rows[0]], [list(row.values()) for row in rows])
 
 
+def hosts(path: Path) -> str:
+    """Print the table of host.py's file: a line a model, the last row of each variant."""
+    rows = {(row["model"], row["variant"]): row for row in record.read(path)}
+    body = []
+    for model in dict.fromkeys(name for name, _ in rows):
+        stock, fused = rows[model, "stock"], rows[model, "fused"]
+        cells = (f"{row['ms']} ({row['p10']} to {row['p90']})" for row in (stock, fused))
+        body.append([model, *cells, fused["ratio"], fused["launches"]])
+    head = ["", "stock, ms (10th to 90th percentile)", "fused", "ratio of the medians", "launches of fused operations"]
+    return f"{origin([*rows.values()])}.\n\n{table(head, body)}"
+
+
 # ---- pages ----
 
 
@@ -280,9 +292,9 @@ def block(path: Path, short: bool = False) -> str | None:
         return quality(path, short) if short else f"![Quality against work]({pareto(path)})\n\n{quality(path)}"
     if path.name.startswith("caches-"):
         return skipped(path)
-    if path.name in (
-        tables := {"solver-gaussian.csv": solvers, "work.csv": work, "saved.csv": saved, "roof.csv": roofs}
-    ):
+    tables = {"work.csv": work, "saved.csv": saved, "roof.csv": roofs, "host.csv": hosts}
+    tables["solver-gaussian.csv"] = solvers
+    if path.name in tables:
         return tables[path.name](path)
     if not (rows := latest(path)):
         return None

@@ -13,16 +13,8 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ralu_kernels import (
-    QKV,
-    PackedLayout,
-    gated_add,
-    gated_add_modulate,
-    pack_qkv,
-    packed_layout,
-    unpack,
-    varlen_attention,
-)
+import ralu_kernels
+from ralu_kernels import QKV, PackedLayout, packed_layout, unchecked
 
 from .families import Family, family_of_transformer
 
@@ -64,12 +56,15 @@ def fuse(transformer: nn.Module, *, trim_text: bool = False) -> nn.Module:
         logger.warning_once(f"RALU leaves this transformer unfused: {obstacle}")
         return transformer
     model.ralu_fusion = Fusion(transformer, family, blocks, trim_text)
+    first = {type(block): block for block in reversed(blocks)}
     try:
         for block in blocks:
             replacement = family.fused_blocks[type(block)]
             _replace_forward(block, type(block).forward, replacement.forward)
             for attention in _attentions(block):
-                attention.set_processor(replacement.processor(attention.processor))
+                checked = block is first[type(block)]
+                attention.set_processor(replacement.processor(attention.processor, checked))
+                _replace_forward(attention, type(attention).forward, _attend, required=False)
     except ValueError:
         unfuse(model)
         raise
@@ -90,6 +85,7 @@ def unfuse(transformer: nn.Module) -> nn.Module:
             fused = fusion.family.fused_blocks[type(block)].forward
             _replace_forward(block, fused, type(block).forward, required=False)
             for attention in _attentions(block):
+                _replace_forward(attention, _attend, type(attention).forward, required=False)
                 if isinstance(attention.processor, Processor):  # and not one put in since
                     attention.set_processor(attention.processor.stock or attention._default_processor_cls())
     return transformer
@@ -111,11 +107,14 @@ def check_trim_text(trim_text: bool):
 def is_fused(transformer: nn.Module) -> bool:
     """Say whether a transformer is fused. Where its attention is not `fuse`'s any more, it is unfused first."""
     fusion = vars(unwrapped(transformer)).get("ralu_fusion")
-    if fusion is not None and (obstacle := _obstacle(fusion.blocks, fusion.processors)):
+    if fusion is None or fusion.as_seen():
+        return fusion is not None
+    if obstacle := _obstacle(fusion.blocks, fusion.processors):
         logger.warning_once(f"RALU unfuses this transformer: {obstacle}")
         unfuse(transformer)
         return False
-    return fusion is not None
+    fusion.seen = [(attention, attention.processor, attention.norm_q) for attention in _all_attention(fusion.blocks)]
+    return True
 
 
 def unwrapped(transformer: nn.Module) -> Any:  # to PyTorch's annotations all that a module has is Tensor | Module
@@ -135,12 +134,20 @@ class Fusion:
         self.family, self.blocks, self.trim_text = family, blocks, trim_text
         self.parameters = named_arguments(transformer)
         self.handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
+        self.seen: list[tuple[Any, ...]] = []
         self._remember()
 
     @property
     def processors(self) -> tuple[type, ...]:
         """Classes of the attention processors that `fuse` sets."""
         return tuple(block.processor for block in self.family.fused_blocks.values())
+
+    def as_seen(self) -> bool:
+        """Say whether no attention has another processor or new hooks since it was looked at closely."""
+        for attention, processor, norm in self.seen:
+            if attention.processor is not processor or (norm is not None and not _HOOKS.isdisjoint(vars(norm))):
+                return False
+        return bool(self.seen)
 
     def _remember(self):
         # To these caches tensors are equal when they are the same object.
@@ -223,35 +230,55 @@ def _layouts(
 
 
 class Processor:
-    """Attention of one stream, or jointly of two, that computes no padding."""
+    """Attention of one stream, or jointly of two, that computes no padding.
+
+    checked: whether the block's operations check their arguments. The first block of a class does it for all, which
+             have the same shapes.
+    """
 
     text_first = True
 
-    def __init__(self, stock=None):
-        self.stock = stock
+    def __init__(self, stock=None, checked: bool = True):
+        self.stock, self.checked = stock, checked
+
+    @property
+    def operations(self) -> Any:
+        """The module with the block's operations."""
+        return ralu_kernels if torch.compiler.is_compiling() or self.checked else unchecked
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
         sequences: PackedLayout | None = None,
     ):  # fmt: skip
         """Attend: streams (B, L, D), the image's first, to results of the same shapes (stock signature)."""
-        streams = [_project(attn, hidden_states, *_IMAGE)]
+        ops, streams = self.operations, [_project(attn, hidden_states, *_IMAGE)]
         if encoder_hidden_states is not None:
             streams.append(_project(attn, encoder_hidden_states, *_TEXT))
         order = -1 if self.text_first else 1
         lengths = [stream.q.shape[1] for stream in streams[::order]]
         if sequences is None:
             sequences = packed_layout(None, len(hidden_states), sum(lengths), hidden_states.device)
-        if image_rotary_emb is not None:
-            image_rotary_emb = tuple(t if isinstance(t, Tensor) else t.table for t in image_rotary_emb)
-        q, k, v = pack_qkv(streams[::order], sequences, attn.heads, rotary=image_rotary_emb)
+        if image_rotary_emb is not None and not isinstance(image_rotary_emb[0], Tensor):
+            image_rotary_emb = tuple(t.table for t in image_rotary_emb)
+        q, k, v = ops.pack_qkv(streams[::order], sequences, attn.heads, rotary=image_rotary_emb)
         starts, longest = sequences.cu_seqlens, sequences.max_seqlen
-        image, *text = unpack(varlen_attention(q, k, v, starts, starts, longest, longest), sequences, lengths)[::order]
-        if not attn.pre_only:
-            image = attn.to_out[1](attn.to_out[0](image))
+        attended = ops.varlen_attention(q, k, v, starts, starts, longest, longest)
+        image, *text = ops.unpack(attended, sequences, lengths)[::order]
+        for module in () if attn.pre_only else attn.to_out:
+            image = module(image)
         if not text:
             return image
         return image, text[0] if attn.context_pre_only else attn.to_add_out(text[0])
+
+
+_ARGUMENTS = {"encoder_hidden_states", "attention_mask", "image_rotary_emb", "sequences"}
+
+
+def _attend(attn, hidden_states, *args, **kwargs):
+    """Call the processor as the stock forward does, which reads the processor's signature first, every time."""
+    known = isinstance(attn.processor, Processor) and all(name in _ARGUMENTS for name in kwargs)
+    forward = attn.processor if known else type(attn).forward  # which warns of the others, and leaves them out
+    return forward(attn, hidden_states, *args, **kwargs)
 
 
 # Projections of the image's stream and of the text's, the same in one (`fuse_qkv_projections`), and their norms.
@@ -260,11 +287,9 @@ _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added
 
 
 def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: tuple[str, ...]) -> QKV:
-    if attn.fused_projections:
-        qkv = getattr(attn, together)(x).chunk(3, dim=-1)
-    else:
-        qkv = (getattr(attn, name)(x) for name in separate)
-    return QKV(*qkv, *(getattr(getattr(attn, name), "weight", None) for name in norms))
+    modules = attn._modules  # a module takes a microsecond to find one of its own as an attribute
+    qkv = modules[together](x).chunk(3, dim=-1) if attn.fused_projections else [modules[name](x) for name in separate]
+    return QKV(*qkv, *(getattr(modules.get(name), "weight", None) for name in norms))
 
 
 # ---- what the forwards of families' blocks share ----
@@ -272,16 +297,25 @@ def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: t
 
 def vectors(norm, temb: Tensor, count: int) -> tuple[Tensor, ...]:
     """Compute the `count` modulation vectors of an adaptive norm from the timestep's embedding: (B, D) each."""
-    return norm.linear(norm.silu(temb)).chunk(count, dim=1)
+    return norm._modules["linear"](_activated(norm, temb)).chunk(count, dim=1)
 
 
-def feed_forward(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, ff) -> Tensor:
+def _activated(norm, temb: Tensor) -> Tensor:
+    """Activate the embedding that all blocks of a call share, for the first of them."""
+    if torch.compiler.is_compiling():
+        return norm.silu(temb)
+    if "activated" not in vars(temb):
+        temb.activated = norm.silu(temb)  # type: ignore[attr-defined]
+    return temb.activated  # type: ignore[attr-defined]
+
+
+def feed_forward(ops, x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, ff) -> Tensor:
     """Compute the rest of a block for a stream x, (B, L, D), from its attention's output y: the residual and the MLP.
 
-    gate, shift, scale, gate_mlp: (B, D), of the adaptive norm. ff: the block's MLP.
+    ops: the block's operations. gate, shift, scale, gate_mlp: (B, D), of the adaptive norm. ff: the block's MLP.
     """
-    x, normed = gated_add_modulate(x, gate, y, shift, scale)
-    return gated_add(x, gate_mlp, ff(normed))
+    x, normed = ops.gated_add_modulate(x, gate, y, shift, scale)
+    return ops.gated_add(x, gate_mlp, ff(normed))
 
 
 def clipped(x: Tensor) -> Tensor:
@@ -292,13 +326,20 @@ def clipped(x: Tensor) -> Tensor:
 # ---- in and out ----
 
 
+_HOOKS = {"_diffusers_hook", "_hf_hook"}  # the attributes that diffusers and accelerate set in a module with hooks
+
+
 def _attentions(block) -> list[Any]:
     return [attention for attention in (block.attn, getattr(block, "attn2", None)) if attention is not None]
 
 
+def _all_attention(blocks: list[nn.Module]) -> list[Any]:
+    return [attention for block in blocks for attention in _attentions(block)]
+
+
 def _obstacle(blocks: list[nn.Module], processors: tuple[type, ...]) -> str | None:
     """Say why blocks whose attention processors should be of these classes cannot be fused; None if they can."""
-    for attention in (attention for block in blocks for attention in _attentions(block)):
+    for attention in _all_attention(blocks):
         processor, norm = attention.processor, attention.norm_q
         if type(processor) not in processors:
             return f"its attention is {type(processor).__name__}'s"

@@ -15,6 +15,7 @@ from .budget import check_speedup, schedule_for, speedup_of
 from .caches import CACHES, Cache
 from .controlnet import ControlNetHook, check_controlnets, controlnets
 from .families import Family, family_of, served
+from .graphs import Graphs, check_graphs
 from .interpolation import through_pixels
 from .method import Method
 from .options import Options
@@ -42,6 +43,7 @@ def enable(
     cache: str | Cache | None = None,
     fused: bool | str = "auto",
     trim_text: bool = False,
+    graphs: bool = False,
     **options: Any,
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.
@@ -64,6 +66,9 @@ def enable(
     trim_text: compute attention without T5's padding, for prompts of different lengths and speed; needs `fused`. It
              changes the images: the models were trained to attend to that padding. `prompt_embeds` of your own are
              taken as they are, see `ralu.fuse`.
+    graphs:  on a GPU capture the transformer's calls as CUDA graphs, one for each stage, where launching is what takes
+             the time, see `ralu.graphs.Graphs`. FLUX.1 and SD3, fused or not; without caches, offloading, threshold,
+             LoRA and torch.compile.
     options: of `ralu.Options`: ratio, threshold, regions, granularity, kept_noise, matching, upsampler, solver,
              spacing, backend, seeds. What is left out (the preset too) is as it was saved in a pipeline that was saved
              enabled.
@@ -90,6 +95,8 @@ def enable(
         raise TypeError(f"fused must be True, False or 'auto', got {fused!r}")
     if isinstance(fused, str) and fused != "auto":
         raise ValueError(f"fused must be True, False or 'auto', got {fused!r}")
+    if not isinstance(graphs, bool):
+        raise TypeError(f"graphs must be True or False, got {graphs!r}")
     blocks.check_trim_text(trim_text)
     if trim_text and not fused:
         raise ValueError("trim_text=True needs fused=True or 'auto', got fused=False")
@@ -117,6 +124,8 @@ def enable(
         fitting = ", ".join(family.entry.presets)
         raise ValueError(f"{type(pipe).__name__}'s preset must be one of {fitting} or a Schedule, got {preset!r}")
     scheduler = _scheduler(pipe, family, preset, options)
+    if graphs:
+        check_graphs(pipe, family, cache is not None, scheduler.config.threshold)
 
     disable(pipe)
     hook = LayoutHook(pipe, scheduler, family)
@@ -129,6 +138,8 @@ def enable(
             hook.cache = cache  # first, so that what fails halfway is taken off
             cache.apply(blocks.unwrapped(pipe.transformer))
             hooks_changed(blocks.unwrapped(pipe.transformer))
+        if graphs:
+            Graphs.put_into(pipe.transformer)
     except BaseException:
         disable(pipe)
         raise
@@ -360,6 +371,7 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
             hook.cache.remove(blocks.unwrapped(transformer))
             hooks_changed(blocks.unwrapped(transformer))
         hook.remove(transformer)
+        remove_stand_ins(transformer)
         hook.scheduler.unbind()
         reset_caches(blocks.unwrapped(transformer))
         if hook.fused:

@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -131,8 +131,8 @@ def register(
     """Define an opaque op by its schema, whose last argument, ``str backend``, picks what runs.
 
     ``pick``, of the op's arguments, names the implementation where `resolve` is not enough. Returns the op as a
-    function that leaves its dispatch out where the extension runs and nothing is traced: at a FLUX latent's size the
-    way through PyTorch to a Python implementation takes a tenth of the whole call.
+    function that leaves its dispatch out where nothing is traced: the way through PyTorch to a Python implementation
+    takes the host longer than a launch.
     """
     name = schema.partition("(")[0]
 
@@ -143,9 +143,12 @@ def register(
         return implementations[name](*args[:-1])
 
     def call(*args: Any) -> _Result:
-        chosen = resolve(args[-1], args[0].device, implementations)
-        if chosen == "native" and type(args[0]) is Tensor and not torch.compiler.is_compiling():
-            return implementations["native"](*args[:-1])
+        x = args[0]
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if type(x) is Tensor and (x.is_cuda or x.is_cpu) and not traced:
+            return run(*args)
+        if not pick:
+            resolve(args[-1], x.device, implementations)
         result: _Result = op(*args)
         return result
 
@@ -153,9 +156,51 @@ def register(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*args[:-1]), lib=_library)
     op: Callable[..., _Result] = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return op if pick else call
+    return call
 
 
 def rowwise(x: Tensor) -> Tensor:
     """Return x for kernels that take any strides but one along the last dimension."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 else x.contiguous()
+
+
+def new_like(x: Tensor) -> Tensor:
+    """Allocate a contiguous tensor of x's shape and dtype, in a third of the host's time for `new_empty`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is not below n. Triton's own takes the host as long as a launch."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+_variants: dict[tuple[Any, ...], Any] = {}  # what was launched -> how Triton compiled it
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    numbers: tuple[float, ...],
+    constants: tuple[int, ...],
+    num_warps: int,
+) -> None:
+    """Launch a Triton kernel on its tensors' device; its parameters are inputs, outputs, numbers and constants.
+
+    To find the variant that it has compiled Triton looks at every argument, which takes the host longer than the launch
+    itself. Here that depends on the numbers, and the dtypes and alignment of the inputs: outputs are new, and of the
+    first input's dtype.
+    """
+    first: Any = inputs[0]
+    index = first.get_device()
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(kernel, grid, inputs, outputs, numbers, constants, num_warps)
+    seen = [None if x is None else (x.dtype, x.data_ptr() % 16) for x in inputs]
+    key = id(kernel), index, num_warps, constants, numbers, *seen  # a kernel's own hash is of its source
+    if compiled := _variants.get(key):
+        compiled[grid](*inputs, *outputs, *numbers, *constants)
+    elif compiled := kernel[grid](*inputs, *outputs, *numbers, *constants, num_warps=num_warps):
+        _variants[key] = compiled  # the interpreter has none
+    return None

@@ -104,6 +104,21 @@ def check_values(name: str, x: Tensor, shape: str) -> None:
         raise wrong(f"{name}.requires_grad", True, "False (forward only)")
 
 
+def fits(x: object, shape: Sequence[int], dtypes: tuple[torch.dtype, ...], device: torch.device) -> bool:
+    """Tell whether a tensor of values passes `check_values`, `check_shape` and `check_device`, sooner than they would.
+
+    Blocks of a transformer ask a thousand times a step. Where it does not, those say what is wrong.
+    """
+    return (
+        isinstance(x, Tensor)
+        and x.shape == shape
+        and x.dtype in dtypes
+        and x.device == device
+        and x.layout is torch.strided
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Check a tensor's sizes; ``meaning`` names them, as in "(B, D)"."""
     if x.shape != shape:

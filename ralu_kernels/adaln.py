@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import jit, register, rowwise, tl, triton
-from ._checks import check_alike, check_device, check_sequences, check_shape, check_values, finite, wrong
+from ._backend import jit, launch, new_like, next_power_of_2, register, rowwise, tl
+from ._checks import (
+    DTYPES,
+    check_alike,
+    check_device,
+    check_sequences,
+    check_shape,
+    check_values,
+    finite,
+    fits,
+    wrong,
+)
 
 
 @jit
@@ -52,24 +62,20 @@ def _launch(
     cu_seqlens: Tensor | None, eps: float,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return the sum and its modulation; without a gate the sum is None, without a scale its modulation."""
-    total, out = (None if vector is None else x.new_empty(x.shape) for vector in (gate, scale))
+    total, out = (None if gate is None else new_like(x)), (None if scale is None else new_like(x))
     if x.numel() == 0:
         return total, out
-    width, length, x = x.shape[-1], x.shape[-2], rowwise(x)
-    gate, y, shift, scale = (None if t is None else rowwise(t) for t in (gate, y, shift, scale))
-    strides = [
-        stride
-        for t in (x, y)
-        for stride in ((0, 0) if t is None else (t.stride(0) if t.dim() == 3 else 0, t.stride(-2)))
-    ]
-    block = triton.next_power_of_2(width)
+    *_, length, width = x.shape
+    given = [None if t is None else rowwise(t) for t in (x, gate, y, shift, scale)]
+    strides = [(0, 0) if t is None else (0, *t.stride()[:-1])[-2:] for t in given]  # from sample to sample, row to row
+    block = next_power_of_2(width)
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    with torch.cuda.device_of(x):
-        _adaln_kernel[(x.numel() // width,)](
-            x, gate, y, shift, scale, cu_seqlens, total, out, eps, length, width, sequences,
-            *strides, *(0 if vector is None else vector.stride(0) for vector in (gate, shift, scale)),
-            BLOCK_B=triton.next_power_of_2(sequences), BLOCK=block, num_warps=min(max(block // 512, 1), 16),
-        )  # fmt: skip
+    launch(
+        _adaln_kernel, (x.numel() // width, 1, 1), (*given, cu_seqlens), (total, out),
+        (float(eps), length, width, sequences, *strides[0], *strides[2], *(strides[i][1] for i in (1, 3, 4))),
+        (next_power_of_2(sequences), block),
+        num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
     return total, out
 
 
@@ -89,7 +95,7 @@ def _concat_gelu_kernel(
 
 
 def _fake_concat(x: Tensor, y: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], x.shape[2] + y.shape[2])
+    return torch.empty((*x.shape[:2], x.shape[2] + y.shape[2]), dtype=x.dtype, device=x.device)
 
 
 def _concat_gelu_triton(x: Tensor, y: Tensor) -> Tensor:
@@ -98,11 +104,9 @@ def _concat_gelu_triton(x: Tensor, y: Tensor) -> Tensor:
         return out
     x, y = rowwise(x), rowwise(y)
     batch, length, width = out.shape
-    block = min(triton.next_power_of_2(width), 1024)
-    with torch.cuda.device_of(x):
-        _concat_gelu_kernel[(batch * length, triton.cdiv(width, block))](
-            x, y, out, length, x.shape[2], width, *x.stride()[:2], *y.stride()[:2], BLOCK=block, num_warps=4
-        )
+    block = min(next_power_of_2(width), 1024)
+    numbers = length, x.shape[2], width, *x.stride()[:2], *y.stride()[:2]
+    launch(_concat_gelu_kernel, (batch * length, -(-width // block), 1), (x, y), (out,), numbers, (block,), num_warps=4)
     return out
 
 
@@ -157,6 +161,8 @@ def _check(x: Tensor, cu_seqlens: Tensor | None, *branches: Tensor, **vectors: T
     meaning = "(B, S, D)" if cu_seqlens is None else "(total, D)"
     check_values("x", x, meaning)
     for y in branches:
+        if fits(y, x.shape, (x.dtype,), x.device):
+            continue
         check_values("y", y, meaning)
         if y.shape != x.shape:
             raise wrong("y.shape", y.shape, f"{tuple(x.shape)}, as x's")
@@ -166,6 +172,8 @@ def _check(x: Tensor, cu_seqlens: Tensor | None, *branches: Tensor, **vectors: T
         check_sequences("cu_seqlens", cu_seqlens, x.shape[0], x, "x's")
         batch = cu_seqlens.shape[0] - 1
     for name, vector in vectors.items():
+        if fits(vector, (batch, width), DTYPES, x.device):
+            continue
         check_values(name, vector, "(B, D)")
         check_shape(name, vector, (batch, width), "(B, D)")
         check_device(name, vector, x, "x's")

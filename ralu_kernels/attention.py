@@ -1,7 +1,6 @@
 """Attention over packed sequences, by the fastest implementation that is installed."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from inspect import signature
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from ._backend import register
-from ._checks import check_alike, check_sequences, check_values, finite, integer, wrong, wrong_type
+from ._checks import check_alike, check_sequences, check_values, finite, fits, integer, wrong, wrong_type
 
 # Module and function, the compute capabilities it is made for, its largest head; "auto" tries them in this order.
 _PACKED = {
@@ -40,7 +39,7 @@ def _why_unsuited(name: str, q: Tensor) -> str | None:
     *_, capabilities, head = _PACKED[name]
     if q.device.type != "cuda":
         return f"it has nothing for {q.device.type}"
-    if torch.cuda.get_device_capability(q.device)[0] not in capabilities:
+    if _capability(q.device)[0] not in capabilities:
         return f"it is for compute capabilities {capabilities[0]} to {capabilities[-1]}"
     if q.dtype == torch.float32 or q.shape[-1] % 8 or q.shape[-1] > head:
         return f"it takes float16 and bfloat16, and a D of 8, 16, ... {head}"
@@ -75,15 +74,30 @@ def _fake(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
+def _priority(capability: tuple[int, int], usual: tuple[int, ...]) -> list[int]:
+    """Return the order in which dense attention's implementations are tried: cuDNN's first on Hopper and newer."""
+    if capability[0] < 9:
+        return [*usual]
+    first = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    return list(dict.fromkeys([*map(int, first), *usual]))
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
     """Attend densely, all (B, S, H, D)."""
-    fastest: AbstractContextManager[Any] = nullcontext()
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] >= 9:
-        order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-        fastest = sdpa_kernel([*order, SDPBackend.MATH], set_priority=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with fastest:
+    # What `sdpa_kernel(..., set_priority=True)` does; that takes the host longer than all else of a call.
+    before = torch._C._get_sdp_priority_order()
+    torch._C._set_sdp_priority_order(_priority(_capability(q.device), tuple(before)))
+    try:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    finally:
+        torch._C._set_sdp_priority_order(before)
     return x.transpose(1, 2)
 
 
@@ -113,7 +127,8 @@ def _sdpa(
         return q.new_zeros(q.shape)
     if _is_dense(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
         batch = cu_seqlens_q.shape[0] - 1
-        q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
+        each = batch, -1, *q.shape[1:]
+        q, k, v = q.view(each), k.view(each), v.view(each)
         return _attend(q, k, v, softmax_scale).flatten(0, 1).contiguous()
     if q.device.type != "cpu":
         return _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
@@ -232,9 +247,13 @@ def varlen_attention(
     _check_name("backend", backend)
     check_values("q", q, "(total, H, D)")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_values(name, x, "(total, H, D)")
+        like_q = fits(x, q.shape, (q.dtype,), q.device)
+        if not like_q:
+            check_values(name, x, "(total, H, D)")
         if x.stride(-1) != 1:
             raise wrong(f"{name}.stride(-1)", x.stride(-1), "1")
+        if like_q:
+            continue
         if x.shape[1:] != q.shape[1:]:
             raise wrong(f"{name}.shape", x.shape, f"(total, H, D) with q's {tuple(q.shape[1:])}")
         check_alike(name, x, q, "q's")

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import jit, register, resolve, tl, triton
+from ._backend import jit, launch, new_like, next_power_of_2, register, resolve, tl
 from ._checks import (
+    DTYPES,
     check_alike,
     check_device,
     check_shape,
     check_type,
     check_values,
     finite,
+    fits,
     integer,
     members,
     wrong,
@@ -130,8 +132,8 @@ def _fake_pack(
     rows: Tensor | None, cos: Tensor | None, sin: Tensor | None, heads: int, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     total = q.shape[0] * (q.shape[1] + (0 if q2 is None else q2.shape[1])) if rows is None else rows.shape[0]
-    shape = (total, heads, q.shape[2] // heads)
-    return q.new_empty(shape), q.new_empty(shape), q.new_empty(shape)
+    first = torch.empty((total, heads, q.shape[2] // heads), dtype=q.dtype, device=q.device)
+    return first, new_like(first), new_like(first)
 
 
 def _fake_unpack(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
@@ -142,14 +144,12 @@ def _fake_unpack(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple[T
 _TILE = 1024  # values: four warps, 16 bytes of half precision for each thread
 
 
-def _alike(*stream: Tensor | None) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
     """Return a stream's q, k and v with the strides that all three have, copied if they differ."""
-    tensors = [x for x in stream if x is not None]
-    if not tensors:
-        return stream, (0, 0)
-    if len({x.stride() for x in tensors}) > 1 or tensors[0].stride(2) != 1:
-        tensors = [x.contiguous() for x in tensors]
-    return tensors, tensors[0].stride()[:2]
+    strides = q.stride()
+    if not strides == k.stride() == v.stride() or strides[2] != 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return (q, k, v), q.stride()[:2]
 
 
 def _pack_triton(
@@ -163,18 +163,19 @@ def _pack_triton(
         return outputs
     first = q.shape[1]
     length = first + (0 if q2 is None else q2.shape[1])
-    (qkv, strides), (qkv2, strides2) = _alike(q, k, v), _alike(q2, k2, v2)
+    qkv, strides = _alike(q, k, v)
+    both = q2 is not None and k2 is not None and v2 is not None
+    qkv2, strides2 = _alike(q2, k2, v2) if both else ((None,) * 3, (0, 0))
     norms = [None if weight is None else weight.contiguous() for weight in (norm_q, norm_k, norm_q2, norm_k2)]
     tables = [None if table is None else table.contiguous() for table in (cos, sin)]
-    block_d = triton.next_power_of_2(size)
-    block_h = max(min(triton.next_power_of_2(heads), _TILE // block_d), 1)
-    head_blocks = triton.cdiv(heads, block_h)
-    with torch.cuda.device_of(q):
-        _pack_kernel[(total * head_blocks,)](
-            *qkv, *norms[:2], *qkv2, *norms[2:], rows, *tables, *outputs, eps,
-            q.shape[0] * length, first, length, heads, head_blocks, *strides, *strides2,
-            SIZE=size, TABLES=0 if cos is None else cos.dim() - 1, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
-        )  # fmt: skip
+    block_d = next_power_of_2(size)
+    block_h = max(min(next_power_of_2(heads), _TILE // block_d), 1)
+    head_blocks = -(-heads // block_h)
+    launch(
+        _pack_kernel, (total * head_blocks, 1, 1), (*qkv, *norms[:2], *qkv2, *norms[2:], rows, *tables), outputs,
+        (float(eps), q.shape[0] * length, first, length, heads, head_blocks, *strides, *strides2),
+        (size, 0 if cos is None else cos.dim() - 1, block_h, block_d), num_warps=4,
+    )  # fmt: skip
     return outputs
 
 
@@ -183,12 +184,10 @@ def _unpack_triton(x: Tensor, inverse: Tensor, first: int, second: int) -> tuple
     width = x.shape[1] * x.shape[2]
     if inverse.numel() * width == 0:
         return outputs
-    blocks = triton.cdiv(width, _TILE)
-    with torch.cuda.device_of(x):
-        _unpack_kernel[(inverse.shape[0] * blocks,)](
-            x.contiguous(), inverse, *outputs, x.shape[0], first, first + second, width, blocks,
-            BLOCK=_TILE, num_warps=4,
-        )  # fmt: skip
+    blocks = -(-width // _TILE)
+    numbers = x.shape[0], first, first + second, width, blocks
+    grid = inverse.shape[0] * blocks, 1, 1
+    launch(_unpack_kernel, grid, (x.contiguous(), inverse), outputs, numbers, (_TILE,), num_warps=4)
     return outputs
 
 
@@ -266,13 +265,15 @@ def pack_qkv(
     size = channels // heads
     if size == 0 or channels != heads * size or size % 2:
         raise wrong("heads", heads, f"H of {channels} = H * D, D even")
+    dtypes, device = (q.dtype,), q.device
     for names, stream in zip(_NAMES, streams, strict=False):
-        for name, x in zip(names[:3], stream[:3], strict=True):
-            check_values(name, x, "(B, S_i, H * D)")
-            check_shape(name, x, (batch, stream.q.shape[1], channels), "(B, S_i, H * D)")
-            check_alike(name, x, q, "streams[0].q's")
+        for name, x in zip(names, stream[:3], strict=False):
+            if not fits(x, (batch, stream.q.shape[1], channels), dtypes, device):
+                check_values(name, x, "(B, S_i, H * D)")
+                check_shape(name, x, (batch, stream.q.shape[1], channels), "(B, S_i, H * D)")
+                check_alike(name, x, q, "streams[0].q's")
         for name, weight in zip(names[3:], stream[3:], strict=True):
-            if weight is not None:
+            if weight is not None and not fits(weight, (size,), DTYPES, device):
                 check_values(name, weight, "(D,)")
                 check_shape(name, weight, (size,), "(D,)")
                 check_device(name, weight, q, "streams[0].q's")
@@ -283,6 +284,9 @@ def pack_qkv(
     cos, sin = (None, None)
     if rotary is not None:
         cos, sin = members("rotary", rotary, 2, "(cos, sin)")
+    if rotary is not None and not (
+        fits(cos, (length, size), (torch.float32,), device) and fits(sin, (length, size), (torch.float32,), device)
+    ):
         check_values("rotary[0]", cos, "(B, S, D)" if isinstance(cos, Tensor) and cos.dim() == 3 else "(S, D)")
         if cos.shape not in ((length, size), (batch, length, size)):
             raise wrong("rotary[0].shape", cos.shape, f"(S, D) or (B, S, D) of {(batch, length, size)}")
@@ -318,8 +322,7 @@ def unpack(x: Tensor, layout: PackedLayout, lengths: Sequence[int], *, backend: 
     """
     check_values("x", x, "(total, H, D)")
     _check_layout(layout, x, "x's")
-    total, heads, size = x.shape
-    if total != layout.total:
+    if (total := x.shape[0]) != layout.total:
         raise wrong("x.shape[0]", total, f"{layout.total}, the layout's total")
     if not isinstance(lengths, (tuple, list)):
         raise wrong_type("lengths", lengths, "a list of one or two ints")
@@ -329,8 +332,12 @@ def unpack(x: Tensor, layout: PackedLayout, lengths: Sequence[int], *, backend: 
     if sum(parts) != layout.length:
         raise wrong("sum(lengths)", sum(parts), f"{layout.length}, the layout's length")
     resolve(backend, x.device, BACKENDS)
+    return _streams(x, layout, parts, backend)
+
+
+def _streams(x: Tensor, layout: PackedLayout, parts: list[int], backend: str) -> tuple[Tensor, ...]:
     if layout.inverse is None:
-        whole: tuple[Tensor, ...] = x.reshape(layout.batch, layout.length, heads * size).split(parts, dim=1)
+        padded = x.reshape(layout.batch, layout.length, x.shape[1] * x.shape[2])
+        whole: tuple[Tensor, ...] = padded.split_with_sizes(parts, dim=1)
         return whole
-    streams = _unpack(x, layout.inverse, parts[0], sum(parts[1:]), backend)
-    return streams[: len(parts)]
+    return _unpack(x, layout.inverse, parts[0], sum(parts[1:]), backend)[: len(parts)]

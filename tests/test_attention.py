@@ -252,7 +252,7 @@ SUITED = {  # compute capability, dtype, D -> the backends that can run
 
 @pytest.mark.parametrize("capability, dtype, size, names", SUITED.values(), ids=SUITED.keys())
 def test_what_suits_a_gpu(monkeypatch, capability, dtype, size, names):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(attention, "_capability", lambda device: (capability, 0))
     q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(5, 2, size))
     assert [name for name in attention._PACKED if attention._why_unsuited(name, q) is None] == names
 
@@ -265,7 +265,7 @@ def test_dense_attention_prefers_cudnn_from_hopper_on(monkeypatch, capability, f
         orders.append([backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)])
         return torch.empty_like(q)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(attention, "_capability", lambda device: (capability, 0))
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
     before = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
     with FakeTensorMode():

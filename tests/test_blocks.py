@@ -100,6 +100,28 @@ def test_transformers_equal_stock(model):
         assert torch.equal(transformer(*first, **given).sample, actual)
 
 
+@pytest.mark.parametrize("model", ["flux", "3.5-medium"])
+def test_the_first_block_checks_for_all(model):
+    """Of each class; the others compute the same, bit for bit, with checks and without."""
+    transformer = ralu.fuse(make(model).transformer)
+    mine = [module for module in transformer.modules() if type(module) in FUSED]
+    firsts = [next(block for block in mine if type(block) is kind) for kind in {type(block) for block in mine}]
+    for block in mine:
+        for attention in blocks._attentions(block):
+            assert attention.processor.checked == (block in firsts)
+    given = inputs(model, transformer)
+    unchecked = run(transformer, given)
+    short = {"img_ids": torch.rand(20, 3)} if model == "flux" else {"timestep": torch.rand(1)}
+    if model != "flux":
+        short["pooled_projections"] = given["pooled_projections"][:1]
+    with pytest.raises(ValueError, match=r"rotary\[0\].shape" if model == "flux" else "shift.shape"):
+        run(transformer, given | short)
+    for block in mine:
+        for attention in blocks._attentions(block):
+            attention.processor.checked = True
+    assert torch.equal(run(transformer, given), unchecked)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_bfloat16_is_as_exact_as_stock(model):
     transformer = make(model).transformer.bfloat16()

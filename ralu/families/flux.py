@@ -16,8 +16,6 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from ralu_kernels import concat_gelu, gated_add, modulate
-
 from ..blocks import Processor, clipped, feed_forward, is_fused, unwrapped, vectors
 from ..layout import Layout, pack, unpack
 from ..parallel import context_of
@@ -69,31 +67,35 @@ class BatchedPosEmbed(PerSampleIds, FluxPosEmbed):
 def _flux_double(
     block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):  # fmt: skip
-    shift, scale, *image = vectors(block.norm1, temb, 6)
-    text_shift, text_scale, *text = vectors(block.norm1_context, temb, 6)
-    attention, text_attention = block.attn(
-        hidden_states=modulate(hidden_states, shift, scale),
-        encoder_hidden_states=modulate(encoder_hidden_states, text_shift, text_scale),
+    modules = block._modules  # a module takes a microsecond to find one of its own as an attribute
+    attn, ops = modules["attn"], modules["attn"].processor.operations
+    shift, scale, *image = vectors(modules["norm1"], temb, 6)
+    text_shift, text_scale, *text = vectors(modules["norm1_context"], temb, 6)
+    attention, text_attention = attn(
+        hidden_states=ops.modulate(hidden_states, shift, scale),
+        encoder_hidden_states=ops.modulate(encoder_hidden_states, text_shift, text_scale),
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
     gate, *rest = image
-    hidden_states = feed_forward(hidden_states, gate, attention, *rest, block.ff)
+    hidden_states = feed_forward(ops, hidden_states, gate, attention, *rest, modules["ff"])
     gate, *rest = text
-    encoder_hidden_states = feed_forward(encoder_hidden_states, gate, text_attention, *rest, block.ff_context)
-    return clipped(encoder_hidden_states), hidden_states
+    text = feed_forward(ops, encoder_hidden_states, gate, text_attention, *rest, modules["ff_context"])
+    return clipped(text), hidden_states
 
 
 def _flux_single(
     block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):  # fmt: skip
+    modules = block._modules
+    attn, ops = modules["attn"], modules["attn"].processor.operations
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = vectors(block.norm, temb, 3)
-    normed = modulate(x, shift, scale)
-    mlp = block.proj_mlp(normed)
-    attention = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    x = clipped(gated_add(x, gate, block.proj_out(concat_gelu(attention, mlp))))
-    return x.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+    shift, scale, gate = vectors(modules["norm"], temb, 3)
+    normed = ops.modulate(x, shift, scale)
+    mlp = modules["proj_mlp"](normed)
+    attention = attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    x = clipped(ops.gated_add(x, gate, modules["proj_out"](ops.concat_gelu(attention, mlp))))
+    return x.split_with_sizes([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
 
 class Flux(Family):

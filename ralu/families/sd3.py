@@ -17,8 +17,6 @@ from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from ralu_kernels import gated_add, modulate
-
 from ..blocks import Processor, feed_forward, is_fused, unwrapped, vectors
 from ..layout import Layout, pack, unpack
 from ..patch import WholeDecode, decode_latents, encode_images
@@ -108,7 +106,7 @@ class SD3Processor(Processor):
 
 
 def _sd3_joint(block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
-    given = dict(joint_attention_kwargs or {})
+    given, ops = dict(joint_attention_kwargs or {}), block.attn.processor.operations
     image_sequences = given.pop("image_sequences", None)
     shift, scale, gate, *image = vectors(block.norm1, temb, 9 if block.use_dual_attention else 6)
     if block.context_pre_only:
@@ -116,21 +114,21 @@ def _sd3_joint(block, hidden_states, encoder_hidden_states, temb, joint_attentio
     else:
         text_shift, text_scale, text_gate, *text = vectors(block.norm1_context, temb, 6)
     attention, text_attention = block.attn(
-        hidden_states=modulate(hidden_states, shift, scale),
-        encoder_hidden_states=modulate(encoder_hidden_states, text_shift, text_scale),
+        hidden_states=ops.modulate(hidden_states, shift, scale),
+        encoder_hidden_states=ops.modulate(encoder_hidden_states, text_shift, text_scale),
         **given,
     )
     if block.use_dual_attention:
         *image, shift, scale, gate2 = image
         attention2 = block.attn2(
-            hidden_states=modulate(hidden_states, shift, scale), **given | {"sequences": image_sequences}
+            hidden_states=ops.modulate(hidden_states, shift, scale), **given | {"sequences": image_sequences}
         )
-        hidden_states, gate, attention = gated_add(hidden_states, gate, attention), gate2, attention2
+        hidden_states, gate, attention = ops.gated_add(hidden_states, gate, attention), gate2, attention2
     ff, ff_context = (_chunked(block, ff) for ff in (block.ff, block.ff_context))
-    hidden_states = feed_forward(hidden_states, gate, attention, *image, ff)
+    hidden_states = feed_forward(ops, hidden_states, gate, attention, *image, ff)
     if block.context_pre_only:
         return None, hidden_states
-    return feed_forward(encoder_hidden_states, text_gate, text_attention, *text, ff_context), hidden_states
+    return feed_forward(ops, encoder_hidden_states, text_gate, text_attention, *text, ff_context), hidden_states
 
 
 def _chunked(block, ff):

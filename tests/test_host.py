@@ -1,0 +1,82 @@
+"""Launches of the fused blocks on a GPU's path without a GPU, and what host.py makes of them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ralu_kernels._backend import INTERPRET, triton
+
+if triton is None or INTERPRET:
+    pytest.skip("what is launched is compiled by Triton, uninterpreted", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import host
+import record
+import tables
+
+from ralu_kernels import _backend, qkv
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Every launch as it reaches the driver: grid, compiled kernel, arguments."""
+    seen = []
+    monkeypatch.setattr(host.Launching, "launched", lambda *args: seen.append((args[:3], args[4], args[-1])))
+    monkeypatch.setattr(_backend, "_variants", {})
+    return seen
+
+
+def layouts():
+    """Arguments that Triton compiles for differently: dtypes, addresses and numbers that divide by 16 or not, and 1."""
+    half = torch.bfloat16
+    for dtype, width, first, offset in (
+        (torch.float32, 32, 16, 0), (half, 32, 16, 0), (half, 32, 16, 1), (half, 32, 1, 0), (half, 24, 16, 0)
+    ):  # fmt: skip
+        x = torch.zeros(18 * width + offset, dtype=dtype)[offset:].view(18, 1, width)
+        yield x, torch.zeros(18, dtype=torch.int32), first, 18 - first
+
+
+def test_the_variant_that_is_kept_is_the_one_triton_finds(launched):
+    """Each is launched three times: by Triton, as it is kept, and by Triton again."""
+    with host.stubbed():
+        for arguments in layouts():
+            for again in (False, False, True):
+                if again:
+                    _backend._variants.clear()
+                qkv._unpack_triton(*arguments)
+    kernels = [kernel for _, kernel, _ in launched]
+    by_triton, kept, again = launched[::3], launched[1::3], launched[2::3]
+    outputs = slice(2, 4)  # new ones every time
+    for first, second, third in zip(by_triton, kept, again, strict=True):
+        assert first[:2] == second[:2] == third[:2]
+        for other in (second, third):
+            assert [x for i, x in enumerate(other[2]) if i not in (2, 3)] == [
+                x for i, x in enumerate(first[2]) if i not in (2, 3)
+            ]
+            assert [(x.shape, x.dtype) for x in other[2][outputs]] == [(x.shape, x.dtype) for x in first[2][outputs]]
+    assert len(set(map(id, kernels))) == 5
+
+
+def test_rows_count_every_launch(monkeypatch, tmp_path, capsys):
+    """A double block has seven, one of three operations for each stream and one for both; a single block has four."""
+    for name, counts in {
+        "flux-dev": {"num_layers": 2, "num_single_layers": 3},
+        "sd3.5-large": {"num_layers": 2},
+    }.items():
+        kind, config = host.MODELS[name]
+        monkeypatch.setitem(host.MODELS, name, (kind, config | counts))
+    host.main(["--repeats", "3", "--output", str(tmp_path / "host.csv")])
+    rows = {(row["model"], row["variant"]): row for row in record.read(tmp_path / "host.csv")}
+    assert [rows[model, "stock"]["launches"] for model in host.MODELS] == ["0", "0"]
+    # SD3's last block computes no text behind its attention.
+    assert rows["flux-dev", "fused"]["launches"] == str(2 * 7 + 3 * 4)
+    assert rows["sd3.5-large", "fused"]["launches"] == str(7 + 5)
+    for (model, _), row in rows.items():
+        ratio = float(row["ms"]) / float(rows[model, "stock"]["ms"])
+        assert float(row["ratio"]) == pytest.approx(ratio, rel=0.05) and float(row["p10"]) <= float(row["p90"])
+        assert row["commit"] and row["device"]
+    table = tables.block(tmp_path / "host.csv")
+    assert table.count("\n| ") == 4 and f"| {rows['flux-dev', 'fused']['ms']} (" in table
+    assert triton.runtime.driver._active is None or not isinstance(triton.runtime.driver._active, host.Launching)
