@@ -164,8 +164,10 @@ def _pack_triton(
     first = q.shape[1]
     length = first + (0 if q2 is None else q2.shape[1])
     qkv, strides = _alike(q, k, v)
-    both = q2 is not None and k2 is not None and v2 is not None
-    qkv2, strides2 = _alike(q2, k2, v2) if both else ((None,) * 3, (0, 0))
+    qkv2: tuple[Tensor | None, ...] = (None, None, None)
+    strides2: tuple[int, ...] = (0, 0)
+    if q2 is not None and k2 is not None and v2 is not None:
+        qkv2, strides2 = _alike(q2, k2, v2)
     norms = [None if weight is None else weight.contiguous() for weight in (norm_q, norm_k, norm_q2, norm_k2)]
     tables = [None if table is None else table.contiguous() for table in (cos, sin)]
     block_d = next_power_of_2(size)
@@ -284,9 +286,6 @@ def pack_qkv(
     cos, sin = (None, None)
     if rotary is not None:
         cos, sin = members("rotary", rotary, 2, "(cos, sin)")
-    if rotary is not None and not (
-        fits(cos, (length, size), (torch.float32,), device) and fits(sin, (length, size), (torch.float32,), device)
-    ):
         check_values("rotary[0]", cos, "(B, S, D)" if isinstance(cos, Tensor) and cos.dim() == 3 else "(S, D)")
         if cos.shape not in ((length, size), (batch, length, size)):
             raise wrong("rotary[0].shape", cos.shape, f"(S, D) or (B, S, D) of {(batch, length, size)}")
