@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import record
@@ -40,8 +41,8 @@ import ralu
 from ralu import families
 from ralu_kernels import _backend, _checks, attention
 
-SMALL = {name: TINY[name] for name in TINY if not name.endswith("layers")}
-MODELS = {
+SMALL: dict[str, Any] = {name: TINY[name] for name in TINY if not name.endswith("layers")}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-dev": ("flux", SMALL),
     "sd3.5-large": ("sd3", SMALL | {"caption_projection_dim": 32, "pos_embed_max_size": 8}),
 }

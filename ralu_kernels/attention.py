@@ -85,7 +85,7 @@ def _priority(capability: tuple[int, int], usual: tuple[int, ...]) -> list[int]:
     if capability[0] < 9:
         return [*usual]
     first = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    return list(dict.fromkeys([*(int(backend) for backend in first), *usual]))
+    return list(dict.fromkeys([*(backend.value for backend in first), *usual]))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
