@@ -110,12 +110,12 @@ def resolve(backend: str, device: torch.device, among: Collection[str] = _ABSENT
     "auto" is the compiled extension on a CPU, Triton on CUDA, and where these are absent the next of `_ORDER`.
     Raises ``ValueError`` for a backend that is unknown or cannot run on this device, ``TypeError`` if it is no string.
     """
-    if not isinstance(backend, str):
-        raise wrong_type("backend", backend, "a string")
     if backend == "auto":
         for name in _ORDER.get(device.type, ("reference",)):
             if name in among and _ABSENT[name](device) is None:
                 return name
+    if not isinstance(backend, str):
+        raise wrong_type("backend", backend, "a string")
     if backend not in among or _ABSENT[backend](device) is not None:
         states = ", ".join(f"{name!r} ({_ABSENT[name](device) or 'available'})" for name in among)
         raise ValueError(f"backend must be 'auto' or one available on {device.type}, got {backend!r}: {states}")

@@ -2,6 +2,7 @@
 # (The arguments of Triton's kernels have no types in Python.)
 """Adaptive layer norm: what a transformer block does to its tokens between the matrix products, one pass each."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,17 +67,30 @@ def _launch(
     if x.numel() == 0:
         return total, out
     *_, length, width = x.shape
-    given = [None if t is None else rowwise(t) for t in (x, gate, y, shift, scale)]
-    strides = [(0, 0) if t is None else (0, *t.stride()[:-1])[-2:] for t in given]  # from sample to sample, row to row
-    block = next_power_of_2(width)
+    given: list[Tensor | None] = []
+    strides: list[tuple[int, int]] = []  # from sample to sample, and from row to row
+    for t in (x, gate, y, shift, scale):
+        each = (0, 0, 1) if t is None else t.stride()
+        if t is not None and each[-1] != 1:
+            t = t.contiguous()
+            each = t.stride()
+        given.append(t)
+        strides.append((each[0] if len(each) == 3 else 0, each[-2]))
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    vectors = strides[1][1], strides[3][1], strides[4][1]
     launch(
         _adaln_kernel, (x.numel() // width, 1, 1), (*given, cu_seqlens), (total, out),
-        (float(eps), length, width, sequences, *strides[0], *strides[2], *(strides[i][1] for i in (1, 3, 4))),
-        (next_power_of_2(sequences), block),
-        num_warps=min(max(block // 512, 1), 16),
+        (float(eps), length, width, sequences, *strides[0], *strides[2], *vectors),
+        *_shape(width, sequences),
     )  # fmt: skip
     return total, out
+
+
+@cache
+def _shape(width: int, sequences: int) -> tuple[tuple[int, int], int]:
+    """Return the blocks (BLOCK_B, BLOCK) of a launch and its warps."""
+    block = next_power_of_2(width)
+    return (next_power_of_2(sequences), block), min(max(block // 512, 1), 16)
 
 
 @jit

@@ -90,7 +90,7 @@ def _priority(capability: tuple[int, int], usual: tuple[int, ...]) -> list[int]:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
     """Attend densely, all (B, S, H, D)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # What `sdpa_kernel(..., set_priority=True)` does; that takes the host longer than all else of a call.
     before = torch._C._get_sdp_priority_order()
     torch._C._set_sdp_priority_order(_priority(_capability(q.device), tuple(before)))

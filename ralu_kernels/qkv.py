@@ -3,6 +3,7 @@
 """From the projections of a joint attention to packed queries, keys and values, and from its output back."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +153,12 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tenso
     return (q, k, v), q.stride()[:2]
 
 
+@cache
+def _tile(heads: int, size: int) -> tuple[int, int]:
+    block_d = next_power_of_2(size)
+    return max(min(next_power_of_2(heads), _TILE // block_d), 1), block_d
+
+
 def _pack_triton(
     q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor | None, norm_k: Tensor | None,
     q2: Tensor | None, k2: Tensor | None, v2: Tensor | None, norm_q2: Tensor | None, norm_k2: Tensor | None,
@@ -170,8 +177,7 @@ def _pack_triton(
         qkv2, strides2 = _alike(q2, k2, v2)
     norms = [None if weight is None else weight.contiguous() for weight in (norm_q, norm_k, norm_q2, norm_k2)]
     tables = [None if table is None else table.contiguous() for table in (cos, sin)]
-    block_d = next_power_of_2(size)
-    block_h = max(min(next_power_of_2(heads), _TILE // block_d), 1)
+    block_h, block_d = _tile(heads, size)
     head_blocks = -(-heads // block_h)
     launch(
         _pack_kernel, (total * head_blocks, 1, 1), (*qkv, *norms[:2], *qkv2, *norms[2:], rows, *tables), outputs,
