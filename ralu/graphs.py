@@ -30,6 +30,7 @@ def check_graphs(pipe: DiffusionPipeline, family: Family, cached: bool, threshol
         f"whether a {name} waits for the device is not known": not family.fused_blocks,
         f"the pipeline is on {device}": device.type not in DEVICES,
         "torch.compile(mode='reduce-overhead') captures graphs of its own": compiled,
+        "the transformer is split over processes": getattr(model, "_parallel_config", None) is not None,
         "a cache chooses at every step what is computed": cached,
         "by threshold every image has other numbers of tokens, so give ratio": threshold is not None,
     }

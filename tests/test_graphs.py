@@ -229,6 +229,9 @@ def test_refusals_by_how_the_transformer_is(monkeypatch):
     handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: None)
     refused("hooks on the transformer's transformer_blocks.0, as caches and offloading have")
     handle.remove()
+    pipe.transformer._parallel_config = object()
+    refused("the transformer is split over processes")
+    pipe.transformer._parallel_config = None
     pipe.transformer.compile(backend="eager")
     refused("captures graphs of its own")
     monkeypatch.undo()
