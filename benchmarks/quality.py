@@ -61,7 +61,8 @@ def scorers(preset: str) -> list[str]:
 METHODS = {
     "mini-flux": [
         "stock-50(solver=ab2)", "stock-50", "stock-28", "stock-10", "stock-7", "stock-5", "stock-10(solver=ab2)",
-        "stock-5(solver=ab2)", "flux-7x", "flux-7x(solver=ab2)", "3+3-pixels", *scorers("flux-5x"),
+        "stock-5(solver=ab2)", "bottleneck-flux-7x", "speed-flux-7x", "flux-7x", "flux-7x(solver=ab2)", "3+3-pixels",
+        *scorers("flux-5x"),
         *(f"flux-5x({options})" for options in (
             "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token", "matching=off",
         )),
@@ -69,7 +70,8 @@ METHODS = {
     "mini-schnell": ["stock-4", "stock-2", "stock-1", "distilled-4", "distilled-4(granularity=token)"],
     "mini-sd3": [
         "stock-28(solver=ab2,spacing=trailing)", "stock-28", *(f"stock-{n}(spacing=trailing)" for n in (10, 7, 4)),
-        "stock-4(solver=ab2-limited,spacing=trailing)", "3+3-pixels", "3+5-pixels", "sd3-2x", *scorers("sd3-3x"),
+        "stock-4(solver=ab2-limited,spacing=trailing)", "bottleneck-sd3-3x", "speed-sd3-3x", "3+3-pixels", "3+5-pixels",
+        "sd3-2x", *scorers("sd3-3x"),
         *(f"sd3-3x({options})" for options in (
             "solver=ab2", "solver=ab2-limited", "upsampler=pixels", "granularity=token"
         )),

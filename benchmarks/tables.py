@@ -199,7 +199,8 @@ def quality(path: Path, short: bool = False) -> str:
     head = ["", "score", *MEASURES.values(), *columns.values()]
     row = rows[-1]
     counts = ", ".join([f"{row['captions']} captions", f"seeds {row['seeds']}", *filter(None, [row.get("dtype")])])
-    line = f"{counts}; torch {row['torch']}; commit {row['commit']}; {row['date']} ({link(path, short)})."
+    commits = " and ".join(values(rows, "commit"))
+    line = f"{counts}; torch {row['torch']}; commit {commits}; {row['date']} ({link(path, short)})."
     return f"{line}\n\n{table(head, body)}"
 
 
