@@ -5,26 +5,29 @@ from typing import Any
 from torch import Tensor
 
 from . import interpolation
-from .layout import Grid, coarsened, gather, pack, spread, unpack
-from .regions import Change
+from .layout import Grid, coarsened, crop, gather, pack, spread, unpack
+from .regions import Change, Mask
 from .schedule import shifted
-from .stages import Run
+from .stages import Run, widen
 
 
 class ImageRun(Run):
     """A `Run` that may begin at a later step than the first, from an image and noise.
 
     whole: take and give samples at full size in every step, for who blends them with others of that size: of a low
-           token one latent pixel of each 2x2 counts, and is copied to all four.
+           token one latent pixel of each 2x2 counts, and is copied to all four. Where the grid is padded, what pads
+           is kept here from step to step.
     """
 
     def __init__(self, *args, whole: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.whole = whole
         self.begun = 0  # the first step that is made
+        self.painted: Any = None  # (B, 1, H, W), 1 where tokens are to be selected; in turn where there are more images
         self._given: Any = None  # clean latents and noise, until they are made the first sample
         self._opening: Any = None  # the first sample, where it was made of them
         self._lowered: Any = None, None  # clean latents, and their low tokens
+        self._padded: Any = None  # with `whole`, the last sample on the padded grid
 
     @property
     def made(self) -> list[int]:
@@ -75,25 +78,23 @@ class ImageRun(Run):
         if self.layout is None:
             self._given = (clean, noise) if sigma < 1 else None
         elif self.layout.resolution != "full":
-            shown = coarsened(_tokens(clean), self._low(clean), self.layout, self.grid).to(clean.dtype)
+            shown = crop(self._shown(clean), self.padded_grid, self.full_grid).to(clean.dtype)
             clean = unpack(shown, self.full_grid) if clean.dim() == 4 else shown
         return sigma * noise + (1 - sigma) * clean
 
     def start(self, noise: Tensor, grid: Grid, images: int | None = None, conditions: int = 0):
         """Begin the stage of the first step that is made, see `Run.start`.
 
-        Raises ValueError, besides, for a grid with an odd side, and where the step is a later one, not at full
-        resolution, and `noised` was not called.
+        Raises ValueError, besides, where that is a later step, not at full resolution, and `noised` was not called.
         """
+        images = images or len(noise)
+        if self.painted is not None:
+            self.scorer = Mask(self.painted.float().repeat(images // len(self.painted), 1, 1, 1))
         super().start(noise, grid, images, conditions)
         stage, sigma, _ = self.steps[self.begun]
-        if self.padded_grid != grid and (self.whole or sigma < 1):
-            raise ValueError(
-                f"with an image, height and width must divide by two tokens, 32 pixels: these are {grid[0]}x{grid[1]}"
-            )
         if sigma == 1:
             return
-        self.layout = self._whole(stage, images or len(noise), noise.device)
+        self.layout = self._whole(stage, images, noise.device)
         if self._given is None:
             if self.layout.resolution != "full":
                 raise ValueError("to begin at a later step RALU needs image and noise apart: latents must be None")
@@ -103,34 +104,59 @@ class ImageRun(Run):
         if self.layout.resolution == "mixed":
             self.layout = self._selected(stage, self._low(clean))
         if self.layout.resolution != "full":
-            self._opening = self._laid_out(_tokens(self.noised(clean, noise)))
+            noise = self._widened(_tokens(noise))
+            self._opening = self._laid_out((sigma * noise + (1 - sigma) * self._shown(clean)).to(noise.dtype))
 
     def first(self, sample: Tensor) -> Tensor:
         """Bring the first step's sample to its stage's tokens, and with `whole` every step's. Others pass unchanged."""
         if self.index == self.begun and self._opening is not None:
             return self._opening.repeat(len(sample) // len(self._opening), *[1] * (sample.dim() - 1))
         if self.whole and self.layout.resolution != "full":
-            return self._laid_out(self.pack(sample))
+            return self._laid_out(self._widened(self.pack(sample)))
         return super().first(sample)
 
     def step(self, sample: Tensor, velocity: Tensor) -> tuple[Tensor, bool]:
         """Make one step of the solver, and at a stage's end the transition, see `Run.step`."""
         advanced, ended = super().step(sample, velocity)
         if self.whole and self.layout.resolution != "full":
-            advanced = self.unpack(spread(self.pack(advanced), self.layout, self.grid), self.full_grid)
+            self._padded = spread(self.pack(advanced), self.layout, self.grid)
+            advanced = self.unpack(crop(self._padded, self.padded_grid, self.full_grid), self.full_grid)
         return advanced, ended
 
+    def _widened(self, tokens: Tensor) -> Tensor:
+        """Put full-size tokens (B, N, C) on the padded grid, beside noise or what was there after the step before."""
+        if self.padded_grid == self.full_grid:
+            return tokens
+        if self._padded is None:
+            return widen(tokens, self.full_grid, self.padded_grid, self._first_seeds(tokens), self.options)
+        (rows, columns), repeats = self.full_grid, len(tokens) // len(self._padded)
+        whole = self._padded.to(tokens.dtype).repeat(repeats, 1, 1).unflatten(1, self.padded_grid)
+        whole[:, :rows, :columns] = tokens.unflatten(1, self.full_grid)
+        return whole.flatten(1, 2)
+
+    def _extended(self, clean: Tensor) -> Tensor:
+        """Return an image's tokens on the padded grid, where its last latent pixels are repeated."""
+        tokens = _tokens(clean)
+        if self.padded_grid == self.full_grid:
+            return tokens
+        deviation, mean = self._normalisation(tokens)
+        return (interpolation.extended(tokens * deviation + mean, self.full_grid, self.padded_grid) - mean) / deviation
+
+    def _shown(self, clean: Tensor) -> Tensor:
+        """Show an image as the layout has it, on the padded grid: (B, 4n, C)."""
+        return coarsened(self._extended(clean), self._low(clean), self.layout, self.grid)
+
     def _laid_out(self, tokens: Tensor) -> Tensor:
-        """Make a sample of the layout's of full-size tokens (B, 4n, C)."""
+        """Make a sample of the layout's of tokens on the padded grid, (B, 4n, C)."""
         tokens = gather(tokens, self.layout, self.grid)
         return self.unpack(tokens, self.grid if self.layout.plan is None else (1, tokens.shape[1]))
 
     def _low(self, clean: Tensor) -> Tensor:
         """Return the low tokens of a clean image, (B, n, C)."""
         if self._lowered[0] is not clean:
-            tokens = _tokens(clean)
+            tokens = self._extended(clean)
             if any(transition.interpolation == "pixels" for transition in self.schedule.transitions):
-                low = self.resize(tokens, self.full_grid, self.grid)
+                low = self.resize(tokens, self.padded_grid, self.grid)
             else:
                 deviation, mean = self._normalisation(tokens)
                 low = (interpolation.averaged(tokens * deviation + mean, self.grid) - mean) / deviation

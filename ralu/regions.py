@@ -217,12 +217,6 @@ class Mask:
             raise ValueError(f"regions has masks for {len(self.planes)} images, but the batch has {batch}")
 
 
-def repainted(mask: Tensor) -> Scorer:
-    """Score by the mask of an inpainting pipeline, (B, 1, H, W), each of which is for every B-th image of a batch."""
-    planes = mask.float()
-    return lambda x0, grid: Mask(planes.repeat(len(x0) // len(planes), 1, 1, 1))(x0, grid)
-
-
 def no_mask(x0: Tensor, grid: tuple[int, int]) -> Tensor:
     """Stand for the scorer until the pipeline's mask is known."""
     raise ValueError("regions='mask' needs the mask of an inpainting pipeline, and none was given")

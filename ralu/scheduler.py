@@ -23,7 +23,7 @@ from .layout import Layout
 from .options import Options, schedule_of
 from .parallel import Parallel
 from .presets import known_shift
-from .regions import no_mask, repainted, scorer_of
+from .regions import no_mask, scorer_of
 from .schedule import Schedule, own_shift
 from .solver import Solver
 
@@ -231,7 +231,7 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
     def repaint(self, mask: Tensor):
         """Select what is repainted, where regions="mask". mask: (B, 1, H, W), 1 where an inpainting pipeline paints."""
         if self._run is not None and self._bound_scorer is no_mask:
-            self._run.scorer = repainted(mask)
+            self._run.painted = mask
 
     def scale_noise(self, sample, timestep, noise):
         """Mix a clean image with noise at the next step's noise level (stock signature), see `ImageRun.noised`."""

@@ -30,6 +30,7 @@ from ralu_kernels import plan_tokens, reference
 
 PROMPTS = tiny.PROMPTS
 HEIGHT, WIDTH = 64, 48
+ODD = {"height": 60, "width": 52}  # whose token grid, 15 x 13, is padded
 H, W = HEIGHT // 8, WIDTH // 8  # the low grid
 KINDS = {
     "flux": (FluxImg2ImgPipeline, FluxInpaintPipeline),
@@ -77,9 +78,9 @@ def generate(pipe, prompt=PROMPTS[0], seeds=(3,), **call):
     return pipe(prompt, generator=tiny.generators(*seeds), max_sequence_length=16, guidance_scale=3.5, **call).images
 
 
-def as_image(latents):
+def as_image(latents, height=HEIGHT, width=WIDTH):
     """Latents of one image as the pipelines return them, as (1, C, h, w)."""
-    return FluxPipeline._unpack_latents(latents, HEIGHT, WIDTH, 2) if latents.dim() == 3 else latents
+    return FluxPipeline._unpack_latents(latents, height, width, 2) if latents.dim() == 3 else latents
 
 
 @torch.no_grad()
@@ -311,6 +312,26 @@ def test_batches_equal_their_single_runs_and_disable_restores(stock, family, ima
     assert not {"get_timesteps", "prepare_mask_latents", "_unpack_latents"} & vars(pipe).keys()
 
 
+@pytest.mark.serves("sizes that divide by 16 alone", *SERVED)
+def test_odd_grids(stock, family, images, mask):
+    """Outside a mask as in the stock run; everything painted as image-to-image; batches as their single runs."""
+    image_to_image, inpaint = (made_of(kind, stock) for kind in KINDS[family])
+    images, mask = (F.interpolate(x, size=tuple(ODD.values())) for x in (images, mask))
+    everything, painted = torch.ones_like(mask), {"image": images[:1], "mask_image": mask} | ODD
+    plain = generate(inpaint, **painted, strength=0.6, num_inference_steps=4)
+    known = (F.interpolate(mask, size=(30, 26)) == 0).expand(-1, stock.vae.config.latent_channels, -1, -1)
+    ralu.enable(stock, SHORT[family], regions="gradient")
+    image_to_image, inpaint = (made_of(kind, stock) for kind in KINDS[family])
+    for strength in (1.0, STRENGTHS[family][1]):
+        got = generate(image_to_image, image=images[:1], strength=strength, **ODD)
+        assert torch.equal(generate(inpaint, **painted | {"mask_image": everything}, strength=strength), got)
+        got = generate(inpaint, **painted, strength=strength)
+        assert torch.equal(as_image(got, **ODD)[known], as_image(plain, **ODD)[known])
+        batch = generate(inpaint, PROMPTS[:2], (3, 4), **painted | {"image": images}, strength=strength)
+        torch.testing.assert_close(batch[:1], got, rtol=0, atol=2e-5)
+    ralu.disable(stock)
+
+
 def test_images_of_a_prompt_share_its_mask(stock, family, images, mask):
     pipe, seen = ralu.enable(made_of(KINDS[family][1], stock), SHORT[family], regions="mask"), []
     masks = torch.cat([mask, mask.flip(3)])
@@ -450,6 +471,23 @@ def test_a_later_step_is_set_as_in_stock():
     assert scheduler.progress.stage == 3 and scheduler.progress.step == 0 and scheduler.progress.run_steps == 6
 
 
+def test_an_odd_grid_begins_with_a_padded_image():
+    clean, noise = torch.randn(2, 2, 4, 6, 10)
+    sigma = 0.97 / 2 / (1 - 0.97 / 2)
+
+    def begun(clean):
+        run = ImageRun(PRESETS["flux-5x"], gradient, Options())
+        run.begin_at(0.97)
+        tokens = F.pixel_unshuffle(run.noised(clean, noise), 2).flatten(2).mT
+        run.start(tokens, (3, 5))
+        return F.pixel_shuffle(run.first(tokens).mT.unflatten(2, (2, 3)), 2)
+
+    white, mean = begun(0 * clean) / sigma, F.avg_pool2d(F.pad(clean, (0, 2, 0, 2), mode="replicate"), 2)
+    torch.testing.assert_close(begun(clean) - sigma * white, (1 - sigma) * mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(white[..., :3, :5], noise[..., ::2, ::2])
+    assert len(white.unique()) == white.numel()  # what pads has noise of its own
+
+
 def test_a_layouts_tokens_are_gathered_and_spread_without_loss():
     grid, x = (3, 4), torch.randn(2, 48, 8)
     low = Layout(1, "low", raster(grid, 2, x.device))
@@ -496,8 +534,6 @@ def test_what_is_refused(stock, family, images, mask):
         generate(made_of(KINDS[family][0], inpaint), image=images[:1], strength=early, latents=latents)
     with pytest.raises(ValueError, match="strength must leave one of the 100 steps"):
         generate(made_of(KINDS[family][0], inpaint), image=images[:1], strength=0.0)
-    with pytest.raises(ValueError, match="height and width must divide by two tokens, 32 pixels: these are 16x15"):
-        generate(inpaint, image=images[:1], mask_image=mask, strength=later, height=64, width=60)
     ralu.enable(inpaint, SHORT[family], regions="change")
     with pytest.raises(ValueError, match=r"regions='change' needs 2 steps before the selection, .* has 0"):
         generate(inpaint, image=images[:1], mask_image=mask, strength=later)
