@@ -72,10 +72,10 @@ class Parallel:
             raise ValueError("latents differ between the processes: give each of them a generator with the same seed")
 
     def selected(self, count: int, tokens: int, conditions: int) -> int:
-        """Return how many tokens are to be selected, at least `count`, for a mixed stage that can be split evenly.
+        """Return how many tokens are to be selected for a mixed stage that can be split evenly: at least `count`.
 
-        tokens: of the low grid, each of which has three more if it is selected.
+        Fewer, where even all would not do. tokens: of the low grid, which with conditions can be split evenly, and each
+        of which has three more if it is selected.
         """
-        while (tokens + 3 * count + conditions) % self.size:
-            count += 1
-        return count
+        counts = *range(count, tokens + 1), *range(count - 1, -1, -1)
+        return next(k for k in counts if (tokens + 3 * k + conditions) % self.size == 0)

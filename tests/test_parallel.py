@@ -153,11 +153,11 @@ def test_a_ring_on_a_cpu_and_other_families_are_refused(stock):
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_as_few_more_tokens_are_selected_as_can_be_split(size):
     parallel = Parallel(size, None)
-    for conditions in (0, 240, 241, 250):
-        for count in range(LOW + 1):
-            served = [k for k in range(count, LOW + 1) if (LOW + 3 * k + conditions) % size == 0]
-            if (4 * LOW + conditions) % size == 0:
-                assert parallel.selected(count, LOW, conditions) == served[0]
+    for conditions in (0, 2, 8, 240, 241):
+        served = [k for k in range(LOW + 1) if (LOW + 3 * k + conditions) % size == 0]
+        for count in range(LOW + 1) if (LOW + conditions) % size == 0 else ():
+            more = [k for k in served if k >= count]
+            assert parallel.selected(count, LOW, conditions) == (more or served[-1:])[0]
 
 
 def test_tokens_of_whole_stages_must_be_split_evenly():
