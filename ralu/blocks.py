@@ -287,17 +287,24 @@ _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added
 
 
 def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: tuple[str, ...]) -> QKV:
-    modules = attn._modules  # a module takes a microsecond to find one of its own as an attribute
-    qkv = modules[together](x).chunk(3, dim=-1) if attn.fused_projections else [modules[name](x) for name in separate]
-    return QKV(*qkv, *(getattr(modules.get(name), "weight", None) for name in norms))
+    if attn.fused_projections:
+        qkv = getattr(attn, together)(x).chunk(3, dim=-1)
+    else:
+        qkv = (getattr(attn, name)(x) for name in separate)
+    return QKV(*qkv, *(getattr(getattr(attn, name), "weight", None) for name in norms))
 
 
 # ---- what the forwards of families' blocks share ----
 
 
+def operations(block) -> Any:
+    """Return the module with a fused block's operations. Caches put functions in place of its attention meanwhile."""
+    return block._modules["attn"].processor.operations
+
+
 def vectors(norm, temb: Tensor, count: int) -> tuple[Tensor, ...]:
     """Compute the `count` modulation vectors of an adaptive norm from the timestep's embedding: (B, D) each."""
-    return norm._modules["linear"](_activated(norm, temb)).chunk(count, dim=1)
+    return norm.linear(_activated(norm, temb)).chunk(count, dim=1)
 
 
 def _activated(norm, temb: Tensor) -> Tensor:

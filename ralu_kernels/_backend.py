@@ -110,12 +110,12 @@ def resolve(backend: str, device: torch.device, among: Collection[str] = _ABSENT
     "auto" is the compiled extension on a CPU, Triton on CUDA, and where these are absent the next of `_ORDER`.
     Raises ``ValueError`` for a backend that is unknown or cannot run on this device, ``TypeError`` if it is no string.
     """
+    if not isinstance(backend, str):
+        raise wrong_type("backend", backend, "a string")
     if backend == "auto":
         for name in _ORDER.get(device.type, ("reference",)):
             if name in among and _ABSENT[name](device) is None:
                 return name
-    if not isinstance(backend, str):
-        raise wrong_type("backend", backend, "a string")
     if backend not in among or _ABSENT[backend](device) is not None:
         states = ", ".join(f"{name!r} ({_ABSENT[name](device) or 'available'})" for name in among)
         raise ValueError(f"backend must be 'auto' or one available on {device.type}, got {backend!r}: {states}")
@@ -136,18 +136,22 @@ def register(
     """
     name = schema.partition("(")[0]
 
+    def chosen(*args: Any) -> str:
+        return pick(*args) if pick else resolve(args[-1], args[0].device, implementations)
+
     def run(*args: Any) -> _Result:
-        name = pick(*args) if pick else resolve(args[-1], args[0].device, implementations)
+        name = chosen(*args)
         if name == "reference" and args[-1] == "auto" and "native" in implementations:
             _warn_of_plain(args[0].device.type)
         return implementations[name](*args[:-1])
 
     def call(*args: Any) -> _Result:
         x = args[0]
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        if type(x) is Tensor and (x.is_cuda or x.is_cpu) and not traced:
-            return run(*args)
-        if not pick:
+        # Who watches what is dispatched sees the op, or the extension's own.
+        if type(x) is Tensor and (x.is_cuda or x.is_cpu) and not torch.compiler.is_compiling():
+            if not torch._C._len_torch_dispatch_stack() or chosen(*args) == "native":
+                return run(*args)
+        elif not pick:
             resolve(args[-1], x.device, implementations)
         result: _Result = op(*args)
         return result

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from ..blocks import Processor, clipped, feed_forward, is_fused, unwrapped, vectors
+from ..blocks import Processor, clipped, feed_forward, is_fused, operations, unwrapped, vectors
 from ..layout import Layout, pack, unpack
 from ..parallel import context_of
 from ..patch import Unpacking, decode_latents, encode_images
@@ -67,34 +67,32 @@ class BatchedPosEmbed(PerSampleIds, FluxPosEmbed):
 def _flux_double(
     block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):  # fmt: skip
-    modules = block._modules  # a module takes a microsecond to find one of its own as an attribute
-    attn, ops = modules["attn"], modules["attn"].processor.operations
-    shift, scale, *image = vectors(modules["norm1"], temb, 6)
-    text_shift, text_scale, *text = vectors(modules["norm1_context"], temb, 6)
-    attention, text_attention = attn(
+    ops = operations(block)
+    shift, scale, *image = vectors(block.norm1, temb, 6)
+    text_shift, text_scale, *text = vectors(block.norm1_context, temb, 6)
+    attention, text_attention = block.attn(
         hidden_states=ops.modulate(hidden_states, shift, scale),
         encoder_hidden_states=ops.modulate(encoder_hidden_states, text_shift, text_scale),
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
     gate, *rest = image
-    hidden_states = feed_forward(ops, hidden_states, gate, attention, *rest, modules["ff"])
+    hidden_states = feed_forward(ops, hidden_states, gate, attention, *rest, block.ff)
     gate, *rest = text
-    text = feed_forward(ops, encoder_hidden_states, gate, text_attention, *rest, modules["ff_context"])
+    text = feed_forward(ops, encoder_hidden_states, gate, text_attention, *rest, block.ff_context)
     return clipped(text), hidden_states
 
 
 def _flux_single(
     block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):  # fmt: skip
-    modules = block._modules
-    attn, ops = modules["attn"], modules["attn"].processor.operations
+    ops = operations(block)
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = vectors(modules["norm"], temb, 3)
+    shift, scale, gate = vectors(block.norm, temb, 3)
     normed = ops.modulate(x, shift, scale)
-    mlp = modules["proj_mlp"](normed)
-    attention = attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    x = clipped(ops.gated_add(x, gate, modules["proj_out"](ops.concat_gelu(attention, mlp))))
+    mlp = block.proj_mlp(normed)
+    attention = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    x = clipped(ops.gated_add(x, gate, block.proj_out(ops.concat_gelu(attention, mlp))))
     return x.split_with_sizes([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
 

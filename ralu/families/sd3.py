@@ -17,7 +17,7 @@ from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from ..blocks import Processor, feed_forward, is_fused, unwrapped, vectors
+from ..blocks import Processor, feed_forward, is_fused, operations, unwrapped, vectors
 from ..layout import Layout, pack, unpack
 from ..patch import WholeDecode, decode_latents, encode_images
 from . import Family, FusedBlock
@@ -106,7 +106,7 @@ class SD3Processor(Processor):
 
 
 def _sd3_joint(block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
-    given, ops = dict(joint_attention_kwargs or {}), block.attn.processor.operations
+    given, ops = dict(joint_attention_kwargs or {}), operations(block)
     image_sequences = given.pop("image_sequences", None)
     shift, scale, gate, *image = vectors(block.norm1, temb, 9 if block.use_dual_attention else 6)
     if block.context_pre_only:
