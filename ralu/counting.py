@@ -191,7 +191,8 @@ def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor],
 
     A library may copy any of these into a layout of its own. oneDNN's blocks of convolutions hold 16 channels. Where
     it does not serve (floats of 16 bits on most CPUs, and small inputs) PyTorch unfolds the input: every pixel of the
-    output has a column of all that its kernel sees. Products of shorter floats go by tiles of 16 rows and columns where
+    output has a column of all that its kernel sees. So does oneDNN on CPUs without AVX2, as many columns at a time as
+    a core's cache holds, 4 MB at most. Products of shorter floats go by tiles of 16 rows and columns where
     a CPU has those, of operands that may be transposed before, and add up in float32. Attention goes over 256 queries
     and 512 keys at a time; every thread holds their scores, two sums a query and its output in float32, and of shorter
     floats scores, queries and keys anew.
@@ -204,8 +205,9 @@ def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor],
         for tensor, dims in ((x, (1,)), (weight, (0, 1)), (y, (1,))):
             blocked = math.prod(math.ceil(n / 16) * 16 if i in dims else n for i, n in enumerate(tensor.shape))
             copies += blocked * tensor.itemsize - tensor.nbytes
-        if x.dtype != torch.float32 or x.numel() <= 20480:
-            copies += weight[0].numel() * y[:, 0].numel() * x.itemsize
+        columns = weight[0].numel() * y[:, 0].numel() * x.itemsize
+        whole = x.dtype != torch.float32 or x.numel() <= 20480
+        copies += columns if whole else min(columns, threads * 2**22)
     elif func in _PRODUCTS and operands[0].dtype != torch.float32:
         copies += sum(2 * _tiled(x) * x.itemsize for x in operands) + sum(4 * _tiled(y) for y in results)
     elif func in _ATTENTION:
