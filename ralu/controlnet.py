@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .blocks import named_arguments
 from .families import Family
-from .interpolation import extended
-from .layout import Grid, Layout, pack, pad, unpack
+from .interpolation import averaged, extended
+from .layout import Grid, Layout, coarsened, gather
 from .patch import LayoutHook, calling_pipeline
 
 
@@ -43,16 +42,12 @@ def resampled(condition: Tensor, layout: Layout, grid: Grid, full_grid: Grid, fa
     """
     if layout.resolution == "full":
         return condition
-    (h, w), plan = grid, layout.plan
-    high = extended(family.pack(condition), full_grid, (2 * h, 2 * w))
-    low = pack(F.avg_pool2d(unpack(high, (2 * h, 2 * w)), 2))
+    high = extended(family.pack(condition), full_grid, (2 * grid[0], 2 * grid[1]))
+    low, plan = averaged(high, grid).to(high.dtype), layout.plan
     if plan is None:
         return family.unpack(low, grid)
-    row, column = (2 * layout.positions).long().unbind(-1)  # on the full grid
-    kept = pad(plan.child, plan) < 0
-    index = torch.where(kept, pad(plan.source, plan).long(), h * w + 2 * w * row + column)
-    index = index.repeat(len(high) // len(index), 1)[..., None].expand(-1, -1, high.shape[2])
-    mixed = torch.cat([low, high], dim=1).gather(1, index)
+    halves = zip(high.split(plan.batch_size), low.split(plan.batch_size), strict=True)
+    mixed = torch.cat([gather(coarsened(*half, layout, grid), layout, grid) for half in halves])
     return family.unpack(mixed, (1, mixed.shape[1]))
 
 

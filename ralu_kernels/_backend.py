@@ -179,6 +179,7 @@ def next_power_of_2(n: int) -> int:
 
 
 _variants: dict[tuple[Any, ...], Any] = {}  # what was launched -> how Triton compiled it
+_MOST_VARIANTS = 4096  # where every image has another number of tokens, there is no end of them
 
 
 def launch(
@@ -206,5 +207,7 @@ def launch(
     if compiled := _variants.get(key):
         compiled[grid](*inputs, *outputs, *numbers, *constants)
     elif compiled := kernel[grid](*inputs, *outputs, *numbers, *constants, num_warps=num_warps):
+        if len(_variants) >= _MOST_VARIANTS:
+            _variants.clear()
         _variants[key] = compiled  # the interpreter has none
     return None

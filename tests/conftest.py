@@ -29,6 +29,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+# On a CPU with tiles PyTorch attends in bfloat16 by oneDNN's, and raises "pack_vnni2 is only supported when avx512 is
+# supported" where it is told to do without AVX-512 itself. So oneDNN does without tiles then.
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
 # The embedded models are unpacked once a checkout, for all processes and later runs.
 os.environ.setdefault("RALU_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "ralu"))
 

@@ -125,14 +125,27 @@ class QwenImage:
         return patches
 
 
-class ZImage:
+class Scaled:
+    """What the models with FLUX.1's kind of autoencoder share."""
+
+    def noise(self, height, width, generator):
+        return torch.randn(1, 4, height // 2, width // 2, generator=generator)[0]
+
+    def restored(self, patches):
+        return patches / self.pipe.vae.config.scaling_factor + self.pipe.vae.config.shift_factor
+
+    def normalised(self, patches):
+        return (patches - self.pipe.vae.config.shift_factor) * self.pipe.vae.config.scaling_factor
+
+    def decoded(self, latents):
+        return self.pipe.vae.decode(latents[None]).sample
+
+
+class ZImage(Scaled):
     """The model's blocks one after the other, on tokens anywhere, with those that pad to 32."""
 
     def __init__(self, pipe, prompt):
         self.pipe, self.text = pipe, tiny.prompted(pipe, prompt)
-
-    def noise(self, height, width, generator):
-        return torch.randn(1, 4, height // 2, width // 2, generator=generator)[0]
 
     def run(self, patches, places, sigma, text):
         model = self.pipe.transformer
@@ -166,15 +179,6 @@ class ZImage:
             self.run(patches, places, sigma, self.text[key][0]) for key in ("prompt_embeds", "negative_prompt_embeds")
         )
         return with_ + 3.5 * (with_ - without)
-
-    def restored(self, patches):
-        return patches / self.pipe.vae.config.scaling_factor + self.pipe.vae.config.shift_factor
-
-    def normalised(self, patches):
-        return (patches - self.pipe.vae.config.shift_factor) * self.pipe.vae.config.scaling_factor
-
-    def decoded(self, latents):
-        return self.pipe.vae.decode(latents[None]).sample
 
     def output(self, patches, h, w):
         return image_of(patches, h, w)

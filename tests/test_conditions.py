@@ -43,24 +43,15 @@ def latents(*seeds):
 # ---- what the stock models make of tokens at any places ----
 
 
-class Scaled:
-    """What the models with FLUX.1's kind of autoencoder share, for `test_by_hand.by_hand`."""
+class Scaled(test_by_hand.Scaled):
+    """FLUX.1 and SD3 with an image as a condition, for `test_by_hand.by_hand`."""
 
     def __init__(self, pipe):
         self.pipe = pipe
 
     def noise(self, height, width, generator):
         self.size = height, width
-        return torch.randn(1, 4, height // 2, width // 2, generator=generator)[0]
-
-    def restored(self, patches):
-        return patches / self.pipe.vae.config.scaling_factor + self.pipe.vae.config.shift_factor
-
-    def normalised(self, patches):
-        return (patches - self.pipe.vae.config.shift_factor) * self.pipe.vae.config.scaling_factor
-
-    def decoded(self, latents):
-        return self.pipe.vae.decode(latents[None]).sample
+        return super().noise(height, width, generator)
 
     def control(self, shift):
         """Encode the ControlNet's image, without the VAE's chance: its patches, and the same of a quarter of them.

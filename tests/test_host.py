@@ -8,8 +8,10 @@ import torch
 
 from ralu_kernels._backend import INTERPRET, triton
 
-if triton is None or INTERPRET:
-    pytest.skip("what is launched is compiled by Triton, uninterpreted", allow_module_level=True)
+if triton is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if INTERPRET:
+    pytest.skip("TRITON_INTERPRET=1 leaves Triton no compiler: run in a process without it", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import host
@@ -57,6 +59,16 @@ def test_the_variant_that_is_kept_is_the_one_triton_finds(launched):
             ]
             assert [(x.shape, x.dtype) for x in other[2][outputs]] == [(x.shape, x.dtype) for x in first[2][outputs]]
     assert len(set(map(id, kernels))) == 5
+
+
+def test_no_more_variants_are_kept_than_a_few_thousand(launched, monkeypatch):
+    monkeypatch.setattr(_backend, "_MOST_VARIANTS", 2)
+    kept = []
+    with host.stubbed():
+        for arguments in layouts():
+            qkv._unpack_triton(*arguments)
+            kept.append(len(_backend._variants))
+    assert kept == [1, 2, 1, 2, 1] and len(launched) == 5
 
 
 def test_rows_count_every_launch(monkeypatch, tmp_path, capsys):

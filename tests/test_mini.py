@@ -252,9 +252,9 @@ def test_a_write_that_is_cut_off(place):
 @pytest.mark.parametrize("obstacle", ["file", "permissions", "/proc"])
 def test_a_cache_that_cannot_be_written(obstacle, place, monkeypatch, capsys):
     if obstacle == "permissions" and os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
+        pytest.skip("root may write in every folder, whatever its permissions")
     if obstacle == "/proc" and not Path("/proc/self").exists():
-        pytest.skip("no /proc, where nobody can make files")
+        pytest.skip("this system has no /proc, where not even root can make files")
     cache = {"file": place / "file" / "cache", "permissions": place / "closed", "/proc": Path("/proc")}[obstacle]
     (place / "file").touch()
     (place / "closed").mkdir(mode=0o500)
