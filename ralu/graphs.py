@@ -60,8 +60,8 @@ class Graphs(StandIn):
     runs as usual, and so compiles and loads what it needs; the second is captured. From then on its tensors are copied
     into those of the capture, and the result out of it. Before each replay all modules, their hooks and their weights
     are compared, by identity and address: when any was replaced or moved all is captured anew, and what is changed in
-    place a graph sees by itself. With LoRA, hooks, gradients, autocast, or sequences of different lengths a call runs as
-    usual, which is said once.
+    place a graph sees by itself. With LoRA, hooks, gradients, autocast, or sequences of different lengths a call runs
+    as usual, which is said once.
     """
 
     name = "forward"

@@ -7,10 +7,12 @@ import copy
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import tiny
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import HookRegistry, ModelHook
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,16 +163,24 @@ def test_what_cannot_be_captured_runs_as_usual(transformer, recorded, said):
     forward = torch.no_grad()(type(transformer).forward)
 
     def uncaptured(why, **more):
+        said.clear()
         expected = forward(transformer, **call, **more).sample
         for _ in range(3):
             assert torch.equal(run(transformer, **call, **more), expected)
-        assert len(recorded) == 1 and why in said[-1]
+        assert len(recorded) == 1 and len(said) == 3 and all(why in words for words in said)
 
     for _ in range(2):
         run(transformer, **call)
     handle = transformer.transformer_blocks[1].register_forward_hook(lambda *_: None)
     uncaptured("hooks on the transformer's transformer_blocks.1")
     handle.remove()
+    block = transformer.transformer_blocks[1]
+    accelerate.hooks.add_hook_to_module(block, accelerate.hooks.ModelHook())
+    uncaptured("hooks on the transformer's transformer_blocks.1")
+    accelerate.hooks.remove_hook_from_module(block)
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), "test")
+    uncaptured("hooks on the transformer's transformer_blocks.1")
+    block._diffusers_hook.remove_hook("test")
     with torch.autocast("cpu"):
         uncaptured("autocast")
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
