@@ -8,7 +8,7 @@ from typing import Any
 PROMPTS = ["fox", "penguin", "strawberry", "hamburger", "sunflower", "tropical fish"]  # captions that the models know
 NAMES = ("mini-flux", "mini-sd3", "mini-schnell")
 PIXELS = 256  # side of their images
-# By family how to call the pipelines. Their captions are short; padding them to hundreds of tokens only costs time.
+# By family how to call the pipelines. They were seldom trained on captions padded to hundreds of tokens.
 CALL_ARGUMENTS: dict[str, dict] = {
     "flux": {"max_sequence_length": 32},
     "sd3": {"max_sequence_length": 32, "guidance_scale": 2.0},
@@ -38,8 +38,9 @@ def mini_pipeline(name: str = "mini-flux", dtype: Any = None):
 
     This is `DiffusionPipeline.from_pretrained(mini_path(name))` with two differences. A call without a size makes 256
     pixels: `FluxPipeline` sets its default, 128 latent pixels a side, in its constructor, where no configuration
-    reaches. And the autoencoder, an `AutoencoderTiny`, is put in afterwards, since `from_pretrained` warns of any that
-    is no `AutoencoderKL`.
+    reaches. Give `max_sequence_length=32`: with the default length images of mini-flux come out smudged. And the
+    autoencoder, an `AutoencoderTiny`, is put in afterwards, since `from_pretrained` warns of any that is no
+    `AutoencoderKL`.
 
     Raises what `mini_path` raises, and TypeError for a dtype that is none.
     """
