@@ -38,6 +38,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from record import RESULTS, device_name, instructions, provenance, transformer_tflop
+from search import best
 from tqdm import tqdm
 
 import ralu
@@ -79,8 +80,8 @@ METHODS = {
 }  # fmt: skip
 
 PIXELS = [(1, 2), (2, 2), (3, 3), (3, 5), (5, 8)]  # steps at half and at full resolution
-SCHEDULES = {
-    f"{low}+{full}-pixels": two_resolutions((low, full), 0.3, (3.0, 3.0), 0.1, upsampler="pixels")
+SCHEDULES = {  # and the options that go with them
+    f"{low}+{full}-pixels": (two_resolutions((low, full), 0.3, (3.0, 3.0), 0.1, upsampler="pixels"), {})
     for low, full in PIXELS
 }
 
@@ -138,7 +139,8 @@ def prepare(pipe, method: str) -> int:
     """
     ralu.disable(pipe)
     if method in SCHEDULES:
-        ralu.enable(pipe, SCHEDULES[method])
+        schedule, options = SCHEDULES[method]
+        ralu.enable(pipe, schedule, **options)
         return 50
     parsed = Method.parse(method)
     if isinstance(parsed.cache, ralu.TeaCache) and parsed.cache.coefficients == "auto":
@@ -319,6 +321,7 @@ def main():
     args = parser.parse_args()
     if args.curves and args.model not in CURVES:
         parser.error(f"--curves are of {' and '.join(CURVES)}")
+    SCHEDULES.update(best(args.model))
     curves = CURVES[args.model] if args.curves else {"": METHODS[args.model]}
     if args.methods:
         curves = {"": args.methods}
