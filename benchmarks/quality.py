@@ -84,6 +84,7 @@ SCHEDULES = {  # and the options that go with them
     f"{low}+{full}-pixels": (two_resolutions((low, full), 0.3, (3.0, 3.0), 0.1, upsampler="pixels"), {})
     for low, full in PIXELS
 }
+SEARCHED = [f"searched-{less}x" for less in (5, 7, 10, 14)]  # what search.py has found
 
 
 def strengths(form: str, *values) -> list[str]:
@@ -100,6 +101,7 @@ CURVES = {
         "RALU": ["flux-5x", "flux-7x", "speedup-10"],
         "RALU, ab2": strengths("{}(solver=ab2)", "flux-5x", "flux-7x", "speedup-10"),
         "two stages, pixels": [f"{low}+{full}-pixels" for low, full in PIXELS],
+        "searched": SEARCHED,
         "Bottleneck Sampling": ["bottleneck-flux-5x", "bottleneck-flux-7x"],
         "SPEED": ["speed-flux-5x", "speed-flux-7x"],
         "Delta-DiT": strengths("stock-28+delta-dit(interval={})", 2, 3, 5),
@@ -119,6 +121,7 @@ CURVES = {
         "fewer steps, ab2-limited": strengths("stock-{}(solver=ab2-limited,spacing=trailing)", 10, 7, 5, 4, 3),
         "RALU": ["sd3-2x", "sd3-3x", "speedup-6"],
         "two stages, pixels": [f"{low}+{full}-pixels" for low, full in PIXELS],
+        "searched": SEARCHED,
         "Bottleneck Sampling": ["bottleneck-sd3-2x", "bottleneck-sd3-3x"],
         "SPEED": ["speed-sd3-2x", "speed-sd3-3x"],
         "Delta-DiT": strengths("stock-28+delta-dit(interval={})", 2, 3, 5),

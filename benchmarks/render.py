@@ -100,14 +100,16 @@ def draw_quality(rows: list[dict], path: Path):
         if chance:
             axes.axhline(float(chance[name]), color="grey", lw=0.8)
         axes.set(xscale="log", xlabel="work of the transformer, in steps at full resolution", title=MEASURES[name])
-        axes.set_yscale("linear" if name == "distance" else "log")
+        if name != "distance":  # nothing below chance is told apart, and 0 is there
+            axes.set_yscale("symlog", linthresh=float(chance["frechet"]) if chance else 1e-3)
+            axes.set_ylim(bottom=0)
         axes.set_xticks(ticks := [2, 3, 4, 5, 7, 10, 14, 20, 28, 50], [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    row = rows[0]
-    figure.suptitle(
-        f"{row['captions']} captions, seeds {row['seeds']}, against {reference['method']}; commit {row['commit']}"
+    figure.legend(
+        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, handlelength=4
     )
+    row = rows[0]
+    figure.suptitle(f"{row['captions']} captions, seeds {row['seeds']}, against {reference['method']}")
     figure.savefig(path, dpi=100)
 
 
