@@ -7,10 +7,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .blocks import named_arguments
+from .conditions import resampled
 from .families import Family
-from .interpolation import averaged, extended
-from .layout import Grid, Layout, coarsened, gather
 from .patch import LayoutHook, calling_pipeline
+from .scheduler import RaluScheduler
 
 
 def controlnets(pipe: DiffusionPipeline) -> list[Any]:
@@ -30,25 +30,6 @@ def check_controlnets(pipe: DiffusionPipeline, family: Family):
                 "pipe.controlnet must take latents: one with an input_hint_block (X-Labs) takes the image itself, "
                 "which RALU does not resample; use a ControlNet without one, or ralu.disable(pipe)"
             )
-
-
-def resampled(condition: Tensor, layout: Layout, grid: Grid, full_grid: Grid, family: Family) -> Tensor:
-    """Bring a condition at full resolution to that of every token. Both are the family's samples.
-
-    Of a token of the low grid each latent pixel is the mean of the four that it covers.
-
-    condition: of the layout's batch, or a multiple where guidance repeats it. grid: the low grid (h, w), whose end may
-               lie beyond the full one's.
-    """
-    if layout.resolution == "full":
-        return condition
-    high = extended(family.pack(condition), full_grid, (2 * grid[0], 2 * grid[1]))
-    low, plan = averaged(high, grid).to(high.dtype), layout.plan
-    if plan is None:
-        return family.unpack(low, grid)
-    halves = zip(high.split(plan.batch_size), low.split(plan.batch_size), strict=True)
-    mixed = torch.cat([gather(coarsened(*half, layout, grid), layout, grid) for half in halves])
-    return family.unpack(mixed, (1, mixed.shape[1]))
 
 
 class ControlNetHook:
@@ -104,15 +85,23 @@ class ControlNetHook:
                     "a ControlNet's attention takes no mask, so the images of a batch must have equal token counts: "
                     "with threshold= generate one at a time, or give ratio="
                 )
-        layout, grid, full_grid = scheduler.layout, scheduler.grid, scheduler.full_grid
+        layout, grid = scheduler.layout, scheduler.grid
         family.set_sample(given, scheduler.subsample_first(family.sample_of(given)))
         condition = given["controlnet_cond"]
         given["controlnet_cond"] = (
-            [resampled(each, layout, grid, full_grid, family) for each in condition]
+            [self._laid_out(each, scheduler) for each in condition]
             if isinstance(condition, list)
-            else resampled(condition, layout, grid, full_grid, family)
+            else self._laid_out(condition, scheduler)
         )
         for net in self.nets:
             changed = dict(given)  # positions are in the arguments, for all nets the same, or in each net
             family.set_layout(net, changed, layout, grid)
         return (), changed
+
+    def _laid_out(self, condition: Tensor, scheduler: RaluScheduler) -> Tensor:
+        """Bring a condition at full resolution to that of every token. Both are the family's samples."""
+        layout, grid = scheduler.layout, scheduler.grid
+        if layout.resolution == "full":
+            return condition
+        tokens = resampled(self.family.pack(condition), layout, grid, scheduler.full_grid)
+        return self.family.unpack(tokens, grid if layout.plan is None else (1, tokens.shape[1]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .blocks import named_arguments, unwrapped
 from .caches import Cache
 from .caches.hooks import Call
+from .conditions import resampled_channels
 from .families import Family
 from .layout import Layout
 from .scheduler import RaluScheduler
@@ -135,15 +136,29 @@ class Strength(StandIn):
 
 
 class Masking(StandIn):
-    """Tell the scheduler what an inpainting pipeline repaints."""
+    """Keep what an inpainting pipeline repaints until its run begins: it may prepare that before the timesteps."""
 
     name = "prepare_mask_latents"
+    painted: Tensor | None = None
 
-    def __call__(self, mask: Tensor, *args, **kwargs):
-        """Prepare a mask (B, 1, H, W) in pixels (stock signature)."""
-        if isinstance(self.owner.scheduler, RaluScheduler):
-            self.owner.scheduler.repaint(mask)
-        return self.stock(mask, *args, **kwargs)
+    def __call__(self, *args, **kwargs):
+        """Prepare a mask in pixels, (B, 1, H, W), or with FLUX.1's controls an image (stock signature)."""
+        given = inspect.signature(self.stock).bind(*args, **kwargs).arguments
+        if "mask" in given:
+            self.painted = given["mask"]
+        else:
+            size = {"height": given["height"], "width": given["width"]}
+            self.painted = self.owner.mask_processor.preprocess(given["mask_image"], **size)
+        return self.stock(*args, **kwargs)
+
+    @staticmethod
+    def taken_from(pipe: Any) -> Tensor | None:
+        """Return what this call of a pipeline repaints, (B, 1, H, W), 1 where it paints. The next has a mask anew."""
+        masking = next((value for value in vars(pipe).values() if isinstance(value, Masking)), None)
+        if masking is None:
+            return None
+        painted, masking.painted = masking.painted, None
+        return painted
 
 
 class WholeDecode(StandIn):
@@ -246,15 +261,20 @@ class LayoutHook:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         if scheduler.layout is None:
             self.start(pipe, given)
-        sample = self.family.sample_of(given)
-        if count := scheduler.layout.conditions:
-            sample, conditions = sample[:, :-count], sample[:, -count:]
-            sample = torch.cat([scheduler.subsample_first(sample), conditions], dim=1)
-        else:
-            sample = scheduler.subsample_first(sample)
-        self.family.set_sample(given, sample)
+        self.family.set_sample(given, self._laid_out(module, self.family.sample_of(given)))
         self.family.set_layout(module, given, scheduler.layout, scheduler.grid)
         return (), given
+
+    def _laid_out(self, module: nn.Module, sample: Tensor) -> Tensor:
+        """Bring a call's sample to the layout's tokens, and channels behind its own. Tokens behind it stay."""
+        scheduler, layout = self.scheduler, self.scheduler.layout
+        if count := layout.conditions:
+            return torch.cat([scheduler.subsample_first(sample[:, :-count]), sample[:, -count:]], dim=1)
+        own = self.family.own_channels(unwrapped(module))
+        if own is None or sample.shape[2] == own:
+            return scheduler.subsample_first(sample)
+        beside = resampled_channels(sample[..., own:], own, layout, scheduler.grid, scheduler.full_grid)
+        return torch.cat([scheduler.subsample_first(sample[..., :own]), beside], dim=2)
 
     def start(self, pipe: Any, given: dict):
         """Begin a run at its first call, with these arguments. Raises ValueError for one that cannot be served."""
@@ -264,6 +284,8 @@ class LayoutHook:
                 raise ValueError("cache must be None where an image is a condition: call ralu.enable without a cache")
             sample = sample[:, :-count]
         grid, images = self.family.grid_of(given), self.images_of(pipe, given)
+        if pipe is not None:
+            self.scheduler.repaint(Masking.taken_from(pipe))
         self.scheduler.start(sample, grid, images, count)
         if (parallel := self.scheduler.parallel) is not None:
             schedule: Any = self.scheduler.schedule

@@ -283,7 +283,7 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
 
     scheduler.bind(
         decode, stage_begins, family.pack, family.unpack, velocity, resize, family.normalised(pipe),
-        Parallel.of(transformer), family.entry.blends(pipe),
+        Parallel.of(transformer), family.entry.joins(pipe),
     )  # fmt: skip
 
 

@@ -228,10 +228,16 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
             self.set_begin_index(first)
         return self.timesteps[self._run.begun :]
 
-    def repaint(self, mask: Tensor):
-        """Select what is repainted, where regions="mask". mask: (B, 1, H, W), 1 where an inpainting pipeline paints."""
-        if self._run is not None and self._bound_scorer is no_mask:
-            self._run.painted = mask
+    def repaint(self, mask: Tensor | None):
+        """Select what is repainted, where regions="mask".
+
+        mask: (B, 1, H, W), 1 where an inpainting pipeline paints. Raises ValueError for None.
+        """
+        if self._bound_scorer is not no_mask:
+            return
+        if mask is None:
+            raise ValueError("regions='mask' needs the mask of an inpainting pipeline, and none was given")
+        self._run.painted = mask
 
     def scale_noise(self, sample, timestep, noise):
         """Mix a clean image with noise at the next step's noise level (stock signature), see `ImageRun.noised`."""

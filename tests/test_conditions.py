@@ -1,4 +1,5 @@
-"""Images as conditions: tokens behind the image's (FLUX.1 Kontext, FLUX.2), and ControlNets of FLUX.1 and SD3."""
+"""Images as conditions: tokens behind the image's (FLUX.1 Kontext, FLUX.2), channels behind theirs (FLUX.1 Fill and
+Control), and ControlNets of FLUX.1 and SD3."""
 
 import copy
 from collections.abc import Callable
@@ -27,12 +28,20 @@ from ralu.regions import gradient
 
 HEIGHT, WIDTH = 64, 48
 PROMPTS = tiny.PROMPTS
-TAKING_IMAGES = "FluxKontextPipeline", "FluxControlNetPipeline", "StableDiffusion3ControlNetPipeline"
+TAKING_IMAGES = (
+    "FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline", "FluxControlNetPipeline",
+    "StableDiffusion3ControlNetPipeline",
+)  # fmt: skip
 close = dict(rtol=0, atol=2e-5)
 
 
 def picture(seed, height=HEIGHT, width=WIDTH):
     return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (height, width, 3), np.uint8))
+
+
+def mask(seed, height=HEIGHT, width=WIDTH):
+    """A mask whose pixels are 0 and 1 by chance: of 2x2 any number may be painted."""
+    return np.random.RandomState(seed).randint(0, 2, (height, width)).astype(np.uint8)
 
 
 def latents(*seeds):
@@ -53,13 +62,17 @@ class Scaled(test_by_hand.Scaled):
         self.size = height, width
         return super().noise(height, width, generator)
 
+    def pixels(self):
+        """The image that is a condition, (3, H, W) in [-1, 1]."""
+        return torch.from_numpy(np.array(picture(0, *self.size))).permute(2, 0, 1) / 127.5 - 1
+
     def control(self, shift):
-        """Encode the ControlNet's image, without the VAE's chance: its patches, and the same of a quarter of them.
+        """Encode the condition, without the VAE's chance: its patches, and the same of a quarter of them.
 
         Where it ends with half a low patch, its last pixels are there twice more.
         """
-        pixels = torch.from_numpy(np.array(picture(0, *self.size))).permute(2, 0, 1)[None] / 127.5 - 1
-        encoded = (self.pipe.vae.encode(pixels).latent_dist.mode()[0] - shift) * self.pipe.vae.config.scaling_factor
+        encoded = self.pipe.vae.encode(self.pixels()[None]).latent_dist.mode()[0]
+        encoded = (encoded - shift) * self.pipe.vae.config.scaling_factor
         for axis in (1, 2):
             last = encoded.narrow(axis, encoded.shape[axis] - 1, 1)
             encoded = torch.cat([encoded, *[last] * (-encoded.shape[axis] % 4)], axis)
@@ -68,7 +81,9 @@ class Scaled(test_by_hand.Scaled):
 
     def controls_at(self, places, grid):
         """Of every place the condition's patch, of the token's own resolution."""
-        fine, coarse = self.control(self.shift)
+        return self.chosen(*self.control(self.shift), places, grid)
+
+    def chosen(self, fine, coarse, places, grid):
         chosen, width = [], 2 * -(-self.size[1] // 8)
         for y, x in places:
             if grid == (self.size[0] // 4, self.size[1] // 4):
@@ -120,6 +135,43 @@ class FluxControl(Kontext):
 
 class FluxUnion(FluxControl):
     mode = 1
+
+
+class FluxChannels(FluxControl):
+    """The condition's patches are channels behind the image's."""
+
+    def beside(self, places, grid):
+        return self.controls_at(places, grid).flatten(1)
+
+    def velocity(self, patches, places, sigma, grid):
+        return self.pipe.transformer(
+            hidden_states=torch.cat([patches.flatten(1), self.beside(places, grid)], dim=1)[None],
+            img_ids=torch.tensor([(0, y, x) for y, x in places]).float(), timestep=torch.tensor([sigma]), **self.text(),
+        ).sample[0].view(patches.shape)  # fmt: skip
+
+
+class FluxFill(FluxChannels):
+    """The image is black where the mask is 1; behind it are each latent pixel's 2x2 pixels of the mask."""
+
+    def pixels(self):
+        return super().pixels() * (1 - torch.from_numpy(mask(0, *self.size)).float())
+
+    def masks(self, pixels):
+        """List for every 4x4 pixels of a mask those that are first in each 2x2, then the second, ..."""
+        height, width = pixels.shape
+        return torch.tensor([
+            [pixels[y + 2 * r + i, x + 2 * c + j] for i in (0, 1) for j in (0, 1) for r in (0, 1) for c in (0, 1)]
+            for y in range(0, height, 4) for x in range(0, width, 4)
+        ]).float()  # fmt: skip
+
+    def beside(self, places, grid):
+        pixels = mask(0, *self.size)
+        for axis in (0, 1):  # what pads is twice the last latent pixels, which are of 2x2
+            last = pixels.take([-2, -1], axis)
+            pixels = np.concatenate([pixels, *[last] * (-pixels.shape[axis] % 8 // 2)], axis)
+        quarters = sum(pixels[i::2, j::2].astype(int) for i in (0, 1) for j in (0, 1))
+        masks = self.chosen(self.masks(pixels), self.masks(quarters >= 2), places, grid)
+        return torch.cat([super().beside(places, grid), masks], dim=1)
 
 
 class SD3Control(Scaled):
@@ -200,12 +252,14 @@ class Case(NamedTuple):
     family: whose latents it has.
     model:  the run by hand.
     call:   what it is called with for images of this height and width, and these numbers.
+    change: what other condition there may be, or none.
     """
 
     family: str
     make: Callable
     model: type
     call: Callable[..., dict]
+    change: dict
 
     def generate(self, pipe, *numbers, height=HEIGHT, width=WIDTH, **call):
         """Generate a picture for each number, which is that of its prompt, seed and condition."""
@@ -223,11 +277,26 @@ def controls(height, width, *numbers):
     return {"control_image": [picture(i, height, width) for i in numbers], "controlnet_conditioning_scale": 0.7}
 
 
+def fills(height, width, *numbers):
+    masks = [Image.fromarray(255 * mask(i, height, width)) for i in numbers]
+    return {"image": [picture(i, height, width) for i in numbers], "mask_image": masks}
+
+
+def channels(height, width, *numbers):
+    return {"control_image": [picture(i, height, width) for i in numbers]}
+
+
 CASES = {
-    "kontext": Case("flux", tiny.kontext, Kontext, lambda h, w, *n: {"image": latents(*n), "max_area": h * w}),
-    "flux2": Case("flux2", tiny.flux2, Flux2Images, lambda *_: {"image": IMAGES}),
-    "flux-controlnet": Case("flux", tiny.flux_controlnet, FluxControl, controls),
-    "sd3-controlnet": Case("sd3", tiny.sd3_controlnet, SD3Control, controls),
+    "kontext": Case(
+        "flux", tiny.kontext, Kontext, lambda h, w, *n: {"image": latents(*n), "max_area": h * w}, {"image": None}
+    ),
+    "flux2": Case("flux2", tiny.flux2, Flux2Images, lambda *_: {"image": IMAGES}, {"image": None}),
+    "flux-controlnet": Case(
+        "flux", tiny.flux_controlnet, FluxControl, controls, {"controlnet_conditioning_scale": 0.0}
+    ),
+    "sd3-controlnet": Case("sd3", tiny.sd3_controlnet, SD3Control, controls, {"controlnet_conditioning_scale": 0.0}),
+    "fill": Case("flux", tiny.flux_fill, FluxFill, fills, {"mask_image": Image.fromarray(255 * mask(9))}),
+    "control": Case("flux", tiny.flux_control, FluxChannels, channels, {"control_image": picture(9)}),
 }
 
 
@@ -249,7 +318,7 @@ def stock(case):
 
 
 @pytest.mark.parametrize("ratio, height, width", [(1.0, HEIGHT, WIDTH), (0.3, 60, 52)])  # 15 by 13 tokens
-@pytest.mark.serves("sizes that divide by 16 alone", "FluxKontextPipeline", "FluxControlNetPipeline")
+@pytest.mark.serves("sizes that divide by 16 alone", *TAKING_IMAGES[:-1])
 @pytest.mark.serves("equals a run written out by hand", *TAKING_IMAGES)
 @pytest.mark.serves("images as conditions", "Flux2KleinPipeline", *TAKING_IMAGES)
 @pytest.mark.serves("guidance", "StableDiffusion3ControlNetPipeline")
@@ -260,7 +329,7 @@ def test_whole_runs_equal_the_method_written_out_by_hand(case, stock, ratio, hei
     second, third, final = test_by_hand.by_hand(case.model(stock), case.schedule, height, width, 3, ratio)
 
     def callback(pipe, i, t, values):
-        seen.append(values["latents"])
+        seen.append(pipe.scheduler.subsample_first(values["latents"]))  # with channels behind they are of full size
         return values
 
     ralu.enable(stock, case.schedule, ratio=ratio)
@@ -306,8 +375,7 @@ def test_stock_runs_stay_what_they_are(case, stock):
     assert torch.equal(case.generate(ralu.enable(stock, "stock-4"), num_inference_steps=4), expected)
     ralu.enable(stock, case.schedule)
     conditioned = case.generate(stock)
-    change = {"image": None} if "image" in case.call(HEIGHT, WIDTH, 0) else {"controlnet_conditioning_scale": 0.0}
-    assert (case.generate(stock, **change) - conditioned).abs().max() > 1e-3
+    assert (case.generate(stock, **case.change) - conditioned).abs().max() > 1e-3
     assert torch.equal(case.generate(ralu.disable(stock), num_inference_steps=4), expected)
     for net in (stock.transformer, getattr(stock, "controlnet", stock.transformer)):
         assert not net._forward_pre_hooks and type(net.pos_embed).__module__.startswith("diffusers")
@@ -315,7 +383,7 @@ def test_stock_runs_stay_what_they_are(case, stock):
 
 
 @pytest.mark.serves("a batch equals its single runs", *TAKING_IMAGES)
-@pytest.mark.serves("token counts of its own for every image", "FluxKontextPipeline")
+@pytest.mark.serves("token counts of its own for every image", *TAKING_IMAGES[:3])
 def test_a_batch_is_what_its_images_are_alone(case, stock):
     """With a threshold where attention takes a mask: the images' tokens are then in other numbers."""
     scores, options = [], {"regions": lambda x0, grid: scores.append(gradient(x0, grid)) or scores[-1]}

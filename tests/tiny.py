@@ -22,6 +22,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
     FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
@@ -79,15 +81,16 @@ def vae(channels=4):
     ).eval()  # fmt: skip
 
 
-def flux(seed=0, guidance_embeds=False, dynamic=True) -> FluxPipeline:
+def flux(seed=0, guidance_embeds=False, dynamic=True, in_channels=16) -> FluxPipeline:
     torch.manual_seed(seed)
     tok, tok2 = tokenizers()
     pipe = FluxPipeline(
         tokenizer=tok, tokenizer_2=tok2,
         text_encoder=CLIPTextModel(clip_config(tok)).eval(), text_encoder_2=t5_encoder(tok2, 32), vae=vae(),
         transformer=FluxTransformer2DModel(
-            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds,
+            in_channels=in_channels, out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+            guidance_embeds=guidance_embeds,
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
     )  # fmt: skip
@@ -184,6 +187,15 @@ def other(kind, pipe, **parts):
 
 def kontext() -> FluxKontextPipeline:
     return other(FluxKontextPipeline, flux())
+
+
+def flux_fill() -> FluxFillPipeline:
+    """Make Fill: behind a sample's 16 channels a masked image's, and 2x2 pixels of a mask for each of 4 latent ones."""
+    return other(FluxFillPipeline, flux(in_channels=48))
+
+
+def flux_control(kind=FluxControlPipeline):
+    return other(kind, flux(in_channels=32))
 
 
 def controlnet(pipe, seed=1, **config):

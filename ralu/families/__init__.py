@@ -23,7 +23,8 @@ class Entry:
     module:           where it is, with a `Family` called FAMILY.
     pipelines:        names of the pipeline classes it serves, in diffusers, that a text is enough for.
     image_pipelines:  names of those that take an image too, which the command line has none for.
-    blending:         names of those of them that blend samples with others of full size after every step.
+    joining:          names of those of them that join samples with others of full size in every step: blend them, or
+                      put these behind as channels.
     transformer:      name of their transformer's class.
     presets:          names of the presets that fit, the default one first and the distilled models' last.
     stock_steps:      of a stock run, which RALU is compared with; the distilled models' have `DISTILLED_STEPS`.
@@ -43,11 +44,11 @@ class Entry:
     sample_size: int | None = None
     position_limit: str | None = None
     image_pipelines: tuple[str, ...] = ()
-    blending: tuple[str, ...] = ()
+    joining: tuple[str, ...] = ()
 
-    def blends(self, pipe: Any) -> bool:
-        """Say whether a pipeline of these blends samples with others of full size after every step."""
-        return any(kind.__name__ in self.blending for kind in type(pipe).__mro__)
+    def joins(self, pipe: Any) -> bool:
+        """Say whether a pipeline of these joins samples with others of full size in every step."""
+        return any(kind.__name__ in self.joining for kind in type(pipe).__mro__)
 
     def is_distilled(self, scheduler: Mapping[str, Any]) -> bool:
         """Say whether a model is a few-step one, as far as its configuration tells.
@@ -79,8 +80,15 @@ FAMILIES: dict[str, Entry] = {
         ("flux-5x", "flux-7x", "bottleneck-flux-5x", "bottleneck-flux-7x", "speed-flux-5x", "speed-flux-7x",
          "distilled-4"),
         50, ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
-        image_pipelines=("FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline", "FluxControlNetPipeline"),
-        blending=("FluxInpaintPipeline",),
+        image_pipelines=(
+            "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline",
+            "FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline",
+            "FluxControlNetPipeline",
+        ),
+        joining=(
+            "FluxInpaintPipeline", "FluxFillPipeline", "FluxControlPipeline", "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+        ),
     ),
     "flux2": Entry(
         f"{__name__}.flux2", ("Flux2Pipeline", "Flux2KleinPipeline"), "Flux2Transformer2DModel",
@@ -97,7 +105,7 @@ FAMILIES: dict[str, Entry] = {
         image_pipelines=(
             "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline",
         ),
-        blending=("StableDiffusion3InpaintPipeline",),
+        joining=("StableDiffusion3InpaintPipeline",),
     ),
     "z_image": Entry(
         f"{__name__}.z_image", ("ZImagePipeline",), "ZImageTransformer2DModel",
@@ -175,6 +183,13 @@ class Family(ABC):
     def set_sample(self, arguments: dict, sample: Any) -> None:
         """Change the sample of a call."""
         arguments["hidden_states"] = sample
+
+    def own_channels(self, transformer: Any) -> int | None:
+        """Count the channels of the model's input that are the sample's own, (B, L, C); None where all are.
+
+        Behind them are those of a condition in latents, as many, and those of a mask in pixels.
+        """
+        return None
 
     def condition_tokens(self, arguments: dict) -> int:
         """Count the tokens of condition images that stand behind the image's in the model's first call, (B, L, C)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from math import isqrt
 from typing import Any, ClassVar
 
 import torch
@@ -119,6 +120,20 @@ class Flux(Family):
     guided = False
     batched_guidance = False
     context_parallel = True
+
+    def check(self, transformer: FluxTransformer2DModel) -> None:
+        """Raise ValueError for channels behind the sample's that are neither latents nor latents and a mask."""
+        own, given = self.own_channels(transformer), transformer.config.in_channels
+        mask = given - 2 * own
+        if given != own and (mask < 0 or mask != 4 * isqrt(mask // 4) ** 2):
+            raise ValueError(
+                f"pipe.transformer.config.in_channels must be {own}, {2 * own} with a control image, or with a masked "
+                f"image and a mask of s x s pixels {2 * own} + 4·s², got {given}"
+            )
+
+    def own_channels(self, transformer: FluxTransformer2DModel) -> int:
+        """Count what the model makes."""
+        return transformer.out_channels
 
     def condition_tokens(self, arguments: dict) -> int:
         """Count Kontext's, whose axis 0 is not the image's."""
