@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .blocks import named_arguments
-from .conditions import resampled
+from .conditions import resampled_channels
 from .families import Family
 from .patch import LayoutHook, calling_pipeline
 from .scheduler import RaluScheduler
@@ -87,21 +87,26 @@ class ControlNetHook:
                 )
         layout, grid = scheduler.layout, scheduler.grid
         family.set_sample(given, scheduler.subsample_first(family.sample_of(given)))
+        own = family.pack(family.sample_of(given)).shape[2]
         condition = given["controlnet_cond"]
         given["controlnet_cond"] = (
-            [self._laid_out(each, scheduler) for each in condition]
+            [self._laid_out(each, own, scheduler) for each in condition]
             if isinstance(condition, list)
-            else self._laid_out(condition, scheduler)
+            else self._laid_out(condition, own, scheduler)
         )
         for net in self.nets:
             changed = dict(given)  # positions are in the arguments, for all nets the same, or in each net
             family.set_layout(net, changed, layout, grid)
         return (), changed
 
-    def _laid_out(self, condition: Tensor, scheduler: RaluScheduler) -> Tensor:
-        """Bring a condition at full resolution to that of every token. Both are the family's samples."""
+    def _laid_out(self, condition: Tensor, own: int, scheduler: RaluScheduler) -> Tensor:
+        """Bring a condition at full resolution to that of every token. Both are the family's samples.
+
+        own: how many channels a token of the sample has. Behind as many the condition may have a mask's, as SD3's
+             inpainting ControlNets have, a value for each latent pixel.
+        """
         layout, grid = scheduler.layout, scheduler.grid
         if layout.resolution == "full":
             return condition
-        tokens = resampled(self.family.pack(condition), layout, grid, scheduler.full_grid)
+        tokens = resampled_channels(self.family.pack(condition), own, layout, grid, scheduler.full_grid)
         return self.family.unpack(tokens, grid if layout.plan is None else (1, tokens.shape[1]))

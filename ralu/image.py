@@ -69,7 +69,8 @@ class ImageRun(Run):
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Mix an image with noise at the next step's noise level, at full size: (1 - sigma)·clean + sigma·noise.
 
-        clean, noise: latent pixels (B, C, H, W), or tokens (B, N, C) in raster order; what is returned is like them.
+        clean, noise: latent pixels (B, C, H, W), as of a film's one picture (B, 1, C, H, W), or tokens (B, N, C) in
+                      raster order; what is returned is like them.
         Before `start`, a run that begins at a later step is made to begin with the two. From then on the image is
         shown as the layout has it: where tokens are low, by the mean of each 2x2 latent pixels, or with the upsampler
         "pixels" by way of the image.
@@ -79,7 +80,7 @@ class ImageRun(Run):
             self._given = (clean, noise) if sigma < 1 else None
         elif self.layout.resolution != "full":
             shown = crop(self._shown(clean), self.padded_grid, self.full_grid).to(clean.dtype)
-            clean = unpack(shown, self.full_grid) if clean.dim() == 4 else shown
+            clean = shown if clean.dim() == 3 else unpack(shown, self.full_grid).view_as(clean)
         return sigma * noise + (1 - sigma) * clean
 
     def start(self, noise: Tensor, grid: Grid, images: int | None = None, conditions: int = 0):
@@ -165,5 +166,5 @@ class ImageRun(Run):
 
 
 def _tokens(latents: Tensor) -> Tensor:
-    """Pack latent pixels (B, C, H, W); tokens stay as they are."""
-    return pack(latents) if latents.dim() == 4 else latents
+    """Pack latent pixels (B, C, H, W), or with one more axis of one; tokens stay as they are."""
+    return latents if latents.dim() == 3 else pack(latents.flatten(1, -3))

@@ -48,10 +48,10 @@ def enable(
 ) -> DiffusionPipeline:
     """Make a stock pipeline sample with RALU. Returns the same pipeline.
 
-    pipe:    a pipeline of `ralu.families`: `FluxPipeline`, `FluxImg2ImgPipeline`, `FluxInpaintPipeline`,
-             `FluxKontextPipeline`, `FluxControlNetPipeline`, `StableDiffusion3Pipeline`,
-             `StableDiffusion3Img2ImgPipeline`, `StableDiffusion3InpaintPipeline`, `StableDiffusion3ControlNetPipeline`,
-             `Flux2Pipeline`, `Flux2KleinPipeline`, `QwenImagePipeline`, `ZImagePipeline`.
+    pipe:    a pipeline of `ralu.families`: `FluxPipeline` and its Img2Img, Inpaint, Fill, Kontext, KontextInpaint,
+             Control and ControlNet pipelines (the last two with Img2Img and Inpaint), `StableDiffusion3Pipeline` and
+             its Img2Img, Inpaint, ControlNet and ControlNetInpainting, `QwenImagePipeline` and `ZImagePipeline` and
+             their Img2Img and Inpaint, `Flux2Pipeline`, `Flux2KleinPipeline`.
     preset:  "flux-5x" (default) or "flux-7x" for FLUX.1-dev, "sd3-2x" (default) or "sd3-3x" for SD3 and SD3.5,
              "distilled-4" for the four-step models (default for FLUX.1-schnell; SD3.5-large-turbo cannot be told from
              its configuration), other families' as the README has them, "bottleneck-..." and "speed-..." for methods
@@ -81,11 +81,11 @@ def enable(
     the window of its skip-layer guidance go by the number asked for all the same).
     With a threshold, SD3 generates images one at a time unless it is fused, and Qwen-Image and Z-Image do so always:
     their attention takes no mask. ControlNets refuse a batch with one. Blocks are fused in FLUX.1 and SD3 alone. Images
-    as conditions go with no cache, and ControlNets with no cache and no `trim_text`. The transformer of FLUX.1 may be
-    split over processes, by `enable_parallelism` before this: one image at a time, with no cache, ControlNet or fused
-    blocks. A pipeline or transformer that is already enabled, here or in a pipeline it is shared with, is disabled
-    first. Raises ValueError or TypeError, before anything is changed, for a pipeline or scheduler that RALU cannot
-    serve and for a wrong option.
+    that are tokens (Kontext, FLUX.2) go with no cache, and ControlNets with no cache and no `trim_text`. The
+    transformer of FLUX.1 may be split over processes, by `enable_parallelism` before this: one image at a time, with no
+    cache, ControlNet or fused blocks. A pipeline or transformer that is already enabled, here or in a pipeline it is
+    shared with, is disabled first. Raises ValueError or TypeError, before anything is changed, for a pipeline or
+    scheduler that RALU cannot serve and for a wrong option.
     """
     family = family_of(pipe)
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):

@@ -229,15 +229,9 @@ class RaluScheduler(FlowMatchEulerDiscreteScheduler):
         return self.timesteps[self._run.begun :]
 
     def repaint(self, mask: Tensor | None):
-        """Select what is repainted, where regions="mask".
-
-        mask: (B, 1, H, W), 1 where an inpainting pipeline paints. Raises ValueError for None.
-        """
-        if self._bound_scorer is not no_mask:
-            return
-        if mask is None:
-            raise ValueError("regions='mask' needs the mask of an inpainting pipeline, and none was given")
-        self._run.painted = mask
+        """Select what is repainted, where regions="mask". mask: (B, 1, H, W), 1 where an inpainting pipeline paints."""
+        if self._bound_scorer is no_mask:
+            self._run.painted = mask
 
     def scale_noise(self, sample, timestep, noise):
         """Mix a clean image with noise at the next step's noise level (stock signature), see `ImageRun.noised`."""

@@ -1,5 +1,4 @@
-"""Images as conditions: tokens behind the image's (FLUX.1 Kontext, FLUX.2), channels behind theirs (FLUX.1 Fill and
-Control), and ControlNets of FLUX.1 and SD3."""
+"""Images as conditions: tokens behind the image's (Kontext, FLUX.2), channels (Fill, Control), and ControlNets."""
 
 import copy
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from diffusers import (
     FluxControlNetPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    StableDiffusion3ControlNetInpaintingPipeline,
     StableDiffusion3Pipeline,
 )
 from diffusers.models.embeddings import PatchEmbed
@@ -91,18 +91,22 @@ class Scaled(test_by_hand.Scaled):
             elif (y, x) in places and (int(y), int(x) + 0.5) in places:  # its sibling is there too
                 chosen.append(fine[int(2 * y) * width + int(2 * x)])
             else:
-                chosen.append(coarse[y * width // 2 + x])
+                chosen.append(coarse[int(y) * width // 2 + int(x)])
         return torch.stack(chosen)
 
 
 class Kontext(Scaled):
+    def condition(self):
+        return latents(0)[0]
+
     def text(self):
         prompt, pooled, _ = self.pipe.encode_prompt(PROMPTS[0], None, max_sequence_length=16)
         return {"encoder_hidden_states": prompt, "pooled_projections": pooled, "txt_ids": torch.zeros(16, 3)}
 
     def velocity(self, patches, places, sigma, grid):
-        conditions = patches_of(latents(0)[0])
-        ids = [(0, y, x) for y, x in places] + [(1, y, x) for y in range(10) for x in range(12)]
+        _, h, w = self.condition().shape
+        conditions = patches_of(self.condition())
+        ids = [(0, y, x) for y, x in places] + [(1, y, x) for y in range(h // 2) for x in range(w // 2)]
         return self.pipe.transformer(
             hidden_states=torch.cat([patches, conditions]).flatten(1)[None], img_ids=torch.tensor(ids).float(),
             timestep=torch.tensor([sigma]), **self.text(),
@@ -189,7 +193,7 @@ class SD3Control(Scaled):
         return torch.from_numpy(np.concatenate(tables, 1)).float()[None]
 
     def strip(self, patches):
-        return patches.permute(1, 2, 0, 3).reshape(1, 4, 2, -1)
+        return patches.permute(1, 2, 0, 3).flatten(2)[None]
 
     def velocity(self, patches, places, sigma, grid):
         pipe, table = self.pipe, self.embedded(places, grid)
@@ -219,6 +223,23 @@ class SD35Control(SD3Control):
     @property
     def shift(self):
         return self.pipe.vae.config.shift_factor
+
+
+class SD3ControlInpaint(SD3Control):
+    """A ControlNet that sees the image, black where it is painted, and behind that which latent pixels are not."""
+
+    @property
+    def shift(self):
+        return self.pipe.vae.config.shift_factor
+
+    def pixels(self):
+        return super().pixels().masked_fill(torch.from_numpy(mask(0, *self.size) == 1), -1)
+
+    def control(self, shift):
+        fine, coarse = super().control(shift)
+        kept = torch.from_numpy(1 - mask(0, *self.size))[None, ::2, ::2].float()
+        half = (sum(kept[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) >= 2).float()
+        return torch.cat([fine, patches_of(kept)], 1), torch.cat([coarse, patches_of(half)], 1)
 
 
 class Flux2Images(test_by_hand.Flux2):
@@ -349,11 +370,26 @@ def without_text():
     return tiny.sd3_controlnet(joint_attention_dim=None, use_pos_embed=False, force_zeros_for_pooled_projection=False)
 
 
-@pytest.mark.serves("images as conditions", "Flux2Pipeline")
+def inpainting():
+    return tiny.sd3_controlnet(StableDiffusion3ControlNetInpaintingPipeline, extra_conditioning_channels=1)
+
+
+INPAINTING = "StableDiffusion3ControlNetInpaintingPipeline"
+
+
 @pytest.mark.parametrize(("name", "make", "model", "call"), [
-    ("flux2", partial(tiny.flux2, dev=True), Flux2Dev, {}),
+    pytest.param(
+        "flux2", partial(tiny.flux2, dev=True), Flux2Dev, {},
+        marks=pytest.mark.serves("images as conditions", "Flux2Pipeline"),
+    ),
     ("flux-controlnet", union, FluxUnion, {"control_mode": 1}),
     ("sd3-controlnet", without_text, SD35Control, {}),
+    pytest.param(
+        "sd3-controlnet", inpainting, SD3ControlInpaint, {"control_mask": Image.fromarray(255 * mask(0))},
+        marks=[pytest.mark.serves(feature, INPAINTING) for feature in (
+            "equals a run written out by hand", "images as conditions", "guidance"
+        )],
+    ),
 ])  # fmt: skip
 def test_other_models_equal_the_method_written_out_by_hand(name, make, model, call):
     case, pipe, seen = CASES[name], surely_encoding(make()), []

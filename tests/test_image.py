@@ -98,10 +98,12 @@ def encoded(pipe, image, seed):
 def stock_level(pipe, strength, steps):
     """The noise level at which a stock run starts."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    if scheduler.config.use_dynamic_shifting:
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(4 * H * W))
-    else:
+    if isinstance(pipe.transformer, SD3Transformer2DModel):
         scheduler.set_timesteps(steps)
+    else:
+        length, names = 4 * H * W, ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(length, *(scheduler.config[name] for name in names))
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     return scheduler.sigmas[int(steps - steps * strength)].item()
 
 
@@ -140,9 +142,13 @@ class Model:
 
 
 @torch.no_grad()
-def by_hand(pipe, schedule, clean, noise, level, score, mask=None):
-    """One image's latents (C, 4H, 4W). score: of a low x0 (C, 2H, 2W), a list of tokens' scores. mask: 1 paints."""
-    model, key = Model(pipe), seeds_of(F.pixel_unshuffle(noise, 2).flatten(2).transpose(1, 2))[0]
+def by_hand(model, schedule, clean, noise, level, score, mask=None):
+    """One image's latents (C, 4H, 4W).
+
+    model: patches, their places, the noise level and the grid to velocities. score: of a low x0 (C, 2H, 2W), a list of
+    tokens' scores. mask: 1 paints.
+    """
+    key = seeds_of(F.pixel_unshuffle(noise, 2).flatten(2).transpose(1, 2))[0]
     clean, noise, channels = clean[0], noise[0], clean.shape[1]
     averaged, low_noise = F.avg_pool2d(clean, 2), noise[:, ::2, ::2]
     lows, fulls = ([(y, x) for y in range(k * H) for x in range(k * W)] for k in (1, 2))
@@ -236,7 +242,7 @@ def test_image_to_image_equals_the_method_written_out_by_hand(stock, family, ima
 
     clean, noise = encoded(stock, images[:1], 3)
     level = stock_level(stock, strength, 100)
-    expected, first = by_hand(stock, SHORT[family], clean, noise, level, edges)
+    expected, first = by_hand(Model(stock), SHORT[family], clean, noise, level, edges)
     assert first == stage
     twin = made_of(KINDS[family][0], ralu.enable(stock, SHORT[family]))
     got = generate(twin, image=images[:1], strength=strength)
@@ -258,7 +264,7 @@ def test_inpainting_equals_the_method_written_out_by_hand(stock, family, images,
         return F.avg_pool2d(mask, HEIGHT // H).flatten().tolist()
 
     expected, first = by_hand(
-        stock, SHORT[family], clean, noise, stock_level(stock, strength, 100), painted, latent_mask
+        Model(stock), SHORT[family], clean, noise, stock_level(stock, strength, 100), painted, latent_mask
     )
     assert first == stage
     pipe = ralu.enable(made_of(kind, stock), SHORT[family], regions="mask")
@@ -538,6 +544,13 @@ def test_what_is_refused(stock, family, images, mask):
     with pytest.raises(ValueError, match=r"regions='change' needs 2 steps before the selection, .* has 0"):
         generate(inpaint, image=images[:1], mask_image=mask, strength=later)
     ralu.disable(inpaint)
+
+
+def test_channels_that_are_no_condition_are_refused():
+    for count in (17, 40, 52):
+        pipe = tiny.flux(in_channels=count)
+        with pytest.raises(ValueError, match=f"in_channels must be 16, 32 with a control image, .* got {count}"):
+            ralu.enable(pipe)
 
 
 def test_mask_and_image_in_further_channels_are_refused():

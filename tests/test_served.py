@@ -42,10 +42,11 @@ def table(items) -> str:
                 assert feature in FEATURES, f"{item.nodeid}: {feature!r} is none of test_served.py's features"
                 for pipeline in pipelines(item, mark):
                     found[pipeline, feature] = {"refuses": "refused", "serves": "yes"}[kind]
-    columns = list(dict.fromkeys(pipeline for pipeline, _ in sorted(found, key=lambda key: key[0])))
-    lines = [["", *(f"`{name}`" for name in columns)], ["---"] * (1 + len(columns))]
-    lines += [[feature, *(found.get((name, feature), "") for name in columns)] for feature in FEATURES]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines if any(line[1:]))
+    columns = [feature for feature in FEATURES if any(feature == of for _, of in found)]
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    for name in sorted({pipeline for pipeline, _ in found}):
+        lines.append([f"`{name}`", *(found.get((name, feature), "") for feature in columns)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def test_the_table_is_made_of_these_tests(request):

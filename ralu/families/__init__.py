@@ -82,12 +82,13 @@ FAMILIES: dict[str, Entry] = {
         50, ("flux-dev", "flux-schnell"), dynamic_shifting=True, sample_size=128,
         image_pipelines=(
             "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline",
-            "FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline",
-            "FluxControlNetPipeline",
+            "FluxKontextInpaintPipeline", "FluxControlPipeline", "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline", "FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
         ),
         joining=(
-            "FluxInpaintPipeline", "FluxFillPipeline", "FluxControlPipeline", "FluxControlImg2ImgPipeline",
-            "FluxControlInpaintPipeline",
+            "FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextInpaintPipeline", "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline", "FluxControlNetInpaintPipeline",
         ),
     ),
     "flux2": Entry(
@@ -97,6 +98,7 @@ FAMILIES: dict[str, Entry] = {
     "qwen_image": Entry(
         f"{__name__}.qwen_image", ("QwenImagePipeline",), "QwenImageTransformer2DModel", ("qwen-5x", "qwen-7x"), 50,
         ("qwen-image",), sample_size=128,
+        image_pipelines=("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"), joining=("QwenImageInpaintPipeline",),
     ),
     "sd3": Entry(
         f"{__name__}.sd3", ("StableDiffusion3Pipeline",), "SD3Transformer2DModel",
@@ -104,12 +106,14 @@ FAMILIES: dict[str, Entry] = {
         28, ("sd3-medium", "sd3.5-medium", "sd3.5-large"), position_limit="pos_embed_max_size",
         image_pipelines=(
             "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
         ),
         joining=("StableDiffusion3InpaintPipeline",),
     ),
     "z_image": Entry(
         f"{__name__}.z_image", ("ZImagePipeline",), "ZImageTransformer2DModel",
         ("zimage-2x", "zimage-5x", "zimage-7x"), 8, ("z-image-turbo",), sample_size=128,
+        image_pipelines=("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"), joining=("ZImageInpaintPipeline",),
     ),
 }  # fmt: skip
 
