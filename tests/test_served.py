@@ -44,8 +44,8 @@ def table(items) -> str:
                     found[pipeline, feature] = {"refuses": "refused", "serves": "yes"}[kind]
     columns = [feature for feature in FEATURES if any(feature == of for _, of in found)]
     lines = [["", *columns], ["---"] * (1 + len(columns))]
-    for name in sorted({pipeline for pipeline, _ in found}):
-        lines.append([f"`{name}`", *(found.get((name, feature), "") for feature in columns)])
+    names = sorted({pipeline for pipeline, _ in found})
+    lines += [[f"`{name}`", *(found.get((name, feature), "") for feature in columns)] for name in names]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
