@@ -15,7 +15,7 @@ from diffusers.hooks.hooks import StateManager, _set_cache_context
 from torch import Tensor, nn
 
 from .blocks import named_arguments, unwrapped
-from .caches import Cache
+from .caches import CACHES, Progress
 from .caches.hooks import Call
 from .conditions import resampled_channels
 from .families import Family
@@ -195,7 +195,8 @@ class LayoutHook:
 
     def __init__(self, pipe: DiffusionPipeline, scheduler: RaluScheduler, family: Family):
         self.scheduler, self.stock, self.family = scheduler, pipe.scheduler, family
-        self.cache: Cache | None = None
+        self.cache: Any = None  # a Cache
+        self.called: tuple[Progress | None, int] = None, 0  # where the last call was, and which of its step's
         self.copied = False
         self.pipes = WeakSet([pipe])
         self.parameters = named_arguments(pipe.transformer)
@@ -280,8 +281,6 @@ class LayoutHook:
         """Begin a run at its first call, with these arguments. Raises ValueError for one that cannot be served."""
         sample, count = self.family.sample_of(given), self.family.condition_tokens(given)
         if count:
-            if self.cache is not None:
-                raise ValueError("cache must be None where an image is a condition: call ralu.enable without a cache")
             sample = sample[:, :-count]
         grid, images = self.family.grid_of(given), self.images_of(pipe, given)
         if pipe is not None:
@@ -301,20 +300,35 @@ class LayoutHook:
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         before = next((m._context for r in registry._get_child_registries() for m in managers_of(r)), None)
         skipped = given.get("skip_layers")
-        # SD3's and Z-Image's pipelines set no context. Calls for other layers have a history of their own, and so have
-        # those that guidance, which Z-Image may stop on the way, does not double any more.
-        images = self.images_of(pipe, given)
-        rows = f"all layers, {len(self.family.sample_of(given))} rows"
-        name = before.name if hasattr(transformer, "cache_context") and before else rows
         ours, layout = pipe is None or pipe.scheduler is self.scheduler, self.scheduler.layout
+        progress = self.scheduler.progress if ours else None
+        self._check_conditions(progress, given)
+        # Many pipelines set no context. Calls for other layers have a history of their own, and so have the second ones
+        # of a step, and those that guidance, which Z-Image may stop on the way, does not double any more.
+        where, count = self.called
+        self.called = progress, count + 1 if progress == where else 0
+        if skipped is not None:
+            name = "some layers"
+        elif before is None or isinstance(before, Call):
+            name = f"all layers, {len(self.family.sample_of(given))} rows, call {self.called[1]}"
+        else:
+            name = before.name
         call = Call(
-            name if skipped is None else "some layers",
-            progress=self.scheduler.progress if ours else None,
-            images=images,
-            mask=None if layout is None else layout.mask,
+            name,
+            progress=progress,
+            images=self.images_of(pipe, given),
+            mask=None if layout is None else layout.mask_with_conditions,
             skipped=tuple(skipped or ()),
         )
         _set_cache_context(transformer, call)
+
+    def _check_conditions(self, progress: Progress | None, given: dict):
+        """Raise ValueError at a run's first call for tokens of condition images that the cache does not serve."""
+        begins = progress is not None and progress.run_step == 0
+        if begins and not self.cache.takes_conditions and self.family.condition_tokens(given):
+            fitting = ", ".join(name for name, kind in CACHES.items() if kind.takes_conditions)
+            kind = type(self.cache).__name__
+            raise ValueError(f"cache must be None or one of {fitting} where an image is a condition, got {kind}")
 
 
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor, decode: Callable | None = None) -> Tensor:

@@ -81,7 +81,7 @@ def enable(
     the window of its skip-layer guidance go by the number asked for all the same).
     With a threshold, SD3 generates images one at a time unless it is fused, and Qwen-Image and Z-Image do so always:
     their attention takes no mask. ControlNets refuse a batch with one. Blocks are fused in FLUX.1 and SD3 alone. Images
-    that are tokens (Kontext, FLUX.2) go with no cache, and ControlNets with no cache and no `trim_text`. The
+    that are tokens (Kontext) do not go with ToCa and RAS, and ControlNets with no cache and no `trim_text`. The
     transformer of FLUX.1 may be split over processes, by `enable_parallelism` before this: one image at a time, with no
     cache, ControlNet or fused blocks. A pipeline or transformer that is already enabled, here or in a pipeline it is
     shared with, is disabled first. Raises ValueError or TypeError, before anything is changed, for a pipeline or
@@ -271,6 +271,7 @@ def bind(pipe: DiffusionPipeline, scheduler: RaluScheduler, hook: LayoutHook):
 
     def stage_begins(stage: int, steps: int):
         reset_caches(transformer)
+        hook.called = None, 0
         if hook.cache is not None:
             hook.cache.reset(transformer, stage, steps)
 

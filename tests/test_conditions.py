@@ -2,12 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import test_by_hand
+import test_caches
+import test_delta_dit
+import test_teacache
 import tiny
 import torch
 from diffusers import (
@@ -22,6 +26,7 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from PIL import Image
 from test_by_hand import patches_of
+from test_teacache import DELTA, QUARTIC
 
 import ralu
 from ralu.regions import gradient
@@ -465,7 +470,8 @@ def test_a_copy_is_enabled_too_and_its_own(case, stock):
     assert torch.equal(case.generate(ralu.disable(twin), num_inference_steps=4), stock_image)
 
 
-@pytest.mark.refuses("TaylorSeer", "FluxKontextPipeline")
+@pytest.mark.refuses("ToCa", "FluxKontextPipeline")
+@pytest.mark.refuses("RAS", "FluxKontextPipeline")
 def test_kontext_without_an_image_makes_images_from_text():
     pipe = tiny.flux()
     ralu.enable(pipe, tiny.FAMILIES["flux"].short)
@@ -474,10 +480,51 @@ def test_kontext_without_an_image_makes_images_from_text():
     twin = ralu.enable(tiny.other(FluxKontextPipeline, pipe), tiny.FAMILIES["flux"].short)
     for width, image in expected.items():
         assert torch.equal(tiny.generate(twin, width=width, max_area=HEIGHT * width), image)
-    ralu.enable(twin, tiny.FAMILIES["flux"].short, cache="taylorseer")
-    assert CASES["kontext"].generate(twin, image=None).isfinite().all()
-    with pytest.raises(ValueError, match="cache must be None where an image is a condition"):
-        CASES["kontext"].generate(twin)
+    for preset in ("stock-4", tiny.FAMILIES["flux"].short):
+        for cache in ("toca", "ras"):
+            ralu.enable(twin, preset, cache=cache)
+            with pytest.raises(ValueError, match=r"cache must be None or one of .*taylorseer.* where an image is a"):
+                CASES["kontext"].generate(twin)
+            assert CASES["kontext"].generate(twin, image=None).isfinite().all()
+
+
+CACHED = {
+    "taylorseer(interval=2,order=0,warmup=1)": lambda pipe, steps: by_series(pipe, steps),
+    f"teacache(delta={DELTA['flux']})": lambda pipe, steps: test_teacache.by_hand(pipe, DELTA["flux"], QUARTIC, steps),
+    "delta-dit(interval=2,num_blocks=2,boundary=0.6)": lambda pipe, steps: test_delta_dit.by_hand(
+        pipe, 2, 2, 0.6, sum(steps)
+    ),
+}
+
+
+@contextmanager
+def by_series(pipe, steps):
+    """TaylorSeer of order 0, whose every second step reuses the outputs of the one before, from each stage's first."""
+    full = [step % 2 == 0 for count in steps for step in range(count)]
+    undo = test_caches.predict_by_hand(pipe.transformer, full.__getitem__, 0)
+    yield
+    undo()
+
+
+@pytest.mark.serves("TaylorSeer", "FluxKontextPipeline", "FluxFillPipeline")
+@pytest.mark.serves("TeaCache", "FluxKontextPipeline", "FluxFillPipeline")
+@pytest.mark.serves("DeltaDiT", "FluxKontextPipeline", "FluxFillPipeline")
+@pytest.mark.parametrize("cache", CACHED)
+@pytest.mark.parametrize("name", ["kontext", "fill"])
+def test_caches_beside_images_equal_the_methods_written_out_by_hand(name, cache):
+    """With Kontext's second call of a step for guidance, which diffusers tells apart by no context."""
+    case, pipe = CASES[name], surely_encoding(CASES[name].make())
+    guided = (
+        {"true_cfg_scale": 2.0, "negative_prompt": PROMPTS[1]} if name == "kontext" and "taylor" not in cache else {}
+    )
+    schedule = case.schedule.replace(steps=(3, 4, 4))
+    ralu.enable(pipe, schedule)
+    whole = case.generate(pipe, output_type="latent", **guided)
+    with CACHED[cache](pipe, schedule.steps):
+        expected = case.generate(pipe, output_type="latent", **guided)
+    got = case.generate(ralu.enable(pipe, schedule, cache=cache), output_type="latent", **guided)
+    torch.testing.assert_close(got, expected, **close)
+    assert (got - whole).abs().max() > 1e-4
 
 
 @pytest.mark.serves("fused blocks", "FluxKontextPipeline")

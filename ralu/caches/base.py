@@ -55,9 +55,11 @@ class Cache(ABC):
     """The interface of a cache. `ralu.enable` calls it: a cache never registers, resets or undoes anything by itself.
 
     families: names of the model families it serves, see `ralu.families`.
+    takes_conditions: whether it serves calls with tokens of condition images behind the sample's.
     """
 
     families: ClassVar[tuple[str, ...]]
+    takes_conditions: ClassVar[bool] = False
 
     def check(self, transformer: Any) -> None:  # noqa: B027, some serve all
         """Raise ValueError for a transformer that it cannot serve; nothing is changed before."""

@@ -35,6 +35,7 @@ class DeltaDiT(Cache):
     """
 
     families: ClassVar[tuple[str, ...]] = ("flux", "qwen_image", "sd3")
+    takes_conditions: ClassVar[bool] = True
 
     interval: int = 2
     num_blocks: int = 0

@@ -26,7 +26,8 @@ class Call(CacheContext):
 
     progress: None for a call that is of no run: then everything is to be computed, and nothing to be kept.
     images:   I, in the run. Row r of a batch is of image r % I: guidance may double the batch.
-    mask:     bool (I, L), which of the images' tokens are no padding; None where none is.
+    mask:     bool (I, L), which of the images' tokens, and of those of condition images behind them, are no padding;
+              None where none is.
     skipped:  indices of the blocks that skip-layer guidance leaves out of this call.
     """
 

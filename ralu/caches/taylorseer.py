@@ -32,6 +32,7 @@ class TaylorSeer(Cache):
     """
 
     families: ClassVar[tuple[str, ...]] = ("flux", "sd3")
+    takes_conditions: ClassVar[bool] = True
 
     interval: int = 5
     order: int = 1

@@ -62,6 +62,7 @@ class TeaCache(Cache):
     """
 
     families: ClassVar[tuple[str, ...]] = ("flux", "sd3")
+    takes_conditions: ClassVar[bool] = True
 
     delta: float = 0.6
     coefficients: str = "auto"
