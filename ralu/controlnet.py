@@ -105,7 +105,8 @@ class ControlNetHook:
         own: how many channels a token of the sample has. Behind as many the condition may have a mask's, as SD3's
              inpainting ControlNets have, a value for each latent pixel.
         """
-        layout, grid = scheduler.layout, scheduler.grid
+        layout: Any = scheduler.layout
+        grid = scheduler.grid
         if layout.resolution == "full":
             return condition
         tokens = resampled_channels(self.family.pack(condition), own, layout, grid, scheduler.full_grid)

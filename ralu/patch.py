@@ -268,7 +268,8 @@ class LayoutHook:
 
     def _laid_out(self, module: nn.Module, sample: Tensor) -> Tensor:
         """Bring a call's sample to the layout's tokens, and channels behind its own. Tokens behind it stay."""
-        scheduler, layout = self.scheduler, self.scheduler.layout
+        scheduler = self.scheduler
+        layout: Any = scheduler.layout
         if count := layout.conditions:
             return torch.cat([scheduler.subsample_first(sample[:, :-count]), sample[:, -count:]], dim=1)
         own = self.family.own_channels(unwrapped(module))

@@ -14,6 +14,7 @@ from diffusers import (
     FluxControlInpaintPipeline,
     FluxControlNetImg2ImgPipeline,
     FluxControlNetInpaintPipeline,
+    FluxControlPipeline,
     FluxKontextInpaintPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
@@ -178,7 +179,7 @@ def test_runs_equal_the_method_written_out_by_hand(case, pipe, images, mask):
 def test_batches_at_an_odd_size_and_interruptions(case, pipe, images, mask):
     images, mask = (F.interpolate(x, size=tuple(ODD.values())) for x in (images, mask))
     family, inpaint, shown = tiny.FAMILIES[case.family], hasattr(pipe, "prepare_mask_latents"), []
-    before = case.generate(pipe, images[:1], mask, num_inference_steps=4)
+    before = case.generate(pipe, images[:1], mask, num_inference_steps=2)
     ralu.enable(pipe, family.short, regions="gradient")
     batch = case.generate(pipe, images, mask, PROMPTS[:2], (3, 4))
     for i in range(2):
@@ -197,8 +198,21 @@ def test_batches_at_an_odd_size_and_interruptions(case, pipe, images, mask):
     with torch.no_grad():
         decoded = model.decoded(image_of(model.restored(patches_of(latents)), *(size // 4 for size in ODD.values())))
     torch.testing.assert_close(interrupted, (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
-    assert torch.equal(case.generate(pipe, images[:1], mask, num_inference_steps=4), before)
+    assert torch.equal(case.generate(pipe, images[:1], mask, num_inference_steps=2), before)
     assert not any(isinstance(value, StandIn) for value in vars(pipe).values())
+
+
+def test_from_pipe_of_an_enabled_pipeline_works(images, mask):
+    case, kind = CASES["FluxControlImg2ImgPipeline"], FluxControlImg2ImgPipeline
+    pipe = case.make()
+    before = case.generate(pipe, images[:1], mask, num_inference_steps=4)
+    expected = case.generate(ralu.enable(pipe, tiny.FAMILIES["flux"].short), images[:1], mask)
+    other = tiny.other(FluxControlPipeline, ralu.disable(pipe))
+    twin = kind.from_pipe(ralu.enable(other, tiny.FAMILIES["flux"].short), dtype=torch.float32)
+    twin.set_progress_bar_config(disable=True)
+    assert torch.equal(case.generate(twin, images[:1], mask), expected)
+    ralu.disable(other)
+    assert torch.equal(case.generate(twin, images[:1], mask, num_inference_steps=4), before)
 
 
 def test_fill_repaints_its_mask(images, mask):
