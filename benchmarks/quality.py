@@ -48,7 +48,7 @@ from ralu.method import Method
 from ralu.mini import PROMPTS
 from ralu.mini.train import CAPTIONS, GUIDANCE, PatchPCA, pictures
 from ralu.options import CHOICES
-from ralu.schedule import two_resolutions
+from ralu.schedule import Schedule, two_resolutions
 
 SIZE, TEXT_TOKENS = 256, 32
 
@@ -80,7 +80,7 @@ METHODS = {
 }  # fmt: skip
 
 PIXELS = [(1, 2), (2, 2), (3, 3), (3, 5), (5, 8)]  # steps at half and at full resolution
-SCHEDULES = {  # and the options that go with them
+SCHEDULES: dict[str, tuple[Schedule, dict]] = {  # and the options that go with them
     f"{low}+{full}-pixels": (two_resolutions((low, full), 0.3, (3.0, 3.0), 0.1, upsampler="pixels"), {})
     for low, full in PIXELS
 }

@@ -14,6 +14,7 @@ An interrupted search goes on where it was: every draw is a row of results/searc
 import argparse
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from ralu.schedule import region_adaptive, two_resolutions
 
 COUNT, SEED = 32, 7  # of captions
 RATIOS = (0.1, 0.2, 0.3, 0.4)
-Draw = dict  # steps, ends, shifts, c, ratio, upsampler: as `ralu.schedule` has them; solver
+Draw = dict[str, Any]  # steps, ends, shifts, c, ratio, upsampler: as `ralu.schedule` has them; solver
+Row = dict[str, str]
 
 
 def schedule_of(draw: Draw) -> ralu.Schedule:
@@ -42,7 +44,7 @@ def schedule_of(draw: Draw) -> ralu.Schedule:
 def at_random(rng: random.Random, budget: float, work: dict[float, float]) -> Draw:
     """Draw a schedule for the budget."""
 
-    def between(low, high):
+    def between(low: float, high: float) -> float:
         return math.exp(rng.uniform(math.log(low), math.log(high)))
 
     stages, ratio = rng.choice((2, 3)), rng.choice(RATIOS)
@@ -57,7 +59,7 @@ def at_random(rng: random.Random, budget: float, work: dict[float, float]) -> Dr
 def changed(draw: Draw, rng: random.Random, budget: float, work: dict[float, float]) -> Draw:
     """Move a draw's numbers by about a fifth, and one time in three its steps."""
 
-    def moved(value):
+    def moved(value: float) -> float:
         return value * math.exp(rng.gauss(0, 0.2))
 
     steps = rng.choice(choices(budget, len(draw["steps"]), draw["ratio"], work)), draw["steps"], draw["steps"]
@@ -77,7 +79,7 @@ def choices(budget: float, stages: int, ratio: float, work: dict[float, float]) 
     return [tuple(each) for each in steps[off <= max(0.05, off.min())].tolist()]
 
 
-def draw_of(rows: list[dict], index: int, draws: int, budget: float, work: dict[float, float]) -> Draw:
+def draw_of(rows: list[Row], index: int, draws: int, budget: float, work: dict[float, float]) -> Draw:
     """Make the draw of this index, after the rows of those before."""
     rng = random.Random(f"{budget} {index}")
     while True:
@@ -92,19 +94,19 @@ def draw_of(rows: list[dict], index: int, draws: int, budget: float, work: dict[
         return draw
 
 
-def frechet_of(row: dict) -> float:
+def frechet_of(row: Row) -> float:
     """Return what counts."""
     return float(row["frechet"])
 
 
-def parsed(row: dict) -> Draw:
+def parsed(row: Row) -> Draw:
     """Read a draw out of its row."""
     kinds = {"steps": int, "ends": float, "shifts": float}
     lists = {name: tuple(map(kind, row[name].split())) for name, kind in kinds.items()}
     return lists | {"c": float(row["c"]), "ratio": float(row["ratio"])} | {k: row[k] for k in ("upsampler", "solver")}
 
 
-def best(model: str) -> dict[str, tuple[ralu.Schedule, dict]]:
+def best(model: str) -> dict[str, tuple[ralu.Schedule, dict[str, str]]]:
     """Return the best schedule of each budget, and the options that go with it, by name."""
     path, found = RESULTS / f"search-{model}.csv", {}
     for row in sorted(read(path) if path.exists() else [], key=frechet_of, reverse=True):
@@ -113,7 +115,7 @@ def best(model: str) -> dict[str, tuple[ralu.Schedule, dict]]:
     return found
 
 
-def main():
+def main() -> None:
     """Search what the command line asks for."""
     # quality.py imports `best`
     from quality import CURVES, SCHEDULES, SIZE, TEXT_TOKENS, features, frechet, prepare, sample
