@@ -13,9 +13,12 @@ import torch
 import ralu
 from ralu.method import Method
 from ralu.patch import LayoutHook
+from ralu.schedule import two_resolutions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
+import record
+import search
 
 RNG = np.random.default_rng(0)
 
@@ -82,8 +85,9 @@ def test_the_table_has_every_scorer_at_equal_ratio():
 
 def test_the_curves_have_every_cache_at_several_strengths():
     """Alone, and beside plain steps with both solvers; a method stands in one curve only."""
-    for curves in quality.CURVES.values():
-        named = [method for curve in curves.values() for method in curve if method not in quality.SCHEDULES]
+    for model, curves in quality.CURVES.items():
+        schedules = quality.SCHEDULES | search.best(model)
+        named = [method for curve in curves.values() for method in curve if method not in schedules]
         methods = [Method.parse(method) for method in named]
         assert len(set(map(str, methods))) == len(methods)
         for kind in ralu.caches.CACHES.values():
@@ -92,6 +96,37 @@ def test_the_curves_have_every_cache_at_several_strengths():
         plain = [method for method in methods if method.preset is None and method.cache is None]
         assert {method.options.solver for method in plain} >= {None} and len(plain) > 10
         assert all(quality.follows(str(method)) == (method.preset is None) for method in methods)
+
+
+@pytest.mark.parametrize("stock_steps", [50, 28])
+@pytest.mark.parametrize("less", [5, 7, 10])
+def test_searched_schedules_are_of_the_work(stock_steps, less):
+    work = {0.0: 0.3, 0.1: 0.35, 0.2: 0.4, 0.3: 0.45, 0.4: 0.5}
+    rows = []
+    for index in range(12):
+        draw = search.draw_of(rows, index, 12, stock_steps / less, work)
+        schedule = search.schedule_of(draw)
+        calls = {"low": 0.3, "mixed": work[draw["ratio"]], "full": 1.0}
+        made = sum(stage.steps * calls[stage.resolution] for stage in schedule.stages)
+        assert made == pytest.approx(stock_steps / less, rel=0.05)
+        lists = {name: " ".join(map(str, draw[name])) for name in ("steps", "ends", "shifts")}
+        rows.append({name: str(value) for name, value in draw.items()} | lists | {"frechet": f"{1 / (1 + index)}"})
+        assert search.parsed(rows[-1]) == draw
+    near = [search.parsed(row) for row in rows[5:8]]  # the best three of the first eight
+    assert any(search.draw_of(rows, 8, 12, stock_steps / less, work)["upsampler"] == each["upsampler"] for each in near)
+
+
+def test_the_best_of_a_search_is_the_nearest(monkeypatch, tmp_path):
+    row = {"steps": "2 3", "ends": "0.3", "shifts": "3 2", "ratio": 0.2, "upsampler": "pixels", "solver": "euler"}
+    rows = [row | {"less": less, "c": c, "frechet": f} for less, c, f in ((5, 0.1, 0.3), (5, 0.2, 0.02), (7, 0.05, 0.1))]
+    record.append(tmp_path / "search-mini-flux.csv", rows)
+    monkeypatch.setattr(search, "RESULTS", tmp_path)
+    expected = {
+        name: (two_resolutions((2, 3), 0.3, (3.0, 2.0), c, upsampler="pixels"), {"solver": "euler"})
+        for name, c in {"searched-5x": 0.2, "searched-7x": 0.05}.items()
+    }
+    assert search.best("mini-flux") == expected
+    assert search.best("mini-sd3") == {}
 
 
 def test_drift_is_the_root_mean_square_of_the_difference():
