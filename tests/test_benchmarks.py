@@ -446,6 +446,16 @@ def test_gpu_tables(tmp_path):
     assert "| `upsample_renoise`, bfloat16 | triton | 12.3 | 87% | 8.9 | 2.0 |" in tables.block(tmp_path / "gpu.csv")
 
 
+def test_the_compile_table_has_the_worst_of_every_release(tmp_path):
+    def row(triton, arch, registers, spill="0"):
+        return {"kernel": "plan", "variant": "float32", "arch": arch, "registers": registers, "spill_bytes": spill,
+                "triton": triton, "commit": "abc"}  # fmt: skip
+
+    rows = [row("3.5.1", "sm_80", "64"), row("3.5.1", "sm_86", "100"), row("3.6.0", "sm_80", "96", "8")]
+    write(tmp_path / "aot.csv", rows)
+    assert tables.block(tmp_path / "aot.csv").splitlines()[-1] == "| `plan` | 1 | 100 / 96 | 0 / 8 |"
+
+
 def test_curves_are_of_the_rows(tmp_path):
     """Work in steps of the reference, and the measure, curve by curve, sorted; what chance does as a line."""
     import matplotlib.pyplot as plt
