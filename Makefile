@@ -74,13 +74,20 @@ ci: test lint sanitize dist docs
 bench: install
 	$(BIN)/python benchmarks/bench.py --device cpu --memory
 
-gpu-bench: install
-	$(BIN)/python benchmarks/bench.py --device cuda
-	$(BIN)/python benchmarks/blocks.py
+# On a machine with a GPU and without a network PY=python3 takes the Python that is there, and installs nothing.
+ifndef PY
+gpu-bench gpu-check train-mini: install
+PY := $(BIN)/python
+endif
+
+# Ten minutes, what matters most first, or all of it: LONG=1.
+gpu-bench:
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(PY) benchmarks/bench.py --device cuda $(if $(LONG),,--minutes 5)
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(PY) benchmarks/blocks.py $(if $(LONG),,--minutes 3)
 
 # A rented GPU's first minutes: benchmarks/gpu/README.md. DRY=1 runs it on a CPU, in tiny shapes.
-gpu-check: install
-	PY=$(BIN)/python bash benchmarks/gpu/gpu_session.sh
+gpu-check:
+	PY=$(PY) bash benchmarks/gpu/gpu_session.sh
 
 e2e: install
 	$(BIN)/python benchmarks/e2e.py
@@ -92,8 +99,8 @@ bench-compare: install
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error BASE must name a revision: make bench-compare BASE=main))
 
 # MINUTES=5 trains the embedded model further for so long, on a GPU where there is one; what was begun is gone on with.
-train-mini: install
-	$(BIN)/python -m ralu.mini.train --model $(or $(MODEL),mini-flux) $(if $(MINUTES),--minutes $(MINUTES))
+train-mini:
+	$(PY) -m ralu.mini.train --model $(or $(MODEL),mini-flux) $(if $(MINUTES),--minutes $(MINUTES))
 
 evaluate-mini: install
 	$(BIN)/python benchmarks/quality.py --model $(or $(MODEL),mini-flux)

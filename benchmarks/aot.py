@@ -3,22 +3,23 @@
     python benchmarks/aot.py [--arch 80 90 ...] [-o benchmarks/results/aot.csv]
 
 One row a variant and architecture: registers, local memory and spills as ptxas reports them for the launched module,
-and the widths in bits of its global stores and loads in PTX (``64+128`` = both occur).
+and the widths in bits of its global stores and loads in PTX (``64+128`` = both occur). Rows of other releases of Triton
+stay: run it with each that is supported.
 """
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import record
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -191,16 +192,16 @@ def main() -> None:
     """Compile what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "aot.csv")
+    parser.add_argument("-o", "--output", type=Path, default=record.RESULTS / "aot.csv")
     options = parser.parse_args()
-    with options.output.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Report))
-        for kernel, variant, launch in variants():
-            for arch in options.arch:
-                row = astuple(report(kernel, variant, launch, arch))
-                writer.writerow(row)
-                print(*row, file=sys.stderr)
+    commit, rows = record.provenance(torch.device("cpu"))["commit"], []
+    for kernel, variant, launch in variants():
+        for arch in options.arch:
+            rows.append(asdict(report(kernel, variant, launch, arch)) | {"commit": commit})
+            print(*rows[-1].values(), file=sys.stderr, flush=True)
+    others = record.read(options.output) if options.output.exists() else []
+    options.output.unlink(missing_ok=True)
+    record.append(options.output, [row for row in others if row["triton"] != triton.__version__] + rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ provider's result has passed its check in this process. Providers:
 eager      what a careful author writes with PyTorch alone: `interpolate`, `randn`, block means, in-place updates;
            `index_select` and `index_copy_` for the transitions, whose indices are ready before the clock. Where the
            operation is nothing but PyTorch's the reference backend itself
-compile    that under `torch.compile`, one graph a shape; batch 1, on a CPU 1024 pixels: a graph takes seconds
+compile    that under `torch.compile`, one graph a shape, which takes seconds: see `has_graph`
 reference  the specification in eager PyTorch, with the kernels' own random numbers (batch 1)
 native, triton, and the backends of varlen_attention (FlashAttention among them)  the kernels, where they can run
 comfy-kitchen, liger  what these packages have for the same work, where they are installed: `adaln` for modulate, and
@@ -38,18 +38,29 @@ import cases
 import numpy as np
 import record
 import torch
-from cases import BOTH, DTYPES, Case, Shape, agree, installed, tensors
+from cases import BOTH, DTYPES, Case, Operation, Shape, agree, installed, tensors
 
 import ralu_kernels
 
 OPERATIONS = cases.OPERATIONS | block_cases.OPERATIONS
 
 
-def checked(case: Case, shape: Shape, expected, chosen: list[str] | None) -> dict[str, Callable]:
+def has_graph(operation: Operation, shape: Shape, in_minutes: bool) -> bool:
+    """Tell whether a shape is worth a graph of `torch.compile`: one image, on a CPU of 1024 pixels.
+
+    Where minutes are counted those that the tables have: FLUX in bfloat16, at 1024 and 2048 pixels.
+    """
+    if shape.device.type == "cpu":
+        return shape.batch == 1 and shape.pixels == 1024
+    in_tables = shape.model == operation.models[0] and shape.dtype == torch.bfloat16 and shape.pixels >= 1024
+    return shape.batch == 1 and (in_tables or not in_minutes)
+
+
+def checked(case: Case, shape: Shape, expected, chosen: list[str] | None, graph: bool) -> dict[str, Callable]:
     """List all (or the chosen) that can do a case's work here, once each has passed its check against the reference."""
     same, eager = partial(agree, expected=expected), case.eager or partial(case.ours, "reference")
     providers = {"eager": (eager, case.check or same)}
-    if case.eager and shape.batch == 1 and (shape.device.type == "cuda" or shape.pixels == 1024):
+    if case.eager and graph:
         torch.compiler.reset()
         providers["compile"] = torch.compile(eager, fullgraph=True, dynamic=False), case.check or same
     providers |= {name: (partial(case.ours, name), same) for name in case.backends}
@@ -70,9 +81,9 @@ def nbytes(result) -> int:
 
 def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
     """Measure an operation at one shape; returns its rows."""
-    case = OPERATIONS[name].case(shape)
+    case, graph = OPERATIONS[name].case(shape), has_graph(OPERATIONS[name], shape, args.minutes is not None)
     expected = case.ours("reference")
-    calls, moved = checked(case, shape, expected, args.providers), nbytes(case.inputs) + nbytes(expected)
+    calls, moved = checked(case, shape, expected, args.providers, graph), nbytes(case.inputs) + nbytes(expected)
     source = torch.empty(moved // 2, dtype=torch.uint8, device=shape.device)
     calls["copy"] = partial(torch.empty_like(source).copy_, source)
     cpu, rows = shape.device.type == "cpu", []
@@ -132,6 +143,18 @@ def memory_rows(name: str) -> list[dict]:
     return rows
 
 
+def by_worth(names: list[str], args: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, Shape]]:
+    """List what is measured: all operations at the first of the dtypes, batches, models and sizes, and so on."""
+    work = {}
+    for i, name in enumerate(names):
+        operation = OPERATIONS[name]
+        ways = product(*map(enumerate, (operation.dtypes or args.dtypes, args.batch, operation.models, args.pixels)))
+        for (d, dtype), (b, batch), (m, model), (p, pixels) in ways:
+            label = f"{name} {model} {pixels} px x {batch} {dtype}"
+            work[d, b, m, p, i] = label, (name, Shape(model, pixels, batch, DTYPES.get(dtype), device))
+    return dict(work[key] for key in sorted(work))
+
+
 def main(argv: list[str] | None = None):
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,11 +162,12 @@ def main(argv: list[str] | None = None):
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--ops", nargs="+", choices=OPERATIONS, metavar="OP", help=f"{', '.join(OPERATIONS)} (default: the device's)")
     add("--providers", nargs="+", metavar="PROVIDER", help="beside copy (default: all that can run)")
-    add("--pixels", type=int, nargs="+", default=[512, 1024, 2048], help="of an image's side")
+    add("--pixels", type=int, nargs="+", default=[1024, 2048, 512], help="of an image's side, what matters most first")
     add("--batch", type=int, nargs="+", default=[1, 4])
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     add("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU")
     add("--budget", type=float, default=0.3, help="seconds for a provider at a shape (at least 3 calls, at most 200)")
+    add("--minutes", type=float, help="start nothing new after so many, and compile less (default: no limit)")
     add("--memory", action="store_true", help="peak memory too, on a CPU in a process for each provider")
     add("--output", type=Path, help="(default: benchmarks/results/DEVICE.csv)")
     add("--grow", nargs=2, help=argparse.SUPPRESS)
@@ -162,13 +186,13 @@ def main(argv: list[str] | None = None):
             print(*(row[key] for key in row if key not in ("p20_ms", "p80_ms", "gbps", "repeats")), flush=True)
 
     usual = [name for name in OPERATIONS if device.type in OPERATIONS[name].devices and hasattr(ralu_kernels, name)]
-    for name in args.ops or usual:
-        operation = OPERATIONS[name]
-        for model, pixels, batch in product(operation.models, args.pixels, args.batch):
-            for dtype in operation.dtypes or args.dtypes:
-                write(measure(name, Shape(model, pixels, batch, DTYPES.get(dtype), device), args))
-        if args.memory and device.type == "cpu" and name in TRANSITIONS:
-            write(memory_rows(name))
+    names = args.ops or usual
+    for name, shape in record.in_time(by_worth(names, args, device), args.minutes):
+        write(measure(name, shape, args))
+    if args.memory and device.type == "cpu":
+        for name in TRANSITIONS:
+            if name in names:
+                write(memory_rows(name))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ What is stubbed, alike in both: a linear layer and an attention are one allocati
 (`F.linear`, `F.scaled_dot_product_attention`), and an RMS norm is one operator as on a GPU (`F.layer_norm`), where a
 CPU takes it apart. All other operators of the stock blocks run on the CPU: its kernels, on six tokens, stand for
 launches. The fused operations go the way of CUDA tensors on an H100, compiled for it, and through all of Triton's
-Python; left out is the C function that hands a kernel's arguments to the driver. So the driver's own time, some
+Python; left out is the C function that hands a kernel's arguments to the driver (before Triton 3.7 with the little
+Python around it, as it is compiled anew for every signature). So the driver's own time, some
 microseconds a launch, is missing on both sides, and stock has two and a half times as many (blocks.py counts them).
 """
 
@@ -57,7 +58,7 @@ class Launching(_Driver):
 
     def __init__(self) -> None:
         super().__init__(10 * CAPABILITY[0])
-        self.launcher_cls = nvidia.CudaLauncher
+        self.launcher_cls = nvidia.CudaLauncher if hasattr(nvidia, "PyKernelArg") else _Launcher
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 2**17},
             load_binary=lambda *_: (object(), object(), 0, 0, 1024),
@@ -69,6 +70,16 @@ class Launching(_Driver):
     def launched(cls, *_) -> None:
         """Take a launch, as the function in C does: grid, stream, kernel, ..., the kernel's arguments."""
         cls.launches += 1
+
+
+class _Launcher:
+    """Stands in for what Triton before 3.7 compiles for a kernel."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, x, y, z, stream, kernel, metadata, launch_metadata, enter, leave, *arguments) -> None:
+        Launching.launched(x, y, z, stream, kernel, arguments)
 
 
 @contextmanager
@@ -92,7 +103,8 @@ def stubbed() -> Iterator[None]:
         stack.enter_context(mock.patch.dict(_backend._ABSENT, triton=lambda device: None))
         stack.enter_context(mock.patch.object(_checks, "can_look", lambda x: False))
         stack.enter_context(mock.patch.object(attention, "_capability", lambda device: CAPABILITY))
-        stack.enter_context(mock.patch.object(nvidia, "PyKernelArg", SimpleNamespace))
+        if hasattr(nvidia, "PyKernelArg"):
+            stack.enter_context(mock.patch.object(nvidia, "PyKernelArg", SimpleNamespace))
         stack.callback(driver.set_active, before)
         driver.set_active(Launching())
         yield

@@ -5,9 +5,10 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +20,7 @@ from ralu_kernels._backend import triton
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 SWITCHES = ("fused", "compile", "attention", "diffusers_cache")  # of e2e.py's rows, empty where one is off
+_Work = TypeVar("_Work")
 CASE = ("op", "provider", "model", "method", *SWITCHES, "pixels", "batch", "dtype", "threads")  # what tells a subject
 
 
@@ -143,6 +145,18 @@ def in_turn(calls: dict[str, Callable], device: torch.device, budget: float, rep
             if len(times[name]) < 3 or sum(times[name]) < 1e3 * budget:
                 times[name].append(timed(call))
     return times
+
+
+def in_time(work: Mapping[str, _Work], minutes: float | None) -> Iterator[_Work]:
+    """Yield work in its order until so many minutes have passed since the first; then print the names of the rest."""
+    start = time.monotonic()
+    for i, one in enumerate(work.values()):
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            print(
+                f"after {minutes:g} minutes {len(work) - i} of {len(work)} are left out:", *list(work)[i:], sep="\n  "
+            )
+            return
+        yield one
 
 
 def peak_memory(call: Callable, device: torch.device):

@@ -264,6 +264,21 @@ def roofs(path: Path) -> str:
     return table([name.replace("_", " ") for name in rows[0]], [list(row.values()) for row in rows])
 
 
+def compiled(path: Path) -> str:
+    """Print the table of aot.py's file: a line a kernel, the worst of all variants and GPUs by release of Triton."""
+    rows, body = record.read(path), []
+    releases, architectures, commits = (values(rows, key) for key in ("triton", "arch", "commit"))
+    for kernel in values(rows, "kernel"):
+        of = [row for row in rows if row["kernel"] == kernel]
+        worst = (
+            " / ".join(str(max(int(row[key]) for row in of if row["triton"] == release)) for release in releases)
+            for key in ("registers", "spill_bytes")
+        )
+        body.append([f"`{kernel}`", str(len({row["variant"] for row in of})), *worst])
+    line = f"Triton {' / '.join(releases)}; {', '.join(architectures)}; commit {' and '.join(commits)}."
+    return f"{line}\n\n{table(['', 'variants', 'registers at most', 'bytes spilled at most'], body)}"
+
+
 def hosts(path: Path) -> str:
     """Print the table of host.py's file: a line a model, the last row of each variant."""
     rows = {(row["model"], row["variant"]): row for row in record.read(path)}
@@ -293,7 +308,7 @@ def block(path: Path, short: bool = False) -> str | None:
         return quality(path, short) if short else f"![Quality against work]({pareto(path)})\n\n{quality(path)}"
     if path.name.startswith("caches-"):
         return skipped(path)
-    tables = {"work.csv": work, "saved.csv": saved, "roof.csv": roofs, "host.csv": hosts}
+    tables = {"work.csv": work, "saved.csv": saved, "roof.csv": roofs, "host.csv": hosts, "aot.csv": compiled}
     tables["solver-gaussian.csv"] = solvers
     if path.name in tables:
         return tables[path.name](path)

@@ -165,6 +165,7 @@ def _plan_kernel(
     n, width, k, threshold, total, stride_b, stride_n,
     RANKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    counted: tl.constexpr = 4 * BLOCK  # at once: a turn of a count is short, and waits for memory
     b = tl.program_id(0)
     sample_ptr = scores_ptr + b.to(tl.int64) * stride_b
     if RANKED:
@@ -173,11 +174,11 @@ def _plan_kernel(
         kth = tl.full((), 0, tl.uint32)
         for bit in range(32):
             candidate = kth | (tl.full((), 0x80000000, tl.uint32) >> bit)
-            kth = tl.where(_count(sample_ptr, candidate, n, n, stride_b, stride_n, True, BLOCK) >= k, candidate, kth)
-        above = tl.where(kth == 0xFFFFFFFF, 0, _count(sample_ptr, kth + 1, n, n, stride_b, stride_n, True, BLOCK))
+            kth = tl.where(_count(sample_ptr, candidate, n, n, stride_b, stride_n, True, counted) >= k, candidate, kth)
+        above = tl.where(kth == 0xFFFFFFFF, 0, _count(sample_ptr, kth + 1, n, n, stride_b, stride_n, True, counted))
         ties_left = k - above
     else:
-        before = _count(scores_ptr, threshold, b * n, n, stride_b, stride_n, False, BLOCK)
+        before = _count(scores_ptr, threshold, b * n, n, stride_b, stride_n, False, counted)
 
     # Every sample writes its start and its end, so that the last end needs no special case.
     tl.store(cu_seqlens_ptr + b, b * n + 3 * before)
@@ -236,7 +237,7 @@ def _plan_triton(
     with torch.cuda.device_of(scores):
         _plan_kernel[(scores.shape[0],)](
             scores, *outputs, h * w, w, k, threshold or 0.0, total, *scores.stride(),
-            RANKED=threshold is None, BLOCK=512, num_warps=4,
+            RANKED=threshold is None, BLOCK=256, num_warps=4,
         )  # fmt: skip
     return outputs
 

@@ -99,7 +99,7 @@ def normals(seed, element, stage, kind, HALF: tl.constexpr = False):
     element = element.to(tl.uint32)
     zero = tl.zeros_like(element)
     word0, word1, word2, word3 = _philox(
-        seed, element, zero + tl.to_tensor(stage).to(tl.uint32), zero + tl.to_tensor(kind).to(tl.uint32)
+        seed, element, zero + tl.cast(stage, tl.uint32), zero + tl.cast(kind, tl.uint32)
     )
     n0, n1 = _box_muller(word0, word1, HALF)
     n2, n3 = _box_muller(word2, word3, HALF)

@@ -1,6 +1,8 @@
 """Every Triton kernel compiles for every supported GPU, without spills, and stores its output in 16-byte vectors."""
 
+import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ if INTERPRET:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import aot
+import record
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +57,18 @@ def test_kernels_compile(kernel, arch, all_variants):
         # Inside the blocks everything is read in vectors too, but for the row a ragged batch looks up.
         if kernel in ("adaln", "pack", "concat_gelu"):
             assert report.load_bits == ("32+128" if "ragged" in report.variant else "128"), report
+
+
+def test_the_table_has_every_variant_and_release():
+    rows = record.read(record.RESULTS / "aot.csv")
+    oldest = re.search(r'^triton = \["triton>=(.+)"\]', (record.ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    releases = {row["triton"].rpartition(".")[0] for row in rows}
+    assert min(releases, key=lambda release: [*map(int, release.split("."))]) == oldest and len(releases) > 2
+    every = [(*variant[:2], f"sm_{arch}") for variant, arch in product(aot.variants(), aot.ARCHITECTURES)]
+    for release in releases:
+        of = [row for row in rows if row["triton"].startswith(f"{release}.")]
+        assert [(row["kernel"], row["variant"], row["arch"].rstrip("a")) for row in of] == every
+    assert all(row["stack_bytes"] == row["spill_bytes"] == "0" for row in rows)
 
 
 def test_narrow_stores_are_seen():

@@ -1,11 +1,15 @@
 """The benchmarks on shapes that take milliseconds: what they count and conclude, and what they refuse to write."""
 
+import argparse
 import csv
 import importlib
 import math
+import os
 import re
+import runpy
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -152,6 +156,89 @@ def test_calls_take_turns_until_their_budget_is_spent(monkeypatch):
     times = record.in_turn(calls, CPU, budget=0.5, repeats=40)
     assert {name: len(spent) for name, spent in times.items()} == {"slow": 3, "fast": 40}
     assert order[:8] == ["slow", "fast"] * 4  # the first round is not timed
+
+
+def test_work_is_begun_until_the_time_is_up(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(record.time, "monotonic", lambda: clock[0])
+
+    def done(minutes):
+        for one in record.in_time({"first": 1, "second": 2, "third": 3}, minutes):
+            clock[0] += 60
+            yield one
+
+    assert [*done(1.5)] == [1, 2]
+    assert capsys.readouterr().out == "after 1.5 minutes 1 of 3 are left out:\n  third\n"
+    assert [*done(None)] == [1, 2, 3] and not capsys.readouterr().out
+    bench.main(["--device", "cpu", "--ops", "plan_tokens", "--pixels", "128", "--batch", "1", "3", "--minutes", "-1"])
+    assert "2 of 2 are left out" in capsys.readouterr().out
+
+
+def test_a_gpus_minutes_begin_with_what_the_tables_have():
+    """Every operation at 1024 pixels of FLUX, then at 2048; only these have graphs, but in a run without a limit."""
+    args = argparse.Namespace(dtypes=["bfloat16", "float32"], batch=[1, 4], pixels=[1024, 2048, 512])
+    names = list(bench.OPERATIONS)
+    work = list(bench.by_worth(names, args, torch.device("cuda")).values())
+    for i, pixels in enumerate(args.pixels):
+        first = work[i * len(names) : (i + 1) * len(names)]
+        assert [name for name, _ in first] == names
+        assert {(shape.pixels, shape.batch) for _, shape in first} == {(pixels, 1)}
+        assert all(shape.model in tables.FLUX for _, shape in first)
+        assert {name for name, shape in first if shape.dtype != torch.bfloat16} == {"plan_tokens", "edge_density"}
+    every = [
+        (name, model, dtype, batch, pixels)
+        for name, operation in bench.OPERATIONS.items()
+        for model, dtype, batch, pixels in product(
+            operation.models, operation.dtypes or args.dtypes, args.batch, args.pixels
+        )
+    ]
+    assert len(set(work)) == len(work) == len(every)
+
+    def graphs(in_minutes):
+        return [one for one in work if bench.has_graph(bench.OPERATIONS[one[0]], one[1], in_minutes)]
+
+    compiled = [name for name in names if name not in ("plan_tokens", "edge_density")]
+    assert [(shape.pixels, name) for name, shape in graphs(True)] == [*product((1024, 2048), compiled)]
+    assert graphs(False) == [one for one in work if one[1].batch == 1]
+
+
+@pytest.mark.parametrize("dry", ["", "1"])
+def test_a_gpus_session_runs_its_scripts_with_arguments_that_they_take(tmp_path, monkeypatch, dry):
+    """All its steps, with something in place of Python that notes what it is asked for."""
+    script, asked = tmp_path / "python", tmp_path / "asked"
+    script.write_text(f'#!/bin/sh\necho "$@" >>{asked}\n')
+    script.chmod(0o755)
+    for tool in ("ncu", "compute-sanitizer"):
+        (tmp_path / tool).symlink_to(script)
+    folders = {name: str(tmp_path / name.lower()) for name in ("OUT", "KIT", "CACHE")}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu/gpu_session.sh"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | folders | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PY": str(script), "DRY": dry},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = dict(re.findall(r"^(\S+) +(rc=\S+)", (tmp_path / "out/summary.txt").read_text(), re.MULTILINE))
+    readme = (ROOT / "benchmarks/gpu/README.md").read_text()
+    steps = re.findall(
+        r"[a-z0-9]+", " ".join(re.findall(r"^\| ([a-z0-9, ]+) \| .* \| [\d, ]+ \|$", readme, re.MULTILINE))
+    )
+    assert len(steps) > 9 and {name.split(".")[0] for name in verdicts} == set(steps) - ({"ncu"} if dry else set())
+    assert set(verdicts.values()) == {"rc=0"}
+    with tarfile.open(tmp_path / "out/all.tar.gz") as archive:
+        assert {"./summary.txt", "./logs/smoke.log"} <= set(archive.getnames())
+    commands = asked.read_text().splitlines()
+    assert all((ROOT / file).exists() for line in commands for file in re.findall(r"tests/\S+", line))
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args):
+        raise StopIteration(parse(parser, *args))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    ran = [match.groups() for line in commands if (match := re.search(r"(benchmarks/\S+\.py)(.*)", line))]
+    assert len(ran) > 6
+    for file, arguments in ran:
+        monkeypatch.setattr(sys, "argv", [file, *arguments.split()])
+        with pytest.raises(StopIteration):
+            runpy.run_path(str(ROOT / file), run_name="__main__")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells a process's peak")
@@ -357,6 +444,16 @@ def test_gpu_tables(tmp_path):
     ]
     write(tmp_path / "gpu.csv", rows)
     assert "| `upsample_renoise`, bfloat16 | triton | 12.3 | 87% | 8.9 | 2.0 |" in tables.block(tmp_path / "gpu.csv")
+
+
+def test_the_compile_table_has_the_worst_of_every_release(tmp_path):
+    def row(triton, arch, registers, spill="0"):
+        return {"kernel": "plan", "variant": "float32", "arch": arch, "registers": registers, "spill_bytes": spill,
+                "triton": triton, "commit": "abc"}  # fmt: skip
+
+    rows = [row("3.5.1", "sm_80", "64"), row("3.5.1", "sm_86", "100"), row("3.6.0", "sm_80", "96", "8")]
+    write(tmp_path / "aot.csv", rows)
+    assert tables.block(tmp_path / "aot.csv").splitlines()[-1] == "| `plan` | 1 | 100 / 96 | 0 / 8 |"
 
 
 def test_curves_are_of_the_rows(tmp_path):

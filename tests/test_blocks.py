@@ -660,11 +660,20 @@ def test_fused_blocks_read_and_write_a_third_of_the_bytes(kind):
 
 
 def test_the_benchmark_runs_dry(tmp_path, monkeypatch):
-    *others, _, _ = benchmark.variants()  # on a CPU the last attention is what "auto" is
-    monkeypatch.setattr(benchmark, "variants", lambda: others)
+    usual = benchmark.ways()[:4]
+    assert all(name in ("auto", "diffusers'") for _, _, name in usual)
+    monkeypatch.setattr(benchmark, "ways", lambda: usual)
     rows = benchmark.main(["--dry", "--output", str(tmp_path / "blocks.csv")])
     assert {row["part"] for row in rows} == {"traffic", "step"}
     assert {row["variant"] for row in rows if row["part"] == "step"} == {
         "stock eager", "stock compiled", "fused eager", "fused compiled"
     }  # fmt: skip
     assert len(record.read(tmp_path / "blocks.csv")) == len(rows)
+
+    def wrong(model):
+        model.proj_out.weight.data *= 1.2
+
+    monkeypatch.setattr(benchmark, "ways", lambda: [(True, False, "auto")])
+    monkeypatch.setattr(ralu, "fuse", wrong)
+    with pytest.raises(AssertionError, match=r"is 0\.2 away from the stock step"):
+        benchmark.main(["--dry"])

@@ -14,14 +14,15 @@ PY=${PY:-python3}
 [[ $PY == */* && $PY != /* ]] && PY=$PWD/$PY
 DRY=${DRY:-}
 LIMIT=${LIMIT:-${DRY:+3}570}              # seconds for all of it
-STEPS=${STEPS:-"env build smoke roof steps tests e2e compiled bench ncu sanitize"}
+STEPS=${STEPS:-"env build smoke roof steps tests e2e blocks bench ncu sanitize"}
 DEVICE=cuda TINY=
 [ -n "$DRY" ] && DEVICE=cpu TINY=--tiny
 LOGS=$OUT/logs WORK=$(mktemp -d)
+CACHE=${CACHE:-$PWD/outputs/gpu/cache}    # what the first part has compiled is there for the second
 trap 'rm -rf "$WORK"' EXIT
-mkdir -p "$LOGS" "$WORK/bin" "$WORK/build" "$WORK/triton"
+mkdir -p "$LOGS" "$WORK/bin" "$WORK/build" "$CACHE/triton"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
+export TORCHINDUCTOR_CACHE_DIR=$CACHE/inductor TRITON_CACHE_DIR=$CACHE/triton
 export PYTHONPATH=$PWD:$WORK/site${PYTHONPATH:+:$PYTHONPATH}
 
 say() { echo "$*" | tee -a "$OUT/summary.txt"; }
@@ -36,6 +37,8 @@ step() {
   if [ "$box" -lt 10 ]; then say "$name: not run, no time left"; return 0; fi
   timeout -k 5 "$box" "$@" >"$LOGS/$name.log" 2>&1; rc=$?
   say "$(printf '%-16s rc=%-3s %4ss of %4ss, until %4ss: ' "$name" $rc $((SECONDS - start)) "$box" $SECONDS)$(tail -n 1 "$LOGS/$name.log" | cut -c1-120)"
+  # One file, where few can be taken along.
+  tar -C "$OUT" --exclude=all.tar.gz -czf "$OUT/all.tar.gz" .
 }
 
 # Without a repository the rows of results get their commit from the kit: they ask `git describe` and `git diff`.
@@ -51,6 +54,22 @@ fi
 # Triton's cache of kernels compiled before, by the same release for the same GPU; of others it takes no notice.
 [ -f "$KIT/triton.tar.xz" ] && tar -C "$TRITON_CACHE_DIR" -xJf "$KIT/triton.tar.xz"
 
+# nvcc on the PATH may be a script that calls the toolkit's, beside which PyTorch would look for the libraries.
+top=$(nvcc --dryrun -c x.cu 2>&1 | sed -n 's/^#\$ TOP=//p' | head -1)
+[ -n "$top" ] && export CUDA_HOME=$(cd "$top" && pwd)
+
+# The extension: a prepared one or the one that is here, unless it cannot be loaded or has no CUDA. Whether it can be
+# built here is tried in the background, on cores that are idle.
+build() {
+  cp -r setup.py pyproject.toml README.md LICENSE NOTICE csrc ralu_kernels "$WORK/build" && cd "$WORK/build" && rm -f ralu_kernels/*.so &&
+    RALU_NATIVE=1 RALU_CUDA=$([ -n "$DRY" ]; echo $?) timeout ${DRY:+1}150 $PY setup.py build_ext --inplace >"$LOGS/build.log" 2>&1
+  echo "rc=$? after $SECONDS s" >>"$LOGS/build.log"
+}
+BUILDING=
+chosen build && { build & BUILDING=$!; }
+built() { [ -n "$BUILDING" ] && wait "$BUILDING" && say "build            $(tail -n 1 "$LOGS/build.log")"; BUILDING=; }
+loads() { $PY -c "import torch, ralu_kernels.ralu_kernels_C as c; raise SystemExit(not (c.cuda or '$DRY'))" >>"$LOGS/load.log" 2>&1; }
+
 step env 40 bash -c '
   nvidia-smi; nvidia-smi -q -d CLOCK | head -40; nproc; lscpu | grep -E "Model name|MHz"; c++ --version | head -1
   for tool in nvcc ncu compute-sanitizer git ninja; do echo "$tool: $(command -v $tool || echo absent)"; done
@@ -61,21 +80,6 @@ print(\"Python.h\", os.path.exists(sysconfig.get_path(\"include\") + \"/Python.h
 print(*(f\"{x.__name__} {x.__version__}\" for x in (torch, triton, transformers, diffusers)),
       torch.cuda.get_device_name() if torch.cuda.is_available() else \"no GPU\")"' "$PY"
 
-# nvcc on the PATH may be a script that calls the toolkit's, beside which PyTorch would look for the libraries.
-top=$(nvcc --dryrun -c x.cu 2>&1 | sed -n 's/^#\$ TOP=//p' | head -1)
-[ -n "$top" ] && export CUDA_HOME=$(cd "$top" && pwd)
-
-# The extension: a prepared one or the one that is here, unless it cannot be loaded or has no CUDA. Whether it can be
-# built here is tried in the background, on cores that are idle.
-build() {
-  cp -r setup.py pyproject.toml README.md LICENSE csrc ralu_kernels "$WORK/build" && cd "$WORK/build" && rm -f ralu_kernels/*.so &&
-    RALU_NATIVE=1 RALU_CUDA=$([ -n "$DRY" ]; echo $?) timeout ${DRY:+1}150 $PY setup.py build_ext --inplace >"$LOGS/build.log" 2>&1
-  echo "rc=$? after $SECONDS s" >>"$LOGS/build.log"
-}
-BUILDING=
-chosen build && { build & BUILDING=$!; }
-built() { [ -n "$BUILDING" ] && wait "$BUILDING" && say "build            $(tail -n 1 "$LOGS/build.log")"; BUILDING=; }
-loads() { $PY -c "import torch, ralu_kernels.ralu_kernels_C as c; raise SystemExit(not (c.cuda or '$DRY'))" >>"$LOGS/load.log" 2>&1; }
 [ -f "$KIT/ralu_kernels_C.abi3.so" ] && cp "$KIT/ralu_kernels_C.abi3.so" ralu_kernels/
 if ! loads; then
   built
@@ -88,13 +92,13 @@ step roof 75 $PY $HERE/probe.py roof host kernels --device $DEVICE $TINY --csv "
 step steps 80 $PY $HERE/probe.py step --device $DEVICE $TINY --csv "$OUT/steps.csv"
 PYTEST="$PY -m pytest -q -p no:cacheprovider -o addopts=--strict-markers"
 if [ -z "$DRY" ]; then  # the suite's GPU half; caches of compiled kernels are shared by the processes
-  step tests 120 $PYTEST -n 8 -m "(triton or native or gpu) and not slow" --maxfail=30 --durations=8 \
+  step tests 120 $PYTEST -n 8 -m "(triton or native or gpu) and not exhaustive" --continue-on-collection-errors --maxfail=30 --durations=8 \
     tests/test_{upsample,tokens,random,edges,adaln,qkv,blocks}.py
   step tests.attention 45 $PYTEST -n 4 tests/test_attention.py
   step e2e 120 $PY benchmarks/e2e.py --models flux-dev --batch 1 --repeats 2 --output "$OUT/e2e.csv" \
     --methods stock-50 flux-5x flux-7x --fused no yes
-  step compiled 100 $PY $HERE/probe.py compiled --tokens 1024 4096 --csv "$OUT/compiled.csv"
-  step bench 60 $PY benchmarks/bench.py --pixels 1024 --dtypes bfloat16 --budget 0.05 --output "$OUT/bench.csv" \
+  step blocks 100 $PY benchmarks/blocks.py --tokens 4096 1024 --budget 0.5 --minutes 1 --output "$OUT/blocks.csv"
+  step bench 60 $PY benchmarks/bench.py --budget 0.05 --minutes 0.6 --output "$OUT/bench.csv" \
     --providers eager reference native triton fill sdpa varlen
   NCU=$(command -v ncu || ls /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | tail -1)
   METRICS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
@@ -109,15 +113,15 @@ else
   step tests 60 $PYTEST -m native tests/test_upsample.py
   step e2e 120 $PY benchmarks/e2e.py --device cpu --models mini-flux --methods stock-3 flux-7x --pixels 64 --batch 1 --repeats 1 \
     --output "$OUT/e2e.csv"
-  step compiled 100 $PY $HERE/probe.py compiled --device cpu --tiny --csv "$OUT/compiled.csv"
+  step blocks 100 $PY benchmarks/blocks.py --dry --output "$OUT/blocks.csv"
   step bench 60 $PY benchmarks/bench.py --device cpu --pixels 256 --batch 1 --dtypes float32 --budget 0 --threads 1 \
-    --ops upsample_renoise upsample_selected --providers eager native --output "$OUT/bench.csv"
+    --minutes 5 --ops upsample_renoise upsample_selected --providers eager native --output "$OUT/bench.csv"
   step sanitize 60 $PY $HERE/once.py --device cpu --small
 fi
 built
 
 echo "---- all numbers"
-for part in roof steps compiled e2e; do grep -hE '^(roof|kernels|host|step|compiled|flux-dev|mini-flux) ' "$LOGS/$part.log" 2>/dev/null; done
+for part in smoke roof steps blocks e2e; do grep -hE '^(FAIL|roof|kernels|host|step|flux-dev|mini-flux) ' "$LOGS/$part.log" 2>/dev/null; done
 echo "---- $((LIMIT - SECONDS)) s left; everything is in $OUT"
 cat "$OUT/summary.txt"
 ! grep -qE 'rc=[1-9]|not run' "$OUT/summary.txt"

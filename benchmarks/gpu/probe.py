@@ -8,7 +8,6 @@ kernels   every operation at an image of 1024 pixels and at a size that fills th
 host      microseconds of the host for a call of every operation
 step      FLUX.1-dev with random weights: milliseconds of a step as Python drives it, of the host until all is queued,
           and of a CUDA graph of it (the GPU alone); stock and fused, with the error against stock
-compiled  the same with the blocks compiled one by one (regional compilation), without graphs
 """
 
 import argparse
@@ -157,12 +156,13 @@ def host():
 # ---- a step of FLUX.1-dev ----
 
 
-def timed(call: Callable, graph: bool) -> dict:
+def timed(call: Callable) -> dict:
     """Measure milliseconds of a call as Python drives it, until all is queued, and of the GPU alone."""
     start = time.perf_counter()
     call()
     synchronize()
-    numbers, walls, queued = {"first_s": time.perf_counter() - start}, [], []
+    numbers: dict = {"first_s": time.perf_counter() - start}
+    walls, queued = [], []
     for _ in range(3 if args.tiny else 8):
         start = time.perf_counter()
         call()
@@ -170,7 +170,7 @@ def timed(call: Callable, graph: bool) -> dict:
         synchronize()
         walls.append(time.perf_counter() - start)
     numbers |= {"wall_ms": 1e3 * statistics.median(walls), "host_ms": 1e3 * min(queued)}
-    if graph:
+    if CUDA:
         try:
             numbers["graph_ms"] = 1e3 * seconds(captured([call]), 6)
         except RuntimeError as problem:
@@ -178,38 +178,26 @@ def timed(call: Callable, graph: bool) -> dict:
     return numbers
 
 
-@torch.no_grad()
-def steps(ways: list[str]):
+def step():
     """Measure a step of FLUX.1-dev, stock and fused."""
     import ralu
 
-    torch._dynamo.config.recompile_limit = 64  # beyond it a graph would silently run uncompiled
     model = transformer("flux-dev", DEVICE, **(TINY if args.tiny else {}))
     text, lengths = (3, [6]) if args.tiny else (512, args.tokens)
     calls = {length: partial(model, **flux_call(model, text, length, DEVICE)) for length in lengths}
     stock = {length: call().sample.float() for length, call in calls.items()}
-    for way in ways:
-        for fused in (False, True):
-            if fused:
-                ralu.fuse(model)
-            if way == "compiled":  # the blocks, not the model: a graph for each class and length, in much less time
-                torch.compiler.reset()
-                model.compile_repeated_blocks(
-                    fullgraph=True, dynamic=False, backend="eager" if args.tiny else "inductor"
-                )
-            for length, call in calls.items():
-                numbers = timed(call, graph=CUDA and way == "step")
-                numbers["error"] = ((call().sample.float() - stock[length]).norm() / stock[length].norm()).item()
-                note(way, f"{'fused' if fused else 'stock'} {length} tokens", **numbers)
-            for block in model.modules():
-                block._compiled_call_impl = None
-        ralu.unfuse(model)
+    for name in ("stock", "fused"):
+        if name == "fused":
+            ralu.fuse(model)
+        for length, call in calls.items():
+            numbers = timed(call)
+            numbers["error"] = ((call().sample.float() - stock[length]).norm() / stock[length].norm()).item()
+            note("step", f"{name} {length} tokens", **numbers)
 
 
-PARTS = {"roof": roof, "kernels": kernels, "host": host}
-WAYS = ("step", "compiled")
+PARTS = {"roof": roof, "kernels": kernels, "host": host, "step": step}
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("parts", nargs="+", choices=[*PARTS, *WAYS], metavar="PART", help=", ".join([*PARTS, *WAYS]))
+parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
 parser.add_argument("--device", default="cuda")
 parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 1636, 4096], help="of the image, in a step")
 parser.add_argument("--tiny", action="store_true", help="shapes that take no time, to see that all of it runs")
@@ -222,8 +210,6 @@ torch.manual_seed(0)
 with torch.no_grad():
     for part in [part for part in PARTS if part in args.parts]:
         PARTS[part]()
-if ways := [way for way in WAYS if way in args.parts]:
-    steps(ways)
 if CUDA:
     print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 print("PROBE done:", *args.parts)
