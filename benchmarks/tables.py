@@ -204,6 +204,28 @@ def quality(path: Path, short: bool = False) -> str:
     return f"{line}\n\n{table(head, body)}"
 
 
+def searched(path: Path) -> str:
+    """Print the best schedules of a file of search.py's, numbers to two digits."""
+    rows = record.read(path)
+    best = {row["less"]: row for row in sorted(rows, key=lambda row: (int(row["less"]), -float(row["frechet"])))}
+    draws = len(rows) // len(best)
+    names = "work", "steps", "ends", "shifts", "c", "ratio", "upsampler", "solver", "frechet"
+
+    def cell(row, name):
+        if name == "ratio" and len(row["steps"].split()) == 2:
+            return ""
+        return row[name] if name in ("work", "frechet") else " ".join(map(rounded, row[name].split()))
+
+    def rounded(word):
+        return f"{float(word):.2g}" if word[0].isdigit() else word
+
+    body = [[f"`searched-{less}x`", *(cell(row, name) for name in names)] for less, row in best.items()]
+    row = rows[-1]
+    counts = f"{draws} draws each, {row['captions']} captions, seed {row['seed']}"
+    line = f"{counts}; torch {row['torch']}; commit {row['commit']}; {row['date']} ({link(path, False)})."
+    return f"{line}\n\n{table(['', *names[:-1], 'Fréchet'], body)}"
+
+
 def solvers(path: Path) -> str:
     """Of solver.py's file: one line a method, standard deviations 1 / 0.5."""
     rows = record.read(path)
@@ -306,6 +328,8 @@ def block(path: Path, short: bool = False) -> str | None:
         return quality(path, short)
     if path.name.startswith("pareto-"):
         return quality(path, short) if short else f"![Quality against work]({pareto(path)})\n\n{quality(path)}"
+    if path.name.startswith("search-"):
+        return searched(path)
     if path.name.startswith("caches-"):
         return skipped(path)
     tables = {"work.csv": work, "saved.csv": saved, "roof.csv": roofs, "host.csv": hosts, "aot.csv": compiled}

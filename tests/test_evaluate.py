@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import tqdm.auto
 from accelerate import PartialState
 from diffusers import FluxPipeline
 from PIL import Image
@@ -96,6 +98,8 @@ def start(workspace, folder, **environment):
     def run():
         PartialState._reset_state()
         torch.set_num_threads(1)  # OpenMP's threads are not forked
+        for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # a fork shares their lock, and killed with it would keep it for ever
+            bars.set_lock(threading.RLock())
         os.environ.update(environment)
         folder.mkdir(exist_ok=True)
         with open(folder / "printed.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):

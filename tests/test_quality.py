@@ -118,7 +118,8 @@ def test_searched_schedules_are_of_the_work(stock_steps, less):
 
 def test_the_best_of_a_search_is_the_nearest(monkeypatch, tmp_path):
     row = {"steps": "2 3", "ends": "0.3", "shifts": "3 2", "ratio": 0.2, "upsampler": "pixels", "solver": "euler"}
-    rows = [row | {"less": less, "c": c, "frechet": f} for less, c, f in ((5, 0.1, 0.3), (5, 0.2, 0.02), (7, 0.05, 0.1))]
+    found = (5, 0.1, 0.3), (5, 0.2, 0.02), (7, 0.05, 0.1)
+    rows = [row | {"less": less, "c": c, "frechet": frechet} for less, c, frechet in found]
     record.append(tmp_path / "search-mini-flux.csv", rows)
     monkeypatch.setattr(search, "RESULTS", tmp_path)
     expected = {
