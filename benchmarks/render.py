@@ -92,7 +92,7 @@ def draw_quality(rows: list[dict], path: Path):
             of = sorted((float(row["tflop"]) / step, row) for row in rows if row["curve"] == curve)
             heights, errors = ([float(row[name + end]) for _, row in of] for end in ("", "_se"))
             plain, dashed = curve.startswith("fewer steps"), curve.endswith("Euler") or "+" in curve
-            style = {"lw": 2.2, "color": "black"} if plain else {"lw": 1.2, "color": f"C{k}"}
+            style = {"lw": 2.2, "color": "black"} if plain else {"lw": 1.2, "color": plt.get_cmap("tab20")(k)}
             axes.errorbar(
                 [work for work, _ in of], heights, [1.96 * error for error in errors], label=curve, **style,
                 ls="--" if dashed else "-", marker="s" if "RALU" in curve else "o", ms=4, capsize=2, elinewidth=0.7,
