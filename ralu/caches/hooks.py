@@ -193,7 +193,7 @@ def modulation_alone(transformer: Any) -> dict[str, float]:
     return shares
 
 
-def streams(args: tuple, kwargs: dict) -> list[Tensor]:
+def streams(args: tuple, kwargs: dict) -> list[Any]:
     """Return what a block is given: the image's stream (B, L, D), the text's (B, T, D), and (B, D) of the time.
 
     FLUX.2's blocks are given no time but what modulates them: None.
