@@ -536,6 +536,8 @@ def test_equal_blocks_of_published_models(model):
         ("guided", "stock-4+delta-dit"),
         ("sd3-3.5-medium", "sd3-2x(regions=gradient)+delta-dit(num_blocks=1,boundary=0.6)"),
         ("sd3-3.0", "stock-5+taylorseer(interval=2)"),
+        ("flux2", "stock-4+taylorseer(interval=2,warmup=1)"),
+        ("qwen", "stock-4+taylorseer(interval=2,warmup=1)"),
     ],
 )
 def test_operations_of_a_real_run_with_a_cache(name, method):
@@ -546,7 +548,8 @@ def test_operations_of_a_real_run_with_a_cache(name, method):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tiny.generate(pipe, tiny.PROMPTS[:2], (0, 1), **call)
     counts = counter.get_flop_counts()[type(pipe.transformer).__name__]
-    options = {"height": 64, "width": 64, "text_tokens": TEXT, "batch": 2, "guided": name == "guided" or None}
+    text_tokens = TEXT if pipe.text_encoder is not None else 5
+    options = {"height": 64, "width": 64, "text_tokens": text_tokens, "batch": 2, "guided": name in GUIDED or None}
     cost = estimate(pipe, method, **options)
     parts = [part for part in cost.parts if "resolution" in part.name]
     assert sum(part.attention for part in parts) * 1e12 == pytest.approx(counts[torch.ops.aten.bmm], rel=1e-12)

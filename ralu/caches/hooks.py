@@ -120,7 +120,7 @@ def remove_hooks(transformer: nn.Module) -> None:
             del module.forward
 
 
-# ---- blocks; all take the streams of image and text, and return (text, image) ----
+# ---- blocks; all but FLUX.2's single ones take the streams of image and text, and return (text, image) ----
 
 
 def named_blocks(transformer: Any) -> dict[str, Any]:
@@ -142,49 +142,63 @@ def check_norms(transformer: Any) -> None:
 
 def reused(block: Any) -> list[str]:
     """Name what a block is made of beside norms and modulation; its outputs are all that `modulated` needs."""
-    names = ("proj_out",) if hasattr(block, "proj_out") else ("attn", "attn2", "ff", "ff_context")
+    names = ("proj_out",) if hasattr(block, "proj_out") else ("attn", "attn2", "ff", "ff_context", "img_mlp", "txt_mlp")
     return [name for name in names if getattr(block, name, None) is not None]
 
 
-def modulated(block: Any, args: tuple, kwargs: dict, outputs: Callable[[str], Sequence[Tensor]]) -> tuple:
+def modulated(block: Any, args: tuple, kwargs: dict, outputs: Callable[[str], Sequence[Tensor]]) -> Any:
     """Return what a block makes of the outputs of what is `reused` in it, under the modulation of this step.
 
     args, kwargs: what it is called with. outputs: by the name of a module, of attention in the order of its results.
     """
     from ..blocks import clipped, vectors
 
+    if "temb_mod" in kwargs:  # FLUX.2's single blocks, which have text and image in one stream
+        gate = kwargs["temb_mod"].chunk(3, dim=1)[2].unsqueeze(1)
+        return clipped(torch.addcmul(kwargs["hidden_states"], gate, outputs("attn")[0]))
     hidden, encoder, temb = streams(args, kwargs)
     if hasattr(block, "proj_out"):
         gate = vectors(block.norm, temb, 3)[2].unsqueeze(1)
         text, image = outputs("proj_out")[0].split([encoder.shape[1], hidden.shape[1]], dim=1)
         return clipped(torch.addcmul(encoder, gate, text)), clipped(torch.addcmul(hidden, gate, image))
     attention, second = outputs("attn"), getattr(block, "attn2", None) is not None
-    gates = vectors(block.norm1, temb, 9 if second else 6)
+    qwen = hasattr(block, "img_mod")
+    mlp, context_mlp = ("img_mlp", "txt_mlp") if qwen else ("ff", "ff_context")
+    if "temb_mod_img" in kwargs:  # FLUX.2's, whose modulation all blocks share
+        gates, context_gates = (kwargs[name].chunk(6, dim=1) for name in ("temb_mod_img", "temb_mod_txt"))
+    elif qwen:
+        gates, context_gates = (mod(temb).chunk(6, dim=1) for mod in (block.img_mod, block.txt_mod))
+    else:
+        gates = vectors(block.norm1, temb, 9 if second else 6)
+        context_gates = () if getattr(block, "context_pre_only", False) else vectors(block.norm1_context, temb, 6)
     image = [(gates[2], attention[0]), *([(gates[8], outputs("attn2")[0])] if second else [])]
-    for gate, output in (*image, (gates[5], outputs("ff")[0])):
+    for gate, output in (*image, (gates[5], outputs(mlp)[0])):
         hidden = torch.addcmul(hidden, gate.unsqueeze(1), output)
     for output in attention[2:]:  # an IP-adapter's, which has no gate
         hidden = hidden + output
-    if getattr(block, "context_pre_only", False):
+    if not context_gates:
         return None, hidden
-    gates = vectors(block.norm1_context, temb, 6)
-    for gate, output in ((gates[2], attention[1]), (gates[5], outputs("ff_context")[0])):
+    for gate, output in ((context_gates[2], attention[1]), (context_gates[5], outputs(context_mlp)[0])):
         encoder = torch.addcmul(encoder, gate.unsqueeze(1), output)
-    return clipped(encoder), hidden
+    return clipped(encoder), clipped(hidden) if qwen else hidden
 
 
 def modulation_alone(transformer: Any) -> dict[str, float]:
     """Return the shares of a step, see `Cache.shares`, that computes in blocks only what `modulated` does."""
     shares: dict[str, float] = {}
     for name, block in named_blocks(transformer).items():
-        norms = ("norm", "norm1") if getattr(block, "context_pre_only", False) else ("norm", "norm1", "norm1_context")
-        shares |= {name: 0.0} | {f"{name}.{norm}": 1.0 for norm in norms}
+        parts = ["norm", "norm1", "img_mod", "txt_mod"]
+        parts += [] if getattr(block, "context_pre_only", False) else ["norm1_context"]
+        shares |= {name: 0.0} | {f"{name}.{part}": 1.0 for part in parts}
     return shares
 
 
-def streams(args: tuple, kwargs: dict) -> list[Tensor]:
-    """Return what a block is given: the image's stream (B, L, D), the text's (B, T, D), and (B, D) of the time."""
-    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(_STREAMS)]
+def streams(args: tuple, kwargs: dict) -> list[Any]:
+    """Return what a block is given: the image's stream (B, L, D), the text's (B, T, D), and (B, D) of the time.
+
+    FLUX.2's blocks are given no time but what modulates them: None.
+    """
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(_STREAMS)]
 
 
 def ends(blocks: Iterable[int], call: Call) -> tuple[int, int]:

@@ -31,7 +31,7 @@ class TaylorSeer(Cache):
     Raises ValueError for values out of range, and TypeError for what is no whole number.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("flux", "sd3")
+    families: ClassVar[tuple[str, ...]] = ("flux", "flux2", "qwen_image", "sd3")
     takes_conditions: ClassVar[bool] = True
 
     interval: int = 5
@@ -80,7 +80,8 @@ class TaylorSeer(Cache):
         from .hooks import named_blocks, reused
 
         fulls = sum(self.is_full(step) for step in range(progress.step + 1))
-        widths = {"attn2": tokens, "ff": tokens, "ff_context": text_tokens}
+        widths = {"attn2": tokens} | dict.fromkeys(("ff", "img_mlp"), tokens)
+        widths |= dict.fromkeys(("ff_context", "txt_mlp"), text_tokens)
         names = (name for block in named_blocks(transformer).values() for name in reused(block))
         rows = sum(widths.get(name, tokens + text_tokens) for name in names)
         return batch * rows * transformer.inner_dim * min(fulls, self.order + 1)
