@@ -86,16 +86,20 @@ def draw_quality(rows: list[dict], path: Path):
     reference, rows = rows[0], [row for row in rows[1:] if row is not chance]
     step = float(reference["tflop"]) / int(re.search(r"\d+", reference["method"])[0])
     curves = values(rows, "curve")
+    bases = {curve: curve.removeprefix("RALU + ").removesuffix(", ab2") for curve in curves}  # of one colour
+    colours = [base for base in dict.fromkeys(bases.values()) if not base.startswith(("fewer steps", "converged"))]
     figure, grid = plt.subplots(1, 3, figsize=(15, 6), layout="constrained")
     for axes, name in zip(grid, ("frechet", "edge_error", "distance"), strict=True):
-        for k, curve in enumerate(curves):
+        for curve in curves:
             of = sorted((float(row["tflop"]) / step, row) for row in rows if row["curve"] == curve)
             heights, errors = ([float(row[name + end]) for _, row in of] for end in ("", "_se"))
             plain, dashed = curve.startswith("fewer steps"), curve.endswith("Euler") or "+" in curve
-            style = {"lw": 2.2, "color": "black"} if plain else {"lw": 1.2, "color": plt.get_cmap("tab20")(k)}
+            dotted = not plain and curve.endswith(", ab2")
+            style = {"lw": 2.2, "color": "black"} if plain else {"lw": 1.2, "color": f"C{colours.index(bases[curve])}"}
             axes.errorbar(
                 [work for work, _ in of], heights, [1.96 * error for error in errors], label=curve, **style,
-                ls="--" if dashed else "-", marker="s" if "RALU" in curve else "o", ms=4, capsize=2, elinewidth=0.7,
+                ls="--" if dashed else ":" if dotted else "-", marker="s" if "RALU" in curve else "o", ms=4,
+                capsize=2, elinewidth=0.7,
             )  # fmt: skip
         if chance:
             axes.axhline(float(chance[name]), color="grey", lw=0.8)
