@@ -554,6 +554,10 @@ def test_info(capsys, monkeypatch):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert text.count("the extension was not compiled when ralu_kernels was installed") == 2  # the backend's reason too
+    monkeypatch.delitem(sys.modules, "ralu.mini.unpack")  # nor where the pipelines' packages are absent
+    monkeypatch.delattr("ralu.mini.unpack", raising=False)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert main(["info"]) == 0
     monkeypatch.setitem(sys.modules, "ralu_kernels", None)  # a broken installation is what one wants to read about
     assert main(["info"]) == 0
     assert "ralu_kernels\n  broken  " in capsys.readouterr().out

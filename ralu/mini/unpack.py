@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from . import cache_folder
@@ -103,6 +102,8 @@ def unpacked(name: str) -> Path:
 
 
 def _unpack(files: dict[str, Path], folder: Path) -> None:
+    from safetensors.torch import load, save  # diffusers brings it; where a model lies can be asked without
+
     lora = load(files[LORA].read_bytes()) if LORA in files else None
     for place, file in files.items():
         data = file.read_bytes()
