@@ -67,12 +67,17 @@ def changed(draw: Draw, rng: random.Random, budget: float, work: dict[float, flo
     return draw | numbers | {"steps": rng.choice(steps), "c": min(0.25, moved(draw["c"]))}
 
 
+def costs_of(stages: int, ratio: float, work: dict[float, float]) -> tuple[float, ...]:
+    """Return the work of a call in each stage, in calls at full resolution."""
+    return (work[0.0], 1.0) if stages == 2 else (work[0.0], work[ratio], 1.0)
+
+
 def choices(budget: float, stages: int, ratio: float, work: dict[float, float]) -> list[tuple[int, ...]]:
     """List the steps that make the work of the budget to within 5 %, or the nearest to it.
 
     work: of a call in calls at full resolution, by the share of upsampled tokens.
     """
-    costs = (work[0.0], 1.0) if stages == 2 else (work[0.0], work[ratio], 1.0)
+    costs = costs_of(stages, ratio, work)
     ranges = (range(1, math.ceil(budget / cost) + 1) for cost in costs)
     steps = np.stack(np.meshgrid(*ranges), -1).reshape(-1, stages)
     off = abs(steps @ costs / budget - 1)
@@ -157,8 +162,8 @@ def main() -> None:
             draw = draw_of(rows, index, args.draws, budget, work)
             SCHEDULES["drawn"] = schedule_of(draw), {"solver": draw["solver"]}
             written = {name: " ".join(f"{x:.4g}" for x in draw[name]) for name in ("steps", "ends", "shifts")}
-            counted = (work[0.0], 1.0) if len(draw["steps"]) == 2 else (work[0.0], work[draw["ratio"]], 1.0)
-            row = {"less": less, "work": f"{np.dot(draw['steps'], counted):.2f}"} | draw | written
+            made = np.dot(draw["steps"], costs_of(len(draw["steps"]), draw["ratio"], work))
+            row = {"less": less, "work": f"{made:.2f}"} | draw | written
             row |= {"c": f"{draw['c']:.4g}", "frechet": f"{frechet(images('drawn'), reference):.4f}"}
             append(path, [row | {"captions": COUNT, "seed": SEED} | provenance(torch.device("cpu"))])
 

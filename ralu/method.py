@@ -109,7 +109,7 @@ class Method:
             return cls(spatial, Options(**chosen))
         if name not in CACHES:
             raise ValueError(f"{name!r} is no cache; choose of {_known_caches()}")
-        kind = CACHES[name]
+        kind: Any = CACHES[name]
         given = _assignments(cache_options, name, _types(kind))
         if lacking := [field.name for field in fields(kind) if field.default is MISSING and field.name not in given]:
             raise ValueError(f"{name} needs {', '.join(lacking)}, as in {name}({lacking[0]}=...)")

@@ -15,7 +15,7 @@ from diffusers.hooks.hooks import StateManager, _set_cache_context
 from torch import Tensor, nn
 
 from .blocks import named_arguments, unwrapped
-from .caches import CACHES, Progress
+from .caches import CACHES, Cache, Progress
 from .caches.hooks import Call
 from .conditions import resampled_channels
 from .families import Family
@@ -154,8 +154,8 @@ class Masking(StandIn):
     @staticmethod
     def taken_from(pipe: Any) -> Tensor | None:
         """Return what this call of a pipeline repaints, (B, 1, H, W), 1 where it paints. The next has a mask anew."""
-        masking = next((value for value in vars(pipe).values() if isinstance(value, Masking)), None)
-        if masking is None:
+        masking = vars(pipe).get(Masking.name)
+        if not isinstance(masking, Masking):
             return None
         painted, masking.painted = masking.painted, None
         return painted
@@ -195,7 +195,7 @@ class LayoutHook:
 
     def __init__(self, pipe: DiffusionPipeline, scheduler: RaluScheduler, family: Family):
         self.scheduler, self.stock, self.family = scheduler, pipe.scheduler, family
-        self.cache: Any = None  # a Cache
+        self.cache: Cache | None = None
         self.called: tuple[Progress | None, int] = None, 0  # where the last call was, and which of its step's
         self.copied = False
         self.pipes = WeakSet([pipe])
@@ -303,7 +303,8 @@ class LayoutHook:
         skipped = given.get("skip_layers")
         ours, layout = pipe is None or pipe.scheduler is self.scheduler, self.scheduler.layout
         progress = self.scheduler.progress if ours else None
-        self._check_conditions(progress, given)
+        if progress is not None and progress.run_step == 0:
+            self._check_conditions(given)
         # Many pipelines set no context. Calls for other layers have a history of their own, and so have the second ones
         # of a step, and those that guidance, which Z-Image may stop on the way, does not double any more.
         where, count = self.called
@@ -323,13 +324,14 @@ class LayoutHook:
         )
         _set_cache_context(transformer, call)
 
-    def _check_conditions(self, progress: Progress | None, given: dict):
-        """Raise ValueError at a run's first call for tokens of condition images that the cache does not serve."""
-        begins = progress is not None and progress.run_step == 0
-        if begins and not self.cache.takes_conditions and self.family.condition_tokens(given):
+    def _check_conditions(self, given: dict):
+        """Raise ValueError for a call with tokens of condition images that the cache does not serve."""
+        cache: Any = type(self.cache)
+        if not cache.takes_conditions and self.family.condition_tokens(given):
             fitting = ", ".join(name for name, kind in CACHES.items() if kind.takes_conditions)
-            kind = type(self.cache).__name__
-            raise ValueError(f"cache must be None or one of {fitting} where an image is a condition, got {kind}")
+            raise ValueError(
+                f"cache must be None or one of {fitting} where an image is a condition, got {cache.__name__}"
+            )
 
 
 def decode_latents(pipe: DiffusionPipeline, latents: Tensor, decode: Callable | None = None) -> Tensor:

@@ -93,8 +93,6 @@ def stock():
 @pytest.fixture(scope="module")
 def results(stock, tmp_path_factory):
     """What two processes come to, each a fork of this one: neither imports anything anew."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system has no fork, which copies this process and its models")
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this PyTorch was built without gloo, by which processes on CPUs exchange tensors")
     folder, fork = tmp_path_factory.mktemp("parallel"), multiprocessing.get_context("fork")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-CACHES: dict[str, Any] = {}  # classes of caches, by name
+CACHES: dict[str, type["Cache"]] = {}
 
 
 @dataclass(frozen=True)
