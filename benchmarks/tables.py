@@ -309,7 +309,7 @@ def hosts(path: Path) -> str:
         stock, fused = rows[model, "stock"], rows[model, "fused"]
         cells = (f"{row['ms']} ({row['p10']} to {row['p90']})" for row in (stock, fused))
         body.append([model, *cells, fused["ratio"], fused["launches"]])
-    head = ["", "stock, ms (10th to 90th percentile)", "fused", "ratio of the medians", "launches of fused operations"]
+    head = ["", "stock, ms (10th to 90th percentile)", "fused", "ratio of steps side by side", "launches, fused"]
     return f"{origin([*rows.values()])}.\n\n{table(head, body)}"
 
 

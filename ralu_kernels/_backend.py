@@ -136,11 +136,13 @@ def register(
     """
     name = schema.partition("(")[0]
 
-    def chosen(*args: Any) -> str:
+    def chosen(args: tuple[Any, ...]) -> str:
         return pick(*args) if pick else resolve(args[-1], args[0].device, implementations)
 
     def run(*args: Any) -> _Result:
-        name = chosen(*args)
+        return perform(chosen(args), args)
+
+    def perform(name: str, args: tuple[Any, ...]) -> _Result:
         if name == "reference" and args[-1] == "auto" and "native" in implementations:
             _warn_of_plain(args[0].device.type)
         return implementations[name](*args[:-1])
@@ -149,8 +151,9 @@ def register(
         x = args[0]
         # Who watches what is dispatched sees the op, or the extension's own.
         if type(x) is Tensor and (x.is_cuda or x.is_cpu) and not torch.compiler.is_compiling():
-            if not torch._C._len_torch_dispatch_stack() or chosen(*args) == "native":
-                return run(*args)
+            name = chosen(args)
+            if name == "native" or not torch._C._len_torch_dispatch_stack():
+                return perform(name, args)
         elif not pick:
             resolve(args[-1], x.device, implementations)
         result: _Result = op(*args)
@@ -178,7 +181,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-_variants: dict[tuple[Any, ...], Any] = {}  # what was launched -> how Triton compiled it
+_variants: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}  # what was launched -> what Triton launches for it
 _MOST_VARIANTS = 4096  # where every image has another number of tokens, there is no end of them
 
 
@@ -195,7 +198,8 @@ def launch(
 
     To find the variant that it has compiled Triton looks at every argument, which takes the host longer than the launch
     itself. Here that depends on the numbers, and the dtypes and alignment of the inputs: outputs are new, and of the
-    first input's dtype.
+    first input's dtype. What was found is launched as Triton does it, but without a profiler's hooks: where there are
+    any, Triton launches.
     """
     first: Any = inputs[0]
     index = first.get_device()
@@ -204,10 +208,19 @@ def launch(
             return launch(kernel, grid, inputs, outputs, numbers, constants, num_warps)
     seen = [None if x is None else (x.dtype, x.data_ptr() % 16) for x in inputs]
     key = id(kernel), index, num_warps, constants, numbers, *seen  # a kernel's own hash is of its source
-    if compiled := _variants.get(key):
-        compiled[grid](*inputs, *outputs, *numbers, *constants)
+    found = _variants.get(key)
+    if found and not _hooked(triton.knobs.runtime):
+        run, function, metadata = found
+        stream = triton.runtime.driver.active.get_current_stream(index)
+        run(*grid, stream, function, metadata, None, None, None, *inputs, *outputs, *numbers, *constants)
     elif compiled := kernel[grid](*inputs, *outputs, *numbers, *constants, num_warps=num_warps):
         if len(_variants) >= _MOST_VARIANTS:
             _variants.clear()
-        _variants[key] = compiled  # the interpreter has none
+        _variants[key] = compiled.run, compiled.function, compiled.packed_metadata  # the interpreter has none
     return None
+
+
+def _hooked(runtime: Any) -> bool:
+    """Say whether somebody, as Triton's profiler does, wants to know of launches."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a list of such
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

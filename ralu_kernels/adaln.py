@@ -70,12 +70,13 @@ def _launch(
     given: list[Tensor | None] = []
     strides: list[tuple[int, int]] = []  # from sample to sample, and from row to row
     for t in (x, gate, y, shift, scale):
-        each = (0, 0, 1) if t is None else t.stride()
-        if t is not None and each[-1] != 1:
-            t = t.contiguous()
-            each = t.stride()
+        if t is None:
+            strides.append((0, 0))
+        else:
+            t = rowwise(t)
+            *outer, each, _ = t.stride()
+            strides.append((outer[0] if outer else 0, each))
         given.append(t)
-        strides.append((each[0] if len(each) == 3 else 0, each[-2]))
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     vectors = strides[1][1], strides[3][1], strides[4][1]
     launch(
