@@ -181,7 +181,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-_variants: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}  # what was launched -> what Triton launches for it
+_variants: dict[tuple[Any, ...], Any] = {}  # what was launched -> how Triton compiled it
 _MOST_VARIANTS = 4096  # where every image has another number of tokens, there is no end of them
 
 
@@ -210,13 +210,13 @@ def launch(
     key = id(kernel), index, num_warps, constants, numbers, *seen  # a kernel's own hash is of its source
     found = _variants.get(key)
     if found and not _hooked(triton.knobs.runtime):
-        run, function, metadata = found
         stream = triton.runtime.driver.active.get_current_stream(index)
-        run(*grid, stream, function, metadata, None, None, None, *inputs, *outputs, *numbers, *constants)
+        before = *grid, stream, found.function, found.packed_metadata, None, None, None
+        found.run(*before, *inputs, *outputs, *numbers, *constants)
     elif compiled := kernel[grid](*inputs, *outputs, *numbers, *constants, num_warps=num_warps):
         if len(_variants) >= _MOST_VARIANTS:
             _variants.clear()
-        _variants[key] = compiled.run, compiled.function, compiled.packed_metadata  # the interpreter has none
+        _variants[key] = compiled  # the interpreter has none
     return None
 
 
