@@ -61,16 +61,15 @@ def times(tree: Path, command: list[str]) -> dict[tuple, float]:
         return {record.case(row): float(row["p50_ms"]) for row in record.read(output) if row["p50_ms"]}
 
 
-def alternate(base: Path, head: Path, commands: list[list[str]], rounds: int) -> dict[tuple, list[float]]:
+def alternate(base: Path, head: Path, command: list[str], rounds: int) -> dict[tuple, list[float]]:
     """Measure time(head) / time(base) of every case that both have, a ratio a round."""
     ratios = defaultdict(list)
-    for command in commands:
-        for i in range(rounds):
-            first, second = (base, head) if i % 2 == 0 else (head, base)
-            measured = {tree: times(tree, command) for tree in (first, second)}
-            for case in measured[base].keys() & measured[head].keys():
-                ratios[case].append(measured[head][case] / measured[base][case])
-            print(f"{Path(command[0]).name}: round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+    for i in range(rounds):
+        first, second = (base, head) if i % 2 == 0 else (head, base)
+        measured = {tree: times(tree, command) for tree in (first, second)}
+        for case in measured[base].keys() & measured[head].keys():
+            ratios[case].append(measured[head][case] / measured[base][case])
+        print(f"{Path(command[0]).name}: round {i + 1} of {rounds}", file=sys.stderr, flush=True)
     return ratios
 
 
@@ -82,8 +81,22 @@ def ratio_interval(ratios: list[float], confidence: float = 0.95) -> tuple[float
     return mean, low, high
 
 
-def main(argv: list[str] | None = None):
-    """Compare the revisions of the command line."""
+def report(base: Path, head: Path, command: list[str], rounds: int) -> bool:
+    """Print how the times of a benchmark compare. Returns whether it ran: an old revision may lack something."""
+    try:
+        compared = alternate(base, head, command, rounds)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return False
+    for case, ratios in sorted(compared.items()):
+        ratio, low, high = ratio_interval(ratios)
+        verdict = "" if low <= 1 <= high else "  slower" if low > 1 else "  faster"
+        print(f"{ratio:6.3f} ({low:.3f} to {high:.3f})  {' '.join(filter(None, case[:-1]))}{verdict}", flush=True)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare the revisions of the command line. Returns how many of the benchmarks could not be run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE")
     parser.add_argument("head", metavar="HEAD", nargs="?")
@@ -97,13 +110,10 @@ def main(argv: list[str] | None = None):
         worktree(args.base, Path(folder) / "base") as base,
         worktree(head, Path(folder) / "head") as other,
     ):
-        compared = alternate(base, other, COMMANDS, args.rounds)
-    print(f"time of {args.head or 'the working tree'} over that of {args.base}, {args.rounds} rounds")
-    for case, ratios in sorted(compared.items()):
-        ratio, low, high = ratio_interval(ratios)
-        verdict = "" if low <= 1 <= high else "  slower" if low > 1 else "  faster"
-        print(f"{ratio:6.3f} ({low:.3f} to {high:.3f})  {' '.join(filter(None, case[:-1]))}{verdict}")
+        print(f"time of {args.head or 'the working tree'} over that of {args.base}, {args.rounds} rounds")
+        failed = [command for command in COMMANDS if not report(base, other, command, args.rounds)]
+    return len(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

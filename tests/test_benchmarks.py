@@ -566,7 +566,7 @@ def test_interval_is_students():
     assert compare.ratio_interval(ratios) == pytest.approx(expected)
 
 
-def test_revisions_take_turns_with_their_own_packages(tmp_path):
+def test_revisions_take_turns_with_their_own_packages(tmp_path, capsys):
     script = tmp_path / "benchmark.py"
     script.write_text(
         "import sys, ralu_kernels\n"
@@ -577,9 +577,17 @@ def test_revisions_take_turns_with_their_own_packages(tmp_path):
         package = tmp_path / name / "ralu_kernels"
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(f"NAME, MS = {name!r}, {milliseconds}\n")
-    ratios = compare.alternate(tmp_path / "a", tmp_path / "b", [[str(script)]], rounds=3)
+    ratios = compare.alternate(tmp_path / "a", tmp_path / "b", [str(script)], rounds=3)
     assert [(case[0], ratio) for case, ratio in ratios.items()] == [("copy", [1.5] * 3)]
     assert (tmp_path / "order").read_text() == "abbaab"
+    assert compare.report(tmp_path / "a", tmp_path / "b", [str(script)], rounds=2)
+    assert capsys.readouterr().out == " 1.500 (1.500 to 1.500)  copy  slower\n"
+
+
+def test_what_one_revision_lacks_does_not_lose_the_other_benchmarks(tmp_path, capsys):
+    (tmp_path / "benchmark.py").write_text("import a_module_of_tomorrow\n")
+    assert not compare.report(compare.ROOT, compare.ROOT, [str(tmp_path / "benchmark.py")], rounds=2)
+    assert "a_module_of_tomorrow" in capsys.readouterr().err
 
 
 def test_a_worktree_is_built_and_taken_away(tmp_path):
