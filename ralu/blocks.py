@@ -287,9 +287,11 @@ _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added
 
 
 def _project(attn, x: Tensor, separate: tuple[str, ...], together: str, norms: tuple[str, ...]) -> QKV:
-    modules = attn._modules  # where the search for an attribute ends, which takes the host longer
-    qkv = modules[together](x).chunk(3, dim=-1) if attn.fused_projections else [modules[name](x) for name in separate]
-    return QKV(*qkv, *[getattr(modules.get(name), "weight", None) for name in norms])
+    if attn.fused_projections:
+        qkv = getattr(attn, together)(x).chunk(3, dim=-1)
+    else:
+        qkv = (getattr(attn, name)(x) for name in separate)
+    return QKV(*qkv, *(getattr(getattr(attn, name), "weight", None) for name in norms))
 
 
 # ---- what the forwards of families' blocks share ----
