@@ -17,12 +17,11 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from torch.nn import Module
-from torch.utils.flop_counter import FlopCounterMode
 
 from .budget import schedule_for
 from .caches import Cache, Progress
 from .components import Model, check_size, describe
-from .counting import FusedAttention, LiveBytes, Repeats, own_work, shared_work, split_work
+from .counting import FusedAttention, LiveBytes, Repeats, flop_counter, own_work, shared_work, split_work
 from .families import Family
 from .method import Method
 from .presets import preset
@@ -305,7 +304,7 @@ def _cost(
     Returns (10^12 operations without attention's, those of attention's, operations by module, peak and scratch in
     bytes).
     """
-    module, counter, memory = _built(model, dtype), FlopCounterMode(display=False), LiveBytes(threads)
+    module, counter, memory = _built(model, dtype), flop_counter(), LiveBytes(threads)
     repeats = Repeats(counter, memory)
     with torch.device("meta"), torch.no_grad(), FusedAttention(), counter, memory, repeats.of(module):
         call(module, dtype, *shape)

@@ -30,6 +30,17 @@ def _fused_attention(query, key, value, attn_mask=None, *_, **__):
     return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, False)[0]
 
 
+def _attention_flop(query, key, value, *_, **__) -> int:
+    """Count both products from shapes (B, H, S, D), also where heads share keys, which PyTorch 2.11 refuses to do."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def flop_counter() -> FlopCounterMode:
+    """Make a counter of operations, of `FusedAttention`'s too."""
+    counted = {aten._scaled_dot_product_efficient_attention: _attention_flop}
+    return FlopCounterMode(display=False, custom_mapping=counted)
+
+
 def own_work(counts: dict[str, dict]) -> dict[str, tuple[int, int]]:
     """Split the operations of a model among its modules, by their names in it: each with those of none of its parts.
 
@@ -193,9 +204,10 @@ def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor],
     it does not serve (floats of 16 bits on most CPUs, and small inputs) PyTorch unfolds the input: every pixel of the
     output has a column of all that its kernel sees. So does oneDNN on CPUs without AVX2, as many columns at a time as
     a core's cache holds, 4 MB at most. Products of shorter floats go by tiles of 16 rows and columns where
-    a CPU has those, of operands that may be transposed before, and add up in float32. Attention goes over 256 queries
-    and 512 keys at a time; every thread holds their scores, two sums a query and its output in float32, and of shorter
-    floats scores, queries and keys anew.
+    a CPU has those, of operands that may be transposed before, and add up in float32; with PyTorch 2.11 every thread
+    holds 64 columns and 16 rows of the operands, in float32 for float16, and their sums. Attention goes over 256
+    queries and 512 keys at a time; every thread holds their scores, two sums a query and its output in float32, and of
+    shorter floats scores, queries and keys anew.
     """
     if func.is_view:
         return 0
@@ -210,6 +222,7 @@ def cpu_scratch(func, operands: list[torch.Tensor], results: list[torch.Tensor],
         copies += columns if whole else min(columns, threads * 2**22)
     elif func in _PRODUCTS and operands[0].dtype != torch.float32:
         copies += sum(2 * _tiled(x) * x.itemsize for x in operands) + sum(4 * _tiled(y) for y in results)
+        copies += threads * (4 * (64 + 16) * operands[-1].shape[-2] + 4 * 64 * 16 + 1024)
     elif func in _ATTENTION:
         query, key = operands[:2]
         queries, keys, width = min(256, query.shape[-2]), min(512, key.shape[-2]), query.shape[-1]

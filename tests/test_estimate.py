@@ -178,6 +178,13 @@ def test_language_models_that_encode_prompts(model, billions):
     ]
     text, *_, low, mixed, full, _ = estimate(model, preview=False, text_tokens=64, dtype=torch.bfloat16).parts
     assert text.tokens == 64 and text.tflop * 1e12 == pytest.approx(text.calls * 2 * 64 * sum(matrices), rel=1e-9)
+    heads = [
+        module.q_proj.out_features
+        for name, module in encoder.named_modules()
+        if hasattr(module, "q_proj") and not any(part in name for part in seeing)
+    ]
+    rotary = 1e-4  # in some releases of transformers the angles are a product too
+    assert text.attention * 1e12 == pytest.approx(text.calls * 4 * 64**2 * sum(heads), rel=rotary)
     assert (full.tokens, low.tokens) == (4096, 1024) and low.tflop / low.calls < mixed.tflop / mixed.calls
 
 
@@ -303,6 +310,16 @@ def test_scratch_of_attention(width, threads):
     share = max(scratch for scratch, _ in operations)
     assert share == max(bound for _, bound in operations) - 4 * query.nbytes - 4 * query[..., 0].numel()
     assert share % threads == 0
+
+
+@pytest.mark.parametrize("threads", [1, 4], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scratch_of_products(dtype, threads):
+    for rows, depth, columns in ((2, 256, 32), (40, 256, 64), (40, 64, 256), (2, 512, 16), (2, 1024, 32)):
+        x, weight = torch.randn(rows, depth, dtype=dtype), torch.randn(columns, depth, dtype=dtype)
+        _, _, operations = measured(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight, weight[:, 0]))
+        for scratch, bound in operations:
+            assert scratch <= bound
 
 
 @pytest.mark.parametrize(
