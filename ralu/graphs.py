@@ -73,9 +73,11 @@ class Graphs(StandIn):
         self.seen: list[Any] | None = None  # of the modules, when an obstacle was last looked for
         self.calls: dict[Hashable, Call | None] = {}
         self.pool: Any = None
+        self.stream: Any = None  # of all captures, on the model's device, which need not be the current one
 
     def __getstate__(self):
-        return vars(self) | {"modules": [], "seen": None, "calls": {}, "pool": None}  # a copy has other weights
+        # A copy has other weights, and may go to another device.
+        return vars(self) | {"modules": [], "seen": None, "calls": {}, "pool": None, "stream": None}
 
     def __call__(self, *args, **kwargs):
         """Compute what the stock forward does (stock signature)."""
@@ -112,7 +114,7 @@ class Graphs(StandIn):
         if self.seen is None or self.seen != self._look():
             if why := obstacle(model):
                 raise Unfit(why)
-            self.modules, self.calls, self.pool = list(model.modules()), {}, None
+            self.modules, self.calls, self.pool, self.stream = list(model.modules()), {}, None, None
             self.seen = self._look()
         # SD3's call of a mixed stage has an argument more: the embedded positions, see `StripPatchEmbed`.
         arguments = given, vars(model.pos_embed).get("strip")
@@ -140,7 +142,10 @@ class Call:
         self.given, strip = _with(arguments, iter(self.inputs))  # kept: the graph reads the layouts among them, too
         if strip is not None:
             graphs.owner.pos_embed.strip = strip
-        with torch.cuda.graph(self.graph, pool=graphs.pool):
+        if graphs.stream is None:
+            graphs.stream = torch.cuda.Stream(graphs.owner.device)
+        # PyTorch's own stream is the first captures' device's, and it stays the current one where a capture fails.
+        with torch.cuda.stream(graphs.stream), torch.cuda.graph(self.graph, pool=graphs.pool, stream=graphs.stream):
             self.sample = graphs.stock(**self.given, return_dict=False)[0]
         graphs.pool = self.graph.pool()
 

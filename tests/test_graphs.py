@@ -49,13 +49,40 @@ class Recorded:
         return "pool"
 
 
-class Recording(TorchDispatchMode):
-    """In place of `torch.cuda.graph`."""
+streams: list = ["usual"]  # the current one last
 
-    def __init__(self, graph, pool):
+
+class InStream:
+    """In place of `torch.cuda.stream`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        self.before = streams[-1]
+        streams.append(self.stream)
+
+    def __exit__(self, *_):
+        streams.append(self.before)
+
+
+class Recording(TorchDispatchMode):
+    """In place of `torch.cuda.graph`, whose stream is left by a capture that has succeeded alone."""
+
+    def __init__(self, graph, pool, stream="of the current device"):
         super().__init__()
         assert pool in (None, "pool")
-        self.graph = graph
+        self.graph, self.stream = graph, InStream(stream)
+
+    def __enter__(self):
+        self.stream.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, kind, *rest):
+        super().__exit__(kind, *rest)
+        if kind is not None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -70,6 +97,9 @@ def recorded(monkeypatch):
     monkeypatch.setattr(Recorded, "made", [], raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "stream", InStream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    streams[:] = ["usual"]
     monkeypatch.setattr(graphs, "DEVICES", ("cpu", "cuda"))
     return Recorded.made
 
@@ -209,6 +239,14 @@ def test_a_capture_that_fails_is_the_last(transformer, recorded, said, monkeypat
     for _ in range(3):
         assert torch.equal(run(transformer, **call), expected)
     assert len(recorded) == len(said) == 1 and "capturing failed" in said[0]
+    assert streams[-1] == "usual"
+
+
+def test_captures_are_of_the_models_device(transformer):
+    """Whichever is the current one: of another's stream a graph would be empty, and its result always the first."""
+    for _ in range(3):
+        run(transformer, **call_of(transformer))
+    assert set(streams) == {"usual", transformer.device} and streams[-1] == "usual"
 
 
 REFUSED = {
