@@ -132,6 +132,7 @@ def test_images_are_those_without_graphs(stock, family, fused, recorded):
 def test_what_is_to_be_run_on_a_gpu(recorded):
     assert captured.steps(torch.device("cpu"), fused=True) == "bit for bit" and recorded[0].replays == 5
     assert captured.images(torch.device("cpu"), pixels=128) == "bit for bit" and len(recorded) == 4
+    assert captured.uncaptured(torch.device("cpu")) == "bit for bit" and len(recorded) == 5
 
 
 def call_of(transformer, seed=0):

@@ -33,6 +33,21 @@ def steps(device: torch.device, fused: bool) -> str:
     return found[-1]
 
 
+@torch.no_grad()
+def uncaptured(device: torch.device) -> str:
+    """Compare calls that wait for the device, and so cannot be captured, and draw random numbers after the attempt."""
+    model = transformer("flux-dev", device, **TINY)
+    call = flux_call(model, 8, 16, device)
+    expected = model(**call).sample
+    stock = model.proj_out.forward
+    model.proj_out.forward = lambda x: stock(x) * float(x.isfinite().all())
+    Graphs.put_into(model)
+    found = [same(model(**call).sample, expected) for _ in range(3)]
+    assert "forward" not in vars(model), "it was captured"
+    assert torch.randn(8, device=device).isfinite().all()
+    return found[-1]
+
+
 def images(device: torch.device, pixels: int = 256) -> str:
     """Compare the latents of two images through all stages, of which the second replays what the first captured."""
     model = Model("mini-flux", pixels, device)

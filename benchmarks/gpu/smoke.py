@@ -262,10 +262,11 @@ if CUDA:
     check("CUDA graphs of the transitions", in_a_graph)
     check("nothing waits for the GPU", without_waiting)
     check("torch.compile", compiled)
-    from captured import images, steps  # which import diffusers
+    from captured import images, steps, uncaptured  # which import diffusers
 
     for fused in (False, True):
         check(f"CUDA graphs of steps, {'fused' if fused else 'stock'}", steps, DEVICE, fused)
     check("CUDA graphs of stages", images, DEVICE)
+    check("a capture that fails", uncaptured, DEVICE)  # last: what it leaves behind is to be seen
 print(f"SMOKE {'FAILED: ' + ', '.join(FAILED) if FAILED else 'passed'}, with {available('triton', 'native')}")
 raise SystemExit(bool(FAILED))
