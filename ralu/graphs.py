@@ -119,7 +119,8 @@ class Graphs(StandIn):
         # SD3's call of a mixed stage has an argument more: the embedded positions, see `StripPatchEmbed`.
         arguments = given, vars(model.pos_embed).get("strip")
         tensors: list[Tensor] = []
-        kind = _kind(arguments, tensors), vars(model).get("ralu_fusion")
+        # What is made in inference mode cannot be written to outside.
+        kind = _kind(arguments, tensors), vars(model).get("ralu_fusion"), torch.is_inference_mode_enabled()
         if kind not in self.calls:
             if len(self.calls) == MOST:
                 del self.calls[next(iter(self.calls))]

@@ -188,6 +188,17 @@ def test_results_are_the_callers_own(transformer):
     assert not torch.equal(run(transformer, **other), kept) and torch.equal(kept, value)
 
 
+def test_in_and_out_of_inference_mode(transformer, recorded):
+    """What is made inside can be written to inside alone."""
+    call, other = call_of(transformer), call_of(transformer, seed=1)
+    expected = [torch.no_grad()(type(transformer).forward)(transformer, **each).sample for each in (call, call, other)]
+    with torch.inference_mode():
+        for _ in range(2):
+            run(transformer, **call)
+    assert all(map(torch.equal, [run(transformer, **each) for each in (call, call, other)], expected))
+    assert [graph.replays for graph in recorded] == [1, 2]
+
+
 def test_what_cannot_be_captured_runs_as_usual(transformer, recorded, said):
     """LoRA, hooks, a cache that was put on since, gradients, autocast, and sequences of different lengths."""
     call = call_of(transformer)
