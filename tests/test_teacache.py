@@ -156,6 +156,23 @@ def test_images_of_a_batch_decide_for_themselves(stock, family, ragged, monkeypa
     torch.testing.assert_close(together, torch.cat(alone), **close)
 
 
+def test_guidance_that_ends_on_the_way():
+    """What a step without guidance is like is not compared with rows of one that had it."""
+
+    def end(pipe, step, timestep, tensors):
+        if step != 2:
+            return {}
+        pipe._guidance_scale = 1.0
+        return {name: tensors[name].chunk(2)[-1] for name in names}
+
+    names = ["prompt_embeds", "pooled_prompt_embeds"]
+    call = dict(num_inference_steps=6, callback_on_step_end=end, callback_on_step_end_tensor_inputs=names)
+    pipe = ralu.enable(tiny.sd3(), "stock-6", cache=TeaCache(0.05))
+    single = [latents(pipe, prompt=tiny.PROMPTS[i], seeds=(i,), **call) for i in (0, 1)]
+    both = latents(pipe, prompt=tiny.PROMPTS[:2], seeds=(0, 1), **call)
+    torch.testing.assert_close(both, torch.cat(single), rtol=0, atol=2e-5)
+
+
 def test_compiled_blocks_stay_compiled():
     pipe, counter = tiny.sd3(), CompileCounter()
     expected = latents(ralu.enable(pipe, "stock-3", cache=TeaCache(9.0)))

@@ -161,7 +161,7 @@ class _Gate:
         modulated = block.norm1(hidden, emb=temb)[0]
         if call.mask is not None:
             modulated = modulated.masked_fill(~call.mask.repeat(len(hidden) // call.images, 1).unsqueeze(-1), 0)
-        if self.previous is None:
+        if self.previous is None or len(self.previous) != len(modulated):  # guidance ended
             self.sums = [0.0] * call.images
         else:
             found = changes(modulated, self.previous, call.images)
