@@ -5,6 +5,7 @@ from copy import copy, deepcopy
 from itertools import product
 from types import MethodType
 
+import accelerate
 import plain
 import pytest
 import tiny
@@ -206,6 +207,20 @@ def test_fused_blocks_have_the_same_points(stock, family):
 
 def test_it_is_undone_also_after_an_exception(stock, family):
     plain.check_undone_after_an_exception(stock, family, TaylorSeer(interval=2, warmup=1), latents)
+
+
+def test_weights_offloaded_while_it_is_on_come_back_after_it():
+    """FLUX's single blocks have a layer with weights and a hook, whose forward offloading wraps."""
+    pipe = tiny.flux()
+    plain_run = latents(pipe, num_inference_steps=2)
+    method = "stock-4+taylorseer(interval=2,warmup=1)"
+    expected = latents(ralu.enable(pipe, method))
+    accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
+    assert torch.equal(latents(ralu.enable(pipe, method)), expected)
+    assert torch.equal(latents(ralu.disable(pipe), num_inference_steps=2), plain_run)
+    ralu.enable(pipe, method)
+    accelerate.hooks.remove_hook_from_module(pipe.transformer, recurse=True)
+    assert torch.equal(latents(ralu.disable(pipe), num_inference_steps=2), plain_run)
 
 
 @pytest.mark.parametrize(

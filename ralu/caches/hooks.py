@@ -66,6 +66,7 @@ class Hook(ModelHook):
     def __init__(self, place: Any, manager: StateManager):
         super().__init__()
         self.place, self.state_manager = place, manager
+        self.forward: Any = None  # the module's, with this hook as the outermost
 
     # Its own frame is not traced, and neither is the state, which changes from step to step: modules that are compiled
     # still are.
@@ -100,7 +101,13 @@ def apply_hooks(modules: Mapping[Any, Any], state: Callable[..., State], *argume
     """Put hooks on modules, by places that `state` knows; in each context they share one `state(*arguments)`."""
     manager = StateManager(state, arguments)
     for place, module in modules.items():
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(Hook(place, manager), _NAME)
+        put_on(module, Hook(place, manager))
+
+
+def put_on(module: nn.Module, hook: Hook) -> None:
+    """Put a hook on a module."""
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _NAME)
+    hook.forward = vars(module)["forward"]
 
 
 def hooks_of(transformer: nn.Module) -> Iterator[tuple[HookRegistry, Hook]]:
@@ -112,10 +119,14 @@ def hooks_of(transformer: nn.Module) -> Iterator[tuple[HookRegistry, Hook]]:
 
 
 def remove_hooks(transformer: nn.Module) -> None:
-    """Undo `apply_hooks`."""
-    for registry, _ in list(hooks_of(transformer)):
+    """Undo `apply_hooks`. A forward that others, as offloading does, have wrapped or replaced since stays theirs."""
+    for registry, hook in list(hooks_of(transformer)):
+        module, outermost = registry._module_ref, registry._hook_order[-1] == _NAME
+        forward = vars(module)["forward"]
         registry.remove_hook(_NAME, recurse=False)
-        module = registry._module_ref
+        if outermost and forward is not hook.forward:
+            hook.fn_ref.forward = hook.fn_ref.original_forward
+            module.forward = forward
         if vars(module).get("forward") == MethodType(type(module).forward, module):
             del module.forward
 

@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from .hooks import _NAME, Call, Hook
+from .hooks import Call, Hook, put_on
 
 WHOLE = {"_chunk_size": None}  # where diffusers would call a block's MLPs for a part of the tokens
 
@@ -62,7 +61,7 @@ def apply_block_hooks(blocks: Mapping[Any, Any], state: Callable[..., State], *a
     """Put hooks on blocks, by places that `state` knows; in each context they share one `state(*arguments)`."""
     manager = StateManager(state, arguments)
     for place, block in blocks.items():
-        HookRegistry.check_if_exists_or_initialize(block).register_hook(BlockHook(place, manager), _NAME)
+        put_on(block, BlockHook(place, manager))
 
 
 # ---- modules that stand for others ----
