@@ -379,7 +379,11 @@ def disable(pipe: DiffusionPipeline) -> DiffusionPipeline:
             blocks.unfuse(transformer)
         if hook.fused_before is not None:
             blocks.fuse(transformer, **hook.fused_before)
-    for sharing in {pipe, *(hook.pipes if hook else ())}:
+    # A pipeline that was given another transformer and enabled again is not of this one any more.
+    others = (
+        () if hook is None else (p for p in hook.pipes if p.transformer is None or not LayoutHook.find(p.transformer))
+    )
+    for sharing in {pipe, *others}:
         remove_stand_ins(sharing)
         ControlNetHook.remove_from(sharing)
         if getattr(sharing, "vae", None) is not None:

@@ -229,6 +229,21 @@ def test_disable_keeps_a_scheduler_that_was_put_in_since(stock, stock_image):
     stock.scheduler = before
 
 
+def test_a_transformer_that_was_given_away_takes_nothing_along(pipe, family):
+    """Enabled with another transformer, a pipeline stays so when the first one is enabled and disabled elsewhere."""
+    expected, old = tiny.generate(pipe), pipe.transformer
+    elsewhere = KIND[family](**pipe.components)
+    pipe.transformer = copy.deepcopy(old)
+    ralu.enable(pipe, SHORT[family])
+    elsewhere.scheduler = FlowMatchEulerDiscreteScheduler.from_config(elsewhere.scheduler.config)
+    try:
+        ralu.disable(ralu.enable(elsewhere))
+        assert torch.equal(tiny.generate(pipe), expected)
+    finally:
+        ralu.disable(pipe)
+        pipe.transformer = old
+
+
 # ---- parts that are missing or stand apart ----
 
 
