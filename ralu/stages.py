@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ralu_kernels import TokenPlan, plan_tokens, upsample_remaining, upsample_renoise, upsample_selected
 from ralu_kernels._backend import resolve
+from ralu_kernels._checks import DTYPES, check_tensor, grid_sides
 
 from . import interpolation, regions
 from .layout import Grid, Layout, crop, pack, pad, raster, strip, subsample_first, unpack
@@ -360,7 +361,8 @@ def sample(
     Returns the clean tokens, (B, N, C), in the dtype of the last velocity. Raises TypeError or ValueError, which name
     the argument, before the model is called; for a velocity that does not fit its tokens, at the first call.
     """
-    chosen = Options(**options)
+    check_tensor("noise", noise, "(B, N, C)", (*DTYPES, torch.float64))
+    grid, chosen = grid_sides(grid), Options(**options)
     default = "gradient" if decode is None else "canny"
     scorer = regions.scorer_of(default if chosen.regions is None else chosen.regions, decode)
     resize = partial(interpolation.through_pixels, decode=decode, encode=encode) if decode and encode else None

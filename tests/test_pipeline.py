@@ -322,6 +322,21 @@ def test_sample_is_the_pipelines_loop(pipe):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(grid=8), dict(grid=(8.0, 8)), dict(grid=(-8, -8)), dict(grid=(8, 8, 1)), dict(noise=torch.randn(64, 16)),
+        dict(noise=torch.randn(2, 64, 16).numpy()), dict(noise=torch.ones(2, 64, 16, dtype=torch.int64)),
+    ],
+)  # fmt: skip
+def test_what_sample_is_given_wrong_is_told_before_the_model_is_called(wrong):
+    def velocity(*_):
+        raise AssertionError("called")
+
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        ralu.sample(**dict(velocity=velocity, noise=torch.randn(2, 64, 16), grid=(8, 8)) | wrong)
+
+
 def test_seeds_depend_on_the_samples_own_noise_alone():
     noise = torch.randn(3, 40, 64)
     seeds = seeds_of(noise)
