@@ -7,7 +7,7 @@ WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 # Importing diffusers without compiled bytecode takes twice as long, in every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test test-suite test-interpreted sanitize lint docs dist ci bench gpu-bench gpu-check e2e bench-report \
+.PHONY: install demo test test-suite test-interpreted test-kernels sanitize lint docs dist ci bench gpu-bench gpu-check e2e bench-report \
 	bench-compare train-mini evaluate-mini aot hf-kernel clean
 
 install: $(VENV)/installed
@@ -37,6 +37,12 @@ test-suite: install
 
 test-interpreted: install
 	TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m triton
+
+# What tests the kernels alone, in an environment that is there: Python 3.10 has no diffusers that is new enough.
+KERNELS := aot arguments attention cuda edges native random roof setup tokens toolkit upsample
+test-kernels:
+	$(PYTHON) -m pytest $(KERNELS:%=tests/test_%.py)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m triton $(KERNELS:%=tests/test_%.py)
 
 # The tests of the compiled extension, on a build that stops at the first wrong access or undefined operation.
 sanitize: install
