@@ -23,6 +23,7 @@ QWEN25_VL_7B = {
     "text_config": {
         "model_type": "qwen2_5_vl_text", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     },
     "vision_config": {
         "model_type": "qwen2_5_vl", "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584,
