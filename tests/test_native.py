@@ -441,7 +441,7 @@ def test_the_hub_kernel_is_built_from_what_is_here(tmp_path):
 
 @native
 def test_the_embedded_model_generates_the_same_image():
-    diffusers = pytest.importorskip("diffusers", reason="diffusers from 0.42 on needs Python 3.11")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: from 0.42 on it needs Python 3.11")
     pipe = diffusers.FluxPipeline.from_pretrained(ralu.mini_path())
     pipe.set_progress_bar_config(disable=True)
     arguments = dict(height=256, width=256, max_sequence_length=16, output_type="np")
